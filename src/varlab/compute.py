@@ -1,0 +1,63 @@
+"""Parameters and floating point operations of a VAR from its sizes alone.
+
+"6ND" is wrong for VAR in both directions: AdaLN acts once an image, not once a token, attention is block-causal, and
+the head weighs much at small width. So FLOPs are counted term by term, and 6ND is kept beside them for comparison.
+A multiply-add is two FLOPs; a training step costs three forward passes.
+"""
+
+from typing import Any
+
+from varlab import scales
+
+Sizes = dict[str, Any]
+
+
+def parameter_counts(sizes: Sizes) -> dict[str, int]:
+    """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: what acts on
+    every token, 12 d D^2 and the head."""
+    depth, width, vocabulary = sizes["depth"], sizes["width"], sizes["codebook_size"]
+    lengths = scales.lengths(sizes["patch_nums"])
+    hidden = round(width * sizes["mlp_ratio"])
+    token_weights = 4 * width**2 + 2 * width * hidden
+    temperatures = sizes["num_heads"] if sizes["qk_norm"] else 0
+    biases = 3 * width + hidden + width + temperatures  # q, v, projection; both Linears of the feed-forward; temperatures
+    adaln = 6 * width if sizes["shared_adaln"] else 6 * width**2 + 6 * width
+    blocks = depth * (token_weights + biases + adaln)
+    head = vocabulary * width + vocabulary
+    around = (
+        head
+        + 2 * width**2
+        + 2 * width
+        + (sizes["num_classes"] + 1) * width
+        + (sum(lengths) + lengths[0]) * width
+        + len(lengths) * width
+        + (sizes["codebook_dim"] + 1) * width
+    )
+    shared = 6 * width**2 + 6 * width if sizes["shared_adaln"] else 0
+    return {
+        "params_total": blocks + around + shared,
+        "params_main": blocks + shared,
+        "params_token": depth * token_weights + head,
+    }
+
+
+def training_flops(sizes: Sizes) -> int:
+    """FLOPs of forward and backward for one image, attention counted block-causal, tokenizer not included."""
+    depth, width, vocabulary, codebook_dim = sizes["depth"], sizes["width"], sizes["codebook_size"], sizes["codebook_dim"]
+    lengths = scales.lengths(sizes["patch_nums"])
+    hidden = round(width * sizes["mlp_ratio"])
+    length = sum(lengths)
+    seen, pairs = 0, 0
+    for tokens in lengths:
+        seen += tokens
+        pairs += tokens * seen
+    linear = length * depth * 2 * (4 * width**2 + 2 * width * hidden) + length * 2 * width * vocabulary
+    embedding = (length - lengths[0]) * 2 * codebook_dim * width
+    adaln = (1 if sizes["shared_adaln"] else depth) * 12 * width**2 + 4 * width**2
+    attention = 4 * width * depth * pairs
+    return 3 * (linear + embedding + adaln + attention)
+
+
+def six_nd(sizes: Sizes) -> int:
+    """The common estimate 6 * params_main * tokens for one image."""
+    return 6 * parameter_counts(sizes)["params_main"] * scales.num_tokens(sizes["patch_nums"])

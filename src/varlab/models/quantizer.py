@@ -1,0 +1,157 @@
+"""Multi-scale residual vector quantizer (VAR, section 3.2, algorithms 1 and 2).
+
+One step of the residual loop, `accumulate`, serves encoding, decoding, teacher forcing and sampling.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from varlab import scales
+
+
+def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
+    """Which of `num_phis` smoothing convolutions serves each scale: the one whose tick lies nearest to t = k / (K - 1).
+
+    The released weights stand on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's
+    `linspace` and the first minimum give the choice they were trained with; other arithmetic does not.
+    """
+    margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
+    ticks = np.linspace(margin, 1 - margin, num_phis)
+    return [int(np.argmin(np.abs(ticks - scales.progress(k, num_scales)))) for k in range(num_scales)]
+
+
+class Quantized(NamedTuple):
+    """What a training step of the tokenizer needs of the quantizer."""
+
+    f_hat: Float[Tensor, "B C H W"]  # value of the reconstruction, gradient of f (straight-through)
+    vq_loss: Float[Tensor, ""]
+    token_maps: list[Int[Tensor, "B _"]]
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Codes a feature map as K token maps, coarse to fine, each holding what the coarser ones left over.
+
+    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one a
+    scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
+    "cosine" (released name: znorm); the vector added is the raw codebook row in both.
+    """
+
+    hits: Tensor
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        patch_nums: scales.PatchNums,
+        codebook_size: int = 4096,
+        codebook_dim: int = 32,
+        num_phis: int | None = 4,
+        phi_ratio: float = 0.5,
+        lookup: str = "l2",
+        beta: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if lookup not in ("l2", "cosine"):
+            raise ValueError(f"lookup={lookup!r}: choose 'l2' or 'cosine'")
+        self.sides = scales.sides(patch_nums)
+        self.num_scales = len(self.sides)
+        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
+        self.num_phis, self.phi_ratio, self.lookup, self.beta = num_phis, phi_ratio, lookup, beta
+        self.phi_index = list(range(self.num_scales)) if num_phis is None else phi_of_scale(num_phis, self.num_scales)
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.phis = nn.ModuleList(
+            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity() for _ in range(num_phis or self.num_scales)
+        )
+        self.register_buffer("hits", torch.zeros(self.num_scales, codebook_size))  # moving average of hits per code
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
+        """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes swap."""
+        z, codes = z.float(), self.codebook.weight.float()
+        if self.lookup == "cosine":
+            return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
+        distances = z.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=1) - 2 * (z @ codes.T)
+        return distances.argmin(dim=-1)
+
+    def phi(self, h: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B C H W"]:
+        """Smooths the upsampled codes of scale k."""
+        if self.phi_ratio == 0:
+            return h
+        return (1 - self.phi_ratio) * h + self.phi_ratio * self.phis[self.phi_index[k]](h)
+
+    def accumulate(self, f_hat: Float[Tensor, "B C H W"], codes: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B C H W"]:
+        """`f_hat` with the codes of scale k added. Resizing to the same side is the identity, so the last scale is no exception."""
+        h, w = self.sides[k]
+        code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
+        return f_hat + self.phi(F.interpolate(code_map, size=self.sides[-1], mode="bicubic"), k)
+
+    def at_scale(self, x: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B l C"]:
+        """A map at latent resolution, area-averaged to scale k and flattened row by row."""
+        return rearrange(F.interpolate(x, size=self.sides[k], mode="area"), "B C h w -> B (h w) C")
+
+    def empty(self, batch_size: int) -> Float[Tensor, "B C H W"]:
+        """The `f_hat` that every pyramid starts from."""
+        weight = self.codebook.weight
+        return torch.zeros(batch_size, self.codebook_dim, *self.sides[-1], dtype=weight.dtype, device=weight.device)
+
+    def encode(self, f: Float[Tensor, "B C H W"]) -> list[Int[Tensor, "B _"]]:
+        """Token maps of `f`, coarse to fine (VAR, algorithm 1)."""
+        f_hat, token_maps = torch.zeros_like(f), []
+        for k in range(self.num_scales):
+            tokens = self.nearest(self.at_scale(f - f_hat, k))
+            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
+            token_maps.append(tokens)
+        return token_maps
+
+    def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
+        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is what the decoder gets."""
+        f_hat, partial = self.empty(len(token_maps[0])), []
+        for k, tokens in enumerate(token_maps):
+            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
+            partial.append(f_hat)
+        return partial
+
+    def teacher_forcing_inputs(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> Float[Tensor, "B Lm1 C"]:
+        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side.
+
+        Empty (B 0 C) for a pyramid of one scale.
+        """
+        partial = self.partial_sums(token_maps[:-1]) if len(token_maps) > 1 else []
+        inputs = [self.at_scale(f_hat, k + 1) for k, f_hat in enumerate(partial)]
+        return torch.cat(inputs, dim=1) if inputs else self.codebook.weight.new_zeros(len(token_maps[0]), 0, self.codebook_dim)
+
+    def forward(self, f: Float[Tensor, "B C H W"]) -> Quantized:
+        """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
+        mean over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
+        with torch.autocast(f.device.type, enabled=False):
+            f = f.float()
+            f_hat, token_maps, vq_loss = torch.zeros_like(f), [], f.new_zeros(())
+            for k in range(self.num_scales):
+                tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
+                f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
+                vq_loss = vq_loss + F.mse_loss(f_hat, f.detach()) + self.beta * F.mse_loss(f_hat.detach(), f)
+                token_maps.append(tokens)
+        return Quantized(f + (f_hat - f).detach(), vq_loss / self.num_scales, token_maps)
+
+    @torch.no_grad()
+    def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
+        """Moves the average hit counts by one step; counts of all ranks are summed, so every rank calls this."""
+        counts = torch.stack([torch.bincount(tokens.flatten(), minlength=self.codebook_size) for tokens in token_maps]).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        momentum = 0.0 if self.num_updates == 0 else 0.9 if self.num_updates < 100 else 0.99
+        self.hits.mul_(momentum).add_(counts, alpha=1 - momentum)
+        self.num_updates += 1
+
+    def codebook_usage(self, global_batch_size: int) -> Float[Tensor, "K"]:
+        """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would give."""
+        h, w = self.sides[-1]
+        threshold = 0.08 * global_batch_size * h * w / self.codebook_size
+        return 100 * (self.hits >= threshold).float().mean(dim=1)

@@ -1,0 +1,139 @@
+"""Blocks of the VAR transformer: QK-norm attention, adaptive layer norm, drop path, key/value cache."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+def modulate(x: Float[Tensor, "B l D"], scale: Float[Tensor, "B 1 D"], shift: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B l D"]:
+    """Adaptive layer norm's affine part: x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+@dataclass
+class BlockCache:
+    """What one block keeps from scale to scale of one `generate` call: keys, values, and its modulation.
+
+    The modulation depends on the class alone, so it is computed once, not at every scale.
+    """
+
+    keys: Float[Tensor, "B N L d"]
+    values: Float[Tensor, "B N L d"]
+    length: int = 0
+    modulation: Float[Tensor, "B 6 D"] | None = None
+
+    def append(self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
+        """Stores the keys and values of one scale; returns those of all scales so far."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. With `qk_norm`, q and k have unit length and each head learns its own temperature.
+
+    Without it the softmax scale is a quarter of the usual 1 / sqrt(head dim), as released. There is no key bias.
+    """
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} does not divide into num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if qk_norm else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "B l D"], mask: Bool[Tensor, "l l"] | None = None, cache: BlockCache | None = None
+    ) -> Float[Tensor, "B l D"]:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "B l (three N d) -> three B N l d", three=3, N=self.num_heads)
+        if self.log_scale is None:
+            softmax_scale = 0.25 / math.sqrt(q.shape[-1])
+        else:
+            softmax_scale = 1.0
+            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()[:, None, None]
+            k = F.normalize(k, dim=-1)
+        q, k = q.type_as(v), k.type_as(v)  # autocast leaves the normalized ones in fp32
+        if cache is not None:
+            k, v = cache.append(k, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+        return self.proj(rearrange(h, "B N l d -> B l (N d)"))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, mlp_ratio: float) -> None:
+        hidden = round(width * mlp_ratio)
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class Modulation(nn.Sequential):
+    """SiLU and Linear: the conditioning vector -> `num_vectors` vectors of the width."""
+
+    def __init__(self, width: int, num_vectors: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, num_vectors * width))
+        self.num_vectors = num_vectors
+
+    def forward(self, input: Float[Tensor, "B D"]) -> Float[Tensor, "B n D"]:
+        return rearrange(super().forward(input), "B (n D) -> B n D", n=self.num_vectors)
+
+
+class DropPath(nn.Module):
+    """Drops the whole branch for some samples while training; kept branches are divided by the keep probability."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "B l D"]) -> Float[Tensor, "B l D"]:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class AdaLNBlock(nn.Module):
+    """Attention and feed-forward, each scaled, shifted and gated by vectors of the class (AdaLN-Zero).
+
+    With `shared_adaln` the six vectors come from one network for all blocks, given in place of `cond`, and this block
+    only adds a learnt offset; otherwise the block has a Linear of its own.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, shared_adaln: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, num_heads, qk_norm)
+        self.feed_forward = FeedForward(width, mlp_ratio)
+        self.drop_path = DropPath(drop_path)
+        self.modulation = None if shared_adaln else Modulation(width, 6)
+        self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if shared_adaln else None
+
+    def modulate_by(self, cond: Float[Tensor, "B *six D"]) -> Float[Tensor, "B 6 D"]:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2: in this order, as released."""
+        return self.modulation(cond) if self.modulation is not None else cond + self.modulation_offset
+
+    def forward(
+        self,
+        x: Float[Tensor, "B l D"],
+        cond: Float[Tensor, "B *six D"],
+        mask: Bool[Tensor, "l l"] | None = None,
+        cache: BlockCache | None = None,
+    ) -> Float[Tensor, "B l D"]:
+        modulation = cache.modulation if cache is not None and cache.modulation is not None else self.modulate_by(cond)
+        if cache is not None:
+            cache.modulation = modulation
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(dim=1)  # each B 1 D
+        x = x + self.drop_path(gamma1 * self.attention(modulate(self.norm(x), scale1, shift1), mask, cache))
+        return x + self.drop_path(gamma2 * self.feed_forward(modulate(self.norm(x), scale2, shift2)))

@@ -1,0 +1,188 @@
+"""The layout of the released weights, both ways: `vae_ch160v4096z32.pth` and `var_d{16,20,24,30,36}.pth`.
+
+Strict in both directions: a key too many or too few, or of another shape, is an error that names it.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from varlab import scales
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+
+State = Mapping[str, Tensor]
+Network = TypeVar("Network", MSVQVAE, VAR)
+
+# ours -> released; applied to the whole key, first match wins
+TOKENIZER_KEYS = [
+    (r"(en|de)coder\.(conv_in|conv_out|norm_out)\.(.*)", r"\1coder.\2.\3"),
+    (r"(en|de)coder\.middle\.0\.skip\.(.*)", r"\1coder.mid.block_1.nin_shortcut.\2"),
+    (r"(en|de)coder\.middle\.0\.(.*)", r"\1coder.mid.block_1.\2"),
+    (r"(en|de)coder\.middle\.1\.proj\.(.*)", r"\1coder.mid.attn_1.proj_out.\2"),
+    (r"(en|de)coder\.middle\.1\.(.*)", r"\1coder.mid.attn_1.\2"),
+    (r"(en|de)coder\.middle\.2\.(.*)", r"\1coder.mid.block_2.\2"),
+    (r"encoder\.levels\.(\d+)\.resample\.(.*)", r"encoder.down.\1.downsample.conv.\2"),
+    (r"decoder\.levels\.(\d+)\.resample\.(.*)", r"decoder.up.\1.upsample.conv.\2"),
+    (r"encoder\.levels\.(\d+)\.(.*)", r"encoder.down.\1.\2"),
+    (r"decoder\.levels\.(\d+)\.(.*)", r"decoder.up.\1.\2"),
+    (r"pre_conv\.(.*)", r"quant_conv.\1"),
+    (r"post_conv\.(.*)", r"post_quant_conv.\1"),
+    (r"quantizer\.codebook\.weight", r"quantize.embedding.weight"),
+    (r"quantizer\.hits", r"quantize.ema_vocab_hit_SV"),
+]
+LEVEL_PARTS = [(".blocks.", ".block."), (".attentions.", ".attn."), (".skip.", ".nin_shortcut."), (".proj.", ".proj_out.")]
+VAR_KEYS = [
+    (r"start_position", r"pos_start"),
+    (r"position", r"pos_1LC"),
+    (r"class_embedding\.(.*)", r"class_emb.\1"),
+    (r"scale_embedding\.(.*)", r"lvl_embed.\1"),
+    (r"word_embed\.(.*)", r"word_embed.\1"),
+    (r"shared_modulation\.1\.(.*)", r"shared_ada_lin.1.\1"),
+    (r"blocks\.(\d+)\.modulation_offset", r"blocks.\1.ada_gss"),
+    (r"blocks\.(\d+)\.modulation\.1\.(.*)", r"blocks.\1.ada_lin.1.\2"),
+    (r"blocks\.(\d+)\.attention\.log_scale", r"blocks.\1.attn.scale_mul_1H11"),
+    (r"blocks\.(\d+)\.attention\.qkv\.(.*)", r"blocks.\1.attn.mat_qkv.\2"),
+    (r"blocks\.(\d+)\.attention\.(.*)", r"blocks.\1.attn.\2"),
+    (r"blocks\.(\d+)\.feed_forward\.0\.(.*)", r"blocks.\1.ffn.fc1.\2"),
+    (r"blocks\.(\d+)\.feed_forward\.2\.(.*)", r"blocks.\1.ffn.fc2.\2"),
+    (r"head_modulation\.1\.(.*)", r"head_nm.ada_lin.1.\1"),
+    (r"head\.(.*)", r"head.\1"),
+]
+
+
+def released_key(key: str, network: MSVQVAE | VAR) -> str:
+    """The released name of one of our parameters or buffers. Raises KeyError for a name without one."""
+    if isinstance(network, MSVQVAE) and (match := re.fullmatch(r"quantizer\.phis\.(\d+)\.(.*)", key)):
+        num_phis = network.quantizer.num_phis
+        place = "" if num_phis is None else "qresi." if num_phis == 1 else "qresi_ls."
+        return f"quantize.quant_resi.{place}" + (match[2] if num_phis == 1 else f"{match[1]}.{match[2]}")
+    for pattern, released in TOKENIZER_KEYS if isinstance(network, MSVQVAE) else VAR_KEYS:
+        if re.fullmatch(pattern, key):
+            key = re.sub(f"^{pattern}$", released, key)
+            if isinstance(network, MSVQVAE) and ".mid." not in key:
+                for ours, theirs in LEVEL_PARTS:
+                    key = key.replace(ours, theirs)
+            return key
+    raise KeyError(key)
+
+
+def stored_buffers(network: MSVQVAE | VAR) -> dict[str, Tensor]:
+    """Buffers that the released files hold and that ours derives: written on export, checked on import."""
+    if isinstance(network, MSVQVAE):
+        return {}
+    mask = torch.zeros(network.mask.shape).masked_fill(~network.mask.cpu(), -torch.inf)
+    zero = torch.zeros(network.width)
+    return {
+        "lvl_1L": network.scale_of_token.cpu()[None],
+        "attn_bias_for_masking": mask[None, None],
+        **{f"blocks.{i}.attn.zero_k_bias": zero for i in range(network.depth)},
+    }
+
+
+def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
+    """State dict of `module` in the released layout; the released code loads it with strict=True."""
+    state = {}
+    for key, value in module.state_dict().items():
+        if key == "quantizer.num_updates":  # the released code does not store its counter
+            continue
+        value = value.detach().cpu()
+        if key.endswith("log_scale"):
+            value = value.view(1, -1, 1, 1)
+        elif key.endswith("modulation_offset"):
+            value = value[None, None]
+        state[released_key(key, module)] = value
+    return {**state, **stored_buffers(module)}
+
+
+def load_released(network: Network, state: State) -> Network:
+    """Copies a released state dict into `network`. Raises ValueError naming the first key that does not fit."""
+    expected = to_released(network)
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"released weights: {len(missing)} keys are missing, first {missing[0]!r}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"released weights: {len(unknown)} keys are unknown, first {unknown[0]!r}")
+    hits = "quantize.ema_vocab_hit_SV"  # counts of another pyramid say nothing here
+    for key, value in expected.items():
+        if key != hits and state[key].shape != value.shape:
+            raise ValueError(f"released weights: {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+    for key, value in stored_buffers(network).items():
+        if not torch.equal(state[key].cpu().to(value.dtype), value):
+            raise ValueError(f"released weights: buffer {key!r} belongs to another pyramid than patch_nums {network.patch_nums}")
+    ours = network.state_dict()
+    for key, value in ours.items():
+        if key == "quantizer.num_updates" or (key == "quantizer.hits" and state[hits].shape != value.shape):
+            continue
+        ours[key] = state[released_key(key, network)].reshape(value.shape)
+    network.load_state_dict(ours)
+    return network
+
+
+def shape_of(state: State, key: str) -> torch.Size:
+    """Shape of a tensor that every file of this kind holds."""
+    if key not in state:
+        raise ValueError(f"released weights: key {key!r} is missing, so this is not a file of the expected kind")
+    return state[key].shape
+
+
+def count(state: State, pattern: str) -> int:
+    """Number of different first groups of `pattern` among the keys: blocks, levels, ..."""
+    return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
+
+
+def tokenizer_from_released(state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32) -> MSVQVAE:
+    """The tokenizer of a released state dict. Sizes are read off the shapes; the pyramid and the form of the lookup are
+    not stored there and must be given. The released tokenizer serves 256 and 512 px: only patch_nums differ."""
+    channels = shape_of(state_dict, "encoder.conv_in.weight")[0]
+    num_levels = count(state_dict, r"encoder\.down\.(\d+)\..*")
+    codebook_size, codebook_dim = shape_of(state_dict, "quantize.embedding.weight")
+    num_lists = count(state_dict, r"quantize\.quant_resi\.qresi_ls\.(\d+)\..*")
+    is_shared = "quantize.quant_resi.qresi.weight" in state_dict
+    is_unshared = "quantize.quant_resi.0.weight" in state_dict
+    tokenizer = MSVQVAE(
+        patch_nums,
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
+        channels=channels,
+        channel_mult=[shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(num_levels)],
+        num_blocks=count(state_dict, r"encoder\.down\.0\.block\.(\d+)\..*"),
+        num_groups=num_groups,
+        num_phis=num_lists or (1 if is_shared else None),
+        phi_ratio=0.5 if num_lists or is_shared or is_unshared else 0.0,
+        lookup="cosine" if using_znorm else "l2",
+    )
+    return load_released(tokenizer, state_dict)
+
+
+def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads: int | None = None) -> VAR:
+    """The transformer of a released state dict. `num_heads` is read off the QK-norm's temperatures; without QK-norm it
+    must be given where the head dim is not 64."""
+    num_rows, width = shape_of(state_dict, "class_emb.weight")
+    codebook_dim, codebook_size = shape_of(state_dict, "word_embed.weight")[1], shape_of(state_dict, "head.weight")[0]
+    qk_norm = "blocks.0.attn.scale_mul_1H11" in state_dict
+    stored_heads = state_dict["blocks.0.attn.scale_mul_1H11"].numel() if qk_norm else None
+    if num_heads is not None and stored_heads not in (None, num_heads):
+        raise ValueError(f"num_heads={num_heads}, but the weights have {stored_heads} heads")
+    lengths = torch.bincount(state_dict["lvl_1L"].flatten().long()).tolist() if "lvl_1L" in state_dict else None
+    if lengths is not None and lengths != scales.lengths(patch_nums):
+        guess = [math.isqrt(length) for length in lengths]
+        raise ValueError(f"patch_nums {list(patch_nums)} do not fit the weights, whose scales have {lengths} tokens (square maps: {guess})")
+    var = VAR(
+        depth=count(state_dict, r"blocks\.(\d+)\..*"),
+        patch_nums=patch_nums,
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
+        num_classes=num_rows - 1,
+        width=width,
+        num_heads=num_heads or stored_heads or max(1, width // 64),
+        mlp_ratio=shape_of(state_dict, "blocks.0.ffn.fc1.weight")[0] / width,
+        shared_adaln="shared_ada_lin.1.weight" in state_dict,
+        qk_norm=qk_norm,
+    )
+    return load_released(var, state_dict)
+
+

@@ -1,0 +1,47 @@
+"""Arithmetic of the token pyramid: how many tokens a scale has, where it starts, which scale a token belongs to.
+
+`patch_nums` is the list of side lengths of the token maps, coarse to fine (VAR, section 3). An entry is an int for a
+square map or a pair (h, w).
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+PatchNums = Sequence[int | Sequence[int]]
+
+
+def sides(patch_nums: PatchNums) -> list[tuple[int, int]]:
+    """(h, w) of each scale, coarse to fine. Raises ValueError for an empty, non-positive or shrinking pyramid."""
+    pairs = [(pn, pn) if isinstance(pn, int) else (int(pn[0]), int(pn[1])) for pn in patch_nums]
+    if not pairs:
+        raise ValueError("patch_nums is empty: give at least one side, for example [1, 2, 3, 4]")
+    for (h, w), (next_h, next_w) in zip([(1, 1), *pairs], pairs, strict=False):
+        if next_h < h or next_w < w:
+            raise ValueError(f"patch_nums {list(patch_nums)}: sides must be positive and must not shrink from coarse to fine")
+    return pairs
+
+
+def lengths(patch_nums: PatchNums) -> list[int]:
+    """Tokens of each scale, l_k = h_k * w_k."""
+    return [h * w for h, w in sides(patch_nums)]
+
+
+def num_tokens(patch_nums: PatchNums) -> int:
+    """Tokens of all scales, L."""
+    return sum(lengths(patch_nums))
+
+
+def spans(patch_nums: PatchNums) -> list[tuple[int, int]]:
+    """(first, one past the last) position of each scale in the flattened sequence."""
+    ends = list(accumulate(lengths(patch_nums)))
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def scale_of_token(patch_nums: PatchNums) -> list[int]:
+    """Index of the scale that each of the L tokens belongs to."""
+    return [k for k, length in enumerate(lengths(patch_nums)) for _ in range(length)]
+
+
+def progress(k: int, num_scales: int) -> float:
+    """t = k / (K - 1), the place of scale k between 0 (coarsest) and 1 (finest); 0 if there is one scale only."""
+    return k / (num_scales - 1) if num_scales > 1 else 0.0
