@@ -61,3 +61,26 @@ def training_flops(sizes: Sizes) -> int:
 def six_nd(sizes: Sizes) -> int:
     """The common estimate 6 * params_main * tokens for one image."""
     return 6 * parameter_counts(sizes)["params_main"] * scales.num_tokens(sizes["patch_nums"])
+
+
+def tokenizer_flops(sizes: Sizes) -> dict[str, int]:
+    """FLOPs of one image through the convolutional parts of a tokenizer, forward only: `encode` and `decode`.
+
+    Counted by torch on the meta device; the quantizer's share is below a thousandth and left out.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from varlab.models.msvqvae import MSVQVAE
+
+    with torch.device("meta"), torch.no_grad():
+        tokenizer = MSVQVAE(**sizes)
+        flops = {}
+        for name, network, shape in [
+            ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),
+            ("decode", tokenizer.decode_features, (1, sizes["codebook_dim"], *tokenizer.quantizer.sides[-1])),
+        ]:
+            with FlopCounterMode(display=False) as counter:
+                network(torch.empty(shape))
+            flops[name] = counter.get_total_flops()
+    return flops

@@ -1,0 +1,113 @@
+"""Networks on disk: training checkpoints and the released files -> tokenizer, VAR.
+
+A training checkpoint holds, under `varlab`, the kind and sizes of its networks as plain values, so it loads anywhere
+with weights_only=True, without Lightning or Hydra.
+"""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlab import scales
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+from varlab.published import tokenizer_from_released
+
+FORMAT = 1
+
+
+def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
+    """Identity of what a tokenizer computes: its sizes and weights; usage counts do not matter. 16 hex digits."""
+    digest = hashlib.sha256(repr(sorted((key, value) for key, value in tokenizer.sizes.items() if key not in ("beta", "dropout"))).encode())
+    for name, value in sorted(tokenizer.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
+    """What a training checkpoint says about its networks."""
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.sizes,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "var": None if var is None else var.sizes,
+        "class_names": class_names,
+    }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A file of tensors and plain values, never unpickling anything else. Raises ValueError naming file and reason."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}") from None
+
+
+def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The `varlab` entry of a checkpoint."""
+    entry = checkpoint.get("varlab")
+    if entry is None or entry.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a varlab checkpoint of format {FORMAT}")
+    return entry
+
+
+def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str, Tensor]:
+    """Weights of one network; the averaged ones where the run kept them and they are wanted."""
+    state = dict(checkpoint["state_dict"])
+    if use_ema and "ema" in checkpoint:
+        state.update(checkpoint["ema"])
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None, use_ema: bool = True) -> MSVQVAE:
+    """The tokenizer of a training checkpoint (of either module) or of the released `vae_ch160v4096z32.pth`.
+
+    `patch_nums` is for the released file, which does not hold them (default: 256 px).
+    """
+    checkpoint = read(path)
+    if "quantize.embedding.weight" in checkpoint:
+        return tokenizer_from_released(checkpoint, patch_nums or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).eval()
+    entry = entry_of(checkpoint, path)
+    tokenizer = MSVQVAE(**entry["tokenizer"])
+    tokenizer.load_state_dict(weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema))
+    return tokenizer.eval()
+
+
+def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
+    """Tokenizer, transformer and class names of a VAR training checkpoint."""
+    checkpoint = read(path)
+    entry = entry_of(checkpoint, path)
+    if entry["var"] is None:
+        raise ValueError(f"{path} holds a tokenizer only; give the checkpoint of a VAR")
+    var = VAR(**entry["var"])
+    var.load_state_dict(weights(checkpoint, "net.", use_ema))
+    return load_tokenizer(path), var.eval(), entry["class_names"]
+
+
+def check_sizes(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path = "the checkpoint") -> None:
+    """Raises ValueError naming the first size in which two networks differ; rates and loss weights may differ."""
+    changeable = {"drop_path", "label_dropout", "dropout", "beta"}
+    for key in expected:
+        if key not in changeable and found.get(key) != expected[key]:
+            raise ValueError(f"{path} holds a {what} with {key}={found.get(key)}, this run has {key}={expected[key]}")
+
+
+def check_same_networks(checkpoint: dict[str, Any], tokenizer: MSVQVAE, var: VAR | None) -> None:
+    """Raises ValueError when a checkpoint to be resumed holds other networks than the run."""
+    entry = entry_of(checkpoint, "the checkpoint")
+    if (entry["var"] is None) != (var is None):
+        raise ValueError(f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, this run trains a {'VAR' if var else 'tokenizer'}")
+    check_sizes("tokenizer", entry["tokenizer"], tokenizer.sizes)
+    if var is not None:
+        check_sizes("VAR", entry["var"], var.sizes)
+        if entry["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
+            raise ValueError("the checkpoint was trained on another tokenizer than this run's")

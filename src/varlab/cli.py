@@ -1,0 +1,31 @@
+"""`varlab VERB [overrides]`: finds the verb, nothing else."""
+
+import importlib
+import sys
+
+VERBS = {
+    "pack": "images -> webdataset shards with a manifest",
+    "train": "fit a tokenizer or a VAR: experiment=tokenizer_16px, experiment=var_d16, ...",
+    "tokenize": "shards -> token cache, encoded once for all transformers",
+    "sample": "checkpoint -> class grid, filmstrip of scales, PNG images",
+    "scaling": "runs -> table, power laws with intervals, figure",
+}
+MODULES = {"scaling": "scaling_law"}
+
+
+def main() -> None:
+    """Runs `varlab.VERB` with the rest of the command line."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb not in VERBS:
+        lines = [f"  {name:10} {what}" for name, what in VERBS.items()]
+        usage = "\n".join(["varlab VERB [hydra overrides]", "", *lines, "", "`varlab VERB --help` shows the settings of a verb."])
+        if verb in ("", "-h", "--help"):
+            print(usage)
+            return
+        sys.exit(f"varlab: {verb!r} is no verb\n\n{usage}")
+    sys.argv = [f"varlab {verb}", *sys.argv[2:]]
+    importlib.import_module(f"varlab.{MODULES.get(verb, verb)}").main()
+
+
+if __name__ == "__main__":
+    main()

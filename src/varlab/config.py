@@ -1,0 +1,99 @@
+"""From yaml to objects: where the configs lie, types checked against constructors, errors in one sentence."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
+
+
+def conf_dir() -> str:
+    """`conf/` inside the installed package, or at the root of the checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if folder.is_dir():
+            return str(folder)
+    raise FileNotFoundError(f"no conf folder in {package} or {package.parents[1]}: the installation is incomplete")
+
+
+def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Turns a function of the composed config into a Hydra app on `conf/<name>.yaml`.
+
+    What a user can mend (ValueError, OSError) is one line and exit code 1; HYDRA_FULL_ERROR=1 shows where it came from.
+    """
+
+    def decorate(run: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @wraps(run)
+        def job(cfg: DictConfig) -> Any:
+            try:
+                return run(cfg)
+            except (ValueError, OSError, OmegaConfBaseException, hydra.errors.InstantiationException) as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                cause = error
+                while isinstance(cause, hydra.errors.InstantiationException) and cause.__cause__ is not None:
+                    cause = cause.__cause__
+                is_sweep = hydra.core.hydra_config.HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+                log.error("varlab %s: %s", name, cause)
+                if is_sweep:  # the sweep runs its other jobs and fails at the end
+                    raise RuntimeError(str(cause)) from None
+                raise SystemExit(1) from None
+
+        return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
+
+    return decorate
+
+
+def check_types(cfg: Any, place: str = "") -> None:
+    """Raises ValueError for a value of another type than its constructor wants: Hydra itself passes `lr=1e-3x` on as text.
+
+    Also for a key that the constructor does not know. Checks every node with a `_target_`.
+    """
+    from beartype.door import is_bearable
+
+    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    if isinstance(plain, list):
+        for i, value in enumerate(plain):
+            check_types(value, f"{place}[{i}]")
+    if not isinstance(plain, dict):
+        return
+    for key, value in plain.items():
+        check_types(value, f"{place}.{key}".lstrip("."))
+    if "_target_" not in plain or not place:
+        return
+    target = hydra.utils.get_object(plain["_target_"])
+    constructor = target.__init__ if inspect.isclass(target) else target
+    parameters = inspect.signature(constructor).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    try:
+        hints = get_type_hints(constructor)
+    except (NameError, TypeError):  # annotations of foreign code that only exist for its type checker
+        hints = {}
+    for key, value in plain.items():
+        if key.startswith("_") and key.endswith("_"):
+            continue
+        if key not in parameters and not takes_any:
+            raise ValueError(f"{place}.{key}: {plain['_target_']} knows no such setting, only {', '.join(list(parameters)[1:])}")
+        is_built = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
+        if key in hints and not is_built and not fits(value, hints[key], is_bearable):
+            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
+            raise ValueError(f"{place}.{key}={value!r} has type {type(value).__name__}, {plain['_target_']} wants {wanted}")
+
+
+def fits(value: Any, hint: Any, is_bearable: Callable[[Any, Any], bool]) -> bool:
+    """Whether a yaml value serves for a type: an int for a float, a list for a tuple."""
+    candidates = [value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        candidates.append(float(value))  # pyright: ignore[reportArgumentType]
+    if isinstance(value, list):
+        candidates.append(tuple(value))  # pyright: ignore[reportArgumentType]
+        candidates.append(tuple(float(v) if isinstance(v, int) else v for v in value))  # pyright: ignore[reportArgumentType]
+    return any(is_bearable(candidate, hint) for candidate in candidates)

@@ -1,0 +1,135 @@
+"""Images from shards: decoding, the preprocessing of the VAR recipe, the data module."""
+
+import io
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from varlab.data.module import OrderedDataModule
+from varlab.data.order import Draw
+from varlab.data.shards import ShardReader, fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class ImageBatch(NamedTuple):
+    """Images in [-1, 1] with their labels. `weight` is 0 for padding; `skipped` is 1 for a replaced sample."""
+
+    images: Float[Tensor, "B 3 H W"]
+    labels: Int[Tensor, "B"]
+    weight: Float[Tensor, "B"]
+    skipped: Int[Tensor, "B"]
+
+
+class Crop(NamedTuple):
+    """Place of the crop, as shares of the room there is in each direction, and whether to mirror the image first."""
+
+    top: float = 0.5
+    left: float = 0.5
+    is_flipped: bool = False
+
+
+def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: Crop) -> np.ndarray:
+    """Flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W, 3)."""
+    image = image.convert("RGB")
+    if crop.is_flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    shorter = round(resize_ratio * resolution)
+    scale = shorter / min(image.size)
+    width, height = (max(shorter, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = round(crop.top * (height - resolution)), round(crop.left * (width - resolution))
+    return np.asarray(image)[top : top + resolution, left : left + resolution]
+
+
+def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:
+    """uint8 images as fp32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+class ImageDataset(Dataset):
+    """Decoded, preprocessed images of a split. Random crops and flips are a function of (seed, epoch, sample).
+
+    An image that cannot be decoded is replaced by its neighbor, logged and counted, never silently dropped.
+    """
+
+    def __init__(
+        self, reader: ShardReader, resolution: int, resize_ratio: float, random_crop: bool, random_flip: bool, seed: int = 0
+    ) -> None:
+        if resize_ratio < 1:
+            raise ValueError(f"resize_ratio={resize_ratio}: the shorter side must not get smaller than the crop, so at least 1")
+        self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
+        self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def crop_of(self, draw: Draw) -> Crop:
+        """Where this sample is cut in this epoch."""
+        top, left, flip = np.random.default_rng([self.seed, draw.epoch, draw.sample]).random(3)
+        return Crop(*((top, left) if self.random_crop else (0.5, 0.5)), is_flipped=bool(self.random_flip and flip < 0.5))
+
+    def image(self, i: int, crop: Crop) -> np.ndarray:
+        """Sample i as uint8 (H, W, 3). Raises ValueError naming it when it cannot be decoded."""
+        encoded = self.reader.read(i)
+        try:
+            return preprocess(Image.open(io.BytesIO(encoded)), self.resolution, self.resize_ratio, crop)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            row = self.reader.index[i]
+            shard = self.reader.shards[int(row["shard"])]
+            raise ValueError(f"{shard}: the image at byte {row['offset']} cannot be decoded ({error})") from None
+
+    def readable(self, draw: Draw) -> tuple[np.ndarray, int, bool]:
+        """(image, label, whether it stands in for another one)."""
+        for attempt in range(min(10, len(self))):
+            i = (draw.sample + attempt) % len(self)
+            try:
+                return self.image(i, self.crop_of(draw)), int(self.reader.labels[i]), attempt > 0
+            except ValueError as error:
+                log.warning("%s; its neighbor takes its place", error)
+        raise ValueError(f"ten images in a row from number {draw.sample} cannot be read: the shards are damaged, see the log")
+
+    def __getitems__(self, draws: list[Draw]) -> ImageBatch:
+        images, labels, replaced = zip(*(self.readable(draw) for draw in draws), strict=True)
+        weight = torch.tensor([float(draw.is_real) for draw in draws])
+        return ImageBatch(to_tensor(list(images)), torch.tensor(labels), weight, torch.tensor(replaced).long())
+
+
+class ImageNetDataModule(OrderedDataModule):
+    """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
+
+    `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop over the resolution
+    (1.125 in the recipe). Validation uses the center crop.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        resolution: int,
+        global_batch_size: int,
+        num_workers: int = 4,
+        resize_ratio: float = 1.125,
+        random_crop: bool = True,
+        random_flip: bool = False,
+        seed: int = 0,
+        lanes: int = 64,
+        window: int | None = 4096,
+        max_skipped_share: float = 0.001,
+    ) -> None:
+        super().__init__(global_batch_size, num_workers, seed, lanes, window, max_skipped_share)
+        self.path, self.resolution, self.resize_ratio = path, resolution, resize_ratio
+        self.random_crop, self.random_flip = random_crop, random_flip
+
+    def setup(self, stage: str | None = None) -> None:
+        train, val = ShardReader(self.path, "train"), ShardReader(self.path, "val")
+        self.shard_counts, self.num_val = train.shard_counts, len(val)
+        self.class_names, self.data_fingerprint = train.manifest["class_names"], fingerprint(train.manifest)
+        self.train_set = ImageDataset(train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed)
+        self.val_set = ImageDataset(val, self.resolution, self.resize_ratio, random_crop=False, random_flip=False)

@@ -1,0 +1,110 @@
+"""What both data modules share: batch sizes, order, resume, validation, the count of replaced samples."""
+
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from varlab.data.order import Order, TrainBatches, ValidationBatches
+
+
+class OrderedDataModule(LightningDataModule):
+    """Training and validation batches of two map-style data sets, in an order that survives a kill.
+
+    `global_batch_size`: images per optimizer step over all devices and accumulated batches. Subclasses set `train_set`,
+    `val_set` and `shard_counts` in `setup`, and give `class_names` and `data_fingerprint`.
+    """
+
+    train_set: Dataset
+    val_set: Dataset
+    shard_counts: list[int]
+    num_val: int
+    class_names: list[str]
+    data_fingerprint: str
+
+    def __init__(
+        self, global_batch_size: int, num_workers: int, seed: int, lanes: int, window: int | None, max_skipped_share: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.global_batch_size, self.num_workers, self.seed, self.lanes, self.window = global_batch_size, num_workers, seed, lanes, window
+        self.max_skipped_share = max_skipped_share
+        self.consumed = 0
+        self.skipped = 0
+        self.resumed_fingerprint: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes named in the manifest."""
+        return len(self.class_names)
+
+    def ranks(self) -> tuple[int, int]:
+        """(rank, number of ranks) of the running trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def batch_size(self) -> int:
+        """Images of one batch on one device. Raises ValueError when the global batch does not divide."""
+        _, num_ranks = self.ranks()
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        share, rest = divmod(self.global_batch_size, num_ranks * accumulated)
+        if rest or not share:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} does not divide into {num_ranks} devices x {accumulated} accumulated batches"
+            )
+        return share
+
+    def order(self) -> Order:
+        """The order of the training samples."""
+        return Order(self.shard_counts, self.seed, self.lanes, self.window)
+
+    def loader(self, dataset: Dataset, batches: TrainBatches | ValidationBatches) -> DataLoader:
+        """Workers only fetch what they are told to: nothing about the order lives in them."""
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+            collate_fn=_first,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        batches = TrainBatches(self.order(), self.batch_size(), *self.ranks())
+        if self.resumed_fingerprint not in (None, self.run_fingerprint()):
+            raise ValueError(
+                "the checkpoint was made with other data, seed, lanes, window or global batch size, so its place in the epoch means"
+                " nothing here: set them back, or start a new run from its weights"
+            )
+        batches.start(self.consumed)
+        return self.loader(self.train_set, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader(self.val_set, ValidationBatches(self.num_val, self.batch_size(), *self.ranks()))
+
+    def run_fingerprint(self) -> str:
+        """What must not change for a position in the run to mean the same samples."""
+        return f"{self.order().fingerprint}-{self.global_batch_size}-{self.data_fingerprint}"
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        consumed = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return {"consumed": consumed, "fingerprint": self.run_fingerprint(), "skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed, self.resumed_fingerprint, self.skipped = (state_dict[key] for key in ("consumed", "fingerprint", "skipped"))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Counts samples that had to be replaced; raises ValueError when they are more than `max_skipped_share`."""
+        if hasattr(batch, "skipped") and self.trainer and self.trainer.training:
+            self.skipped += int(batch.skipped.sum())
+            allowed = int(self.max_skipped_share * sum(self.shard_counts))
+            if self.skipped > allowed:
+                raise ValueError(
+                    f"{self.skipped} images could not be read, max_skipped_share={self.max_skipped_share} allows {allowed} of"
+                    f" {sum(self.shard_counts)}: the log names them; repair or repack the data"
+                )
+        return batch
+
+
+def _first(batch: Any) -> Any:
+    return batch  # the data sets collate themselves, in __getitems__

@@ -1,0 +1,113 @@
+"""The order of training samples: a pure function of (seed, epoch, position).
+
+Shards are shuffled and laid end to end; the row is cut into `lanes` equal stretches; each stretch is shuffled within
+windows; position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with
+p % W == r, so a rank stays within its own lanes (and shards) when W divides `lanes`, and the global batches are the same
+for any number of ranks and workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from varlab.files import json_hash
+
+
+class Draw(NamedTuple):
+    """What a worker is asked for: sample number, the epoch (for augmentation), whether it counts."""
+
+    sample: int
+    epoch: int
+    is_real: bool  # False for padding of the last validation batch
+
+
+@dataclass(frozen=True)
+class Order:
+    """Settings of the order. `window`: samples of a lane that are shuffled together; None shuffles everything fully."""
+
+    shard_counts: Sequence[int]
+    seed: int = 0
+    lanes: int = 64
+    window: int | None = 4096
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or (self.window is not None and self.window < 1):
+            raise ValueError(f"lanes={self.lanes} and window={self.window} must be positive")
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return sum(self.shard_counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Two runs with the same fingerprint see the same samples at the same positions."""
+        return json_hash([list(self.shard_counts), self.seed, self.lanes, self.window])
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Sample numbers of an epoch, each exactly once, by position."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.window is None:
+            return rng.permutation(self.num_samples)
+        starts = np.concatenate([[0], np.cumsum(self.shard_counts)])
+        row = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in rng.permutation(len(self.shard_counts))])
+        order = np.empty_like(row)
+        for lane, stretch in enumerate(np.array_split(row, self.lanes)):  # the first ones are longer by one where it does not divide
+            for first in range(0, len(stretch), self.window):
+                stretch[first : first + self.window] = rng.permutation(stretch[first : first + self.window])
+            order[lane :: self.lanes] = stretch
+        return order
+
+
+class TrainBatches:
+    """Batches of one rank, without end of its own state: `start` sets where the next epoch begins.
+
+    Every rank gets the same number of full batches; what does not fill a global batch is left out, other samples in
+    each epoch.
+    """
+
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+        self.order, self.batch_size, self.rank, self.num_ranks = order, batch_size, rank, num_ranks
+        self.num_batches = order.num_samples // (batch_size * num_ranks)
+        if self.num_batches == 0:
+            raise ValueError(
+                f"the training set has {order.num_samples} images, fewer than one batch of {batch_size} on each of {num_ranks} ranks"
+            )
+        self.next_epoch, self.next_batch = 0, 0
+
+    def start(self, consumed: int) -> None:
+        """Continues after `consumed` batches counted from the beginning of the run."""
+        self.next_epoch, self.next_batch = divmod(consumed, self.num_batches)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, first = self.next_epoch, self.next_batch
+        self.next_epoch, self.next_batch = epoch + 1, 0
+        order = self.order.epoch(epoch)
+        stride = self.batch_size * self.num_ranks
+        for batch in range(first, self.num_batches):
+            samples = order[batch * stride + self.rank : (batch + 1) * stride : self.num_ranks]
+            yield [Draw(int(sample), epoch, True) for sample in samples]
+
+
+class ValidationBatches:
+    """Every sample exactly once over all ranks, in order; ranks are filled up with draws that do not count."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+        if num_samples == 0:
+            raise ValueError("the validation set is empty: pack one, or pack with val_share > 0")
+        self.num_samples, self.batch_size, self.rank, self.num_ranks = num_samples, batch_size, rank, num_ranks
+        self.num_batches = -(-num_samples // (batch_size * num_ranks))
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        stride = self.batch_size * self.num_ranks
+        for batch in range(self.num_batches):
+            positions = range(batch * stride + self.rank, (batch + 1) * stride, self.num_ranks)
+            yield [Draw(p, 0, True) if p < self.num_samples else Draw(0, 0, False) for p in positions]

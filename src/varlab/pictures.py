@@ -1,0 +1,41 @@
+"""Pictures for people: grids of images and strips of scales."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from varlab.files import whole_file
+
+
+def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap: int = 2) -> Image.Image:
+    """Images in [0, 1] row by row on white; small ones enlarged by whole factors to at least `min_side` pixels."""
+    factor = max(1, -(-min_side // images.shape[-1]))
+    images = F.interpolate(images.float().cpu().clamp(0, 1), scale_factor=factor, mode="nearest")
+    num_rows = -(-len(images) // columns)
+    _, _, height, width = images.shape
+    sheet = torch.ones(3, num_rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def columns_of(*columns: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "N 3 H W"]:
+    """Batches of the same size side by side: row i of the grid shows image i of each. Use with `columns=len(columns)`."""
+    return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    with whole_file(path) as partial:
+        image.save(partial, "png")
+
+
+def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
+    """Images in [0, 1] as uint8 (B, H, W, 3), rounded to the nearest level (the released demo rounds down)."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,28 @@
+"""`varlab tokenize`: shards -> token cache."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from varlab.config import verb
+
+
+@verb("tokenize")
+def main(cfg: DictConfig) -> None:
+    """Encodes every image of a packed set once, in each view."""
+    import torch
+
+    from varlab.checkpoints import load_tokenizer
+    from varlab.data.tokens import write_cache
+
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
+    manifest = write_cache(
+        Path(cfg.out), cfg.shards, tokenizer, cfg.resize_ratio, cfg.crops, cfg.flips, cfg.seed, cfg.batch_size, device
+    )
+    counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
+    print(f"{cfg.out}: {counts} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`varlab train`: fits a tokenizer or a VAR."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from varlab.config import check_types, verb
+
+
+@verb("train")
+def main(cfg: DictConfig) -> float | None:
+    """Seed, build, fit; returns the last validation loss, so that a sweeper can minimize it."""
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    check_types(cfg)
+    check_fresh(Path(cfg.run_dir) / "checkpoints", cfg.ckpt_path)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data, module = instantiate(cfg.data), instantiate(cfg.module)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks):
+        trainer.validate(module, data, verbose=False)
+    if trainer.global_step % cfg.save_every:
+        trainer.save_checkpoint(Path(cfg.run_dir) / "checkpoints" / "last.ckpt")
+    if trainer.is_global_zero:
+        print(f"run: {cfg.run_dir}  (metrics.csv, run.json, pictures/, checkpoints/)")
+    loss = trainer.callback_metrics.get("val/loss")
+    return None if loss is None else float(loss)
+
+
+def check_fresh(folder: Path, ckpt_path: str | None) -> None:
+    """Raises ValueError before a new run would write among the checkpoints of an old one."""
+    if ckpt_path is None and any(folder.glob("*.ckpt")):
+        raise ValueError(f"{folder} already holds checkpoints: continue that run with ckpt_path=last, or choose another name=...")
+    if ckpt_path not in (None, "last") and not Path(ckpt_path).exists():
+        raise ValueError(f"ckpt_path={ckpt_path} does not exist; `last` takes the newest checkpoint of this run")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Logs: CSV in the run's folder is the truth, W&B its mirror."""
+
+import csv
+import os
+import secrets
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from varlab.files import whole_file
+
+
+def run_id(folder: str | Path) -> str:
+    """The identity of a run, kept in its folder so that a resumed run stays one run."""
+    file = Path(folder) / "run_id"
+    if not file.is_file():
+        with whole_file(file) as partial:
+            partial.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+def has_wandb_login() -> bool:
+    """Whether W&B would find credentials without asking."""
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+
+
+def wandb_logger(folder: str, project: str, name: str, group: str | None = None, mode: str = "auto") -> WandbLogger:
+    """A W&B logger under the run's own id. `mode`: online, offline, or auto (offline without a login)."""
+    if mode not in ("auto", "online", "offline"):
+        raise ValueError(f"logger.wandb.mode={mode!r}: choose auto, online or offline")
+    is_offline = mode == "offline" or (mode == "auto" and (not has_wandb_login() or os.environ.get("WANDB_MODE") == "offline"))
+    if is_offline:
+        os.environ.setdefault("WANDB_SILENT", "true")  # nobody to greet
+    return WandbLogger(project=project, name=name, group=group, id=run_id(folder), save_dir=folder, offline=is_offline, resume="allow")
+
+
+class CSVLog(Logger):
+    """`metrics.csv`, one row a logged step, appended to across restarts.
+
+    A step that a resumed run repeats appears twice; readers take the later row. When a new metric appears, the file is
+    written anew with the wider header.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.file = Path(folder) / "metrics.csv"
+        self.columns: list[str] = []
+        self.pending: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run's configuration lies beside the log, in `.hydra/config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.pending and self.pending["step"] != step:
+            self.save()
+        self.pending = {**self.pending, "step": step, "time": round(time.time(), 3), **metrics}
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self.pending:
+            return
+        row, self.pending = self.pending, {}
+        if not self.columns and self.file.is_file():
+            with open(self.file, newline="") as file:
+                self.columns = next(csv.reader(file), [])
+        if new := [key for key in row if key not in self.columns]:
+            rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
+            self.columns += new
+            with whole_file(self.file) as partial, open(partial, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows([*rows, row])
+        else:
+            with open(self.file, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()

@@ -1,0 +1,172 @@
+"""Training of a VAR, from images (tokenized on the fly) or from a token cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torchmetrics import MeanMetric
+
+from varlab import checkpoints, compute, losses, scales
+from varlab.data.imagenet import ImageBatch
+from varlab.data.tokens import TokenBatch, TokenDataModule
+from varlab.models.var import VAR
+from varlab.training.optim import Schedule, parameter_groups
+
+
+class VARModule(LightningModule):
+    """Next-scale cross entropy over all L tokens, each token weight 1/L (VAR, section 3; recipe of the released code).
+
+    `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
+    in fp32. The peak learning rate is base_lr * global batch / 256. Weight decay moves to `weight_decay_end` if given.
+    """
+
+    net: VAR
+
+    def __init__(
+        self,
+        net: Callable[..., VAR],
+        tokenizer: str,
+        schedule: Schedule,
+        base_lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+        weight_decay_end: float | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.make_net = net
+        self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
+        self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
+        self.schedule, self.base_lr, self.betas = schedule, base_lr, betas
+        self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
+        self.label_smoothing = label_smoothing
+        num_scales = len(self.tokenizer.patch_nums)
+        self.val_loss = torch.nn.ModuleList(MeanMetric() for _ in range(num_scales))
+        self.val_error = torch.nn.ModuleList(MeanMetric() for _ in range(num_scales))
+        self.val_square = MeanMetric()
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        sizes = self.tokenizer.sizes
+        self.class_names = data.class_names
+        self.net = self.make_net(
+            patch_nums=self.tokenizer.patch_nums,
+            codebook_size=sizes["codebook_size"],
+            codebook_dim=sizes["codebook_dim"],
+            num_classes=data.num_classes,
+        )
+        if self.device_mesh is not None:
+            for block in self.net.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, TokenDataModule):
+            if data.manifest["patch_nums"] != self.tokenizer.patch_nums:
+                raise ValueError(
+                    f"{data.path} holds tokens of patch_nums {data.manifest['patch_nums']}, the tokenizer has {self.tokenizer.patch_nums}"
+                )
+            if data.manifest["tokenizer"] != self.tokenizer_fingerprint:
+                raise ValueError(
+                    f"{data.path} was made by tokenizer {data.manifest['tokenizer']}, this one is {self.tokenizer_fingerprint}:"
+                    " run `varlab tokenize` with it into another folder"
+                )
+        elif (data.resolution, data.resolution) != self.tokenizer.image_size:
+            raise ValueError(f"data.resolution={data.resolution}, but the tokenizer codes images of {self.tokenizer.image_size} pixels")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up."""
+        return self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        is_fused = self.device.type == "cuda"
+        return torch.optim.AdamW(parameter_groups(self.net), lr=self.peak_lr, betas=self.betas, eps=1e-8, fused=is_fused)
+
+    @torch.no_grad()
+    def tokens(self, batch: ImageBatch | TokenBatch) -> tuple[Tensor, list[Tensor]]:
+        """The batch's sequence (B L) and token maps."""
+        if isinstance(batch, ImageBatch):
+            with torch.autocast(self.device.type, enabled=False):
+                token_maps = self.tokenizer.encode(batch.images.float())
+            return torch.cat(token_maps, dim=1), token_maps
+        return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
+
+    def logits(self, token_maps: list[Tensor], labels: Tensor) -> Tensor:
+        """Logits of all tokens from the true coarser ones."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            inputs = self.tokenizer.quantizer.teacher_forcing_inputs(token_maps)
+        return self.net(inputs, labels)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        total = int(self.trainer.estimated_stepping_batches)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.lr = self.schedule.apply(optimizer, self.global_step, total, self.peak_lr, self.weight_decay)
+
+    def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
+        sequence, token_maps = self.tokens(batch)
+        logits = self.logits(token_maps, batch.labels)
+        loss = losses.cross_entropy(logits, sequence, self.label_smoothing).mean()
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            scores = losses.token_scores(logits, sequence, self.net.patch_nums)
+            self.log_scores("train", scores.loss.mean(dim=0), scores.error.mean(dim=0))
+            self.log("lr", self.lr)
+        return loss
+
+    def log_scores(self, split: str, loss: Tensor, error: Tensor) -> None:
+        """Loss (nats a token) and error (percent): over all tokens, of the last scale, of each scale."""
+        for name, by_scale in [("loss", loss), ("err", error)]:
+            self.log(f"{split}/{name}", losses.over_tokens(by_scale, self.net.patch_nums), prog_bar=True)
+            self.log(f"{split}/{name}_last", by_scale[-1])
+            self.log_dict({f"{split}/{name}_scale_{k:02d}": value for k, value in enumerate(by_scale)})
+
+    def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
+        sequence, token_maps = self.tokens(batch)
+        scores = losses.token_scores(self.logits(token_maps, batch.labels), sequence, self.net.patch_nums)
+        for k, (loss, error) in enumerate(zip(self.val_loss, self.val_error, strict=True)):
+            loss.update(scores.loss[:, k], batch.weight)
+            error.update(scores.error[:, k], batch.weight)
+        self.val_square.update(losses.over_tokens(scores.loss, self.net.patch_nums).square(), batch.weight)
+
+    def on_validation_epoch_end(self) -> None:
+        loss, error = (torch.stack([metric.compute() for metric in metrics]) for metrics in (self.val_loss, self.val_error))
+        self.log_scores("val", loss, error)
+        num_images = self.trainer.datamodule.num_val  # pyright: ignore[reportAttributeAccessIssue]
+        variance = self.val_square.compute() - losses.over_tokens(loss, self.net.patch_nums).square()
+        self.log("val/loss_se", (variance.clamp(min=0) / num_images).sqrt())
+        for metric in (*self.val_loss, *self.val_error, self.val_square):
+            metric.reset()
+
+    def run_facts(self) -> dict[str, Any]:
+        """What a row of the table of runs says about the network and its cost for one image."""
+        from_images = not isinstance(self.trainer.datamodule, TokenDataModule)  # pyright: ignore[reportAttributeAccessIssue]
+        return {
+            "kind": "var",
+            "depth": self.net.depth,
+            "width": self.net.width,
+            **compute.parameter_counts(self.net.sizes),
+            "tokens_per_image": scales.num_tokens(self.net.patch_nums),
+            "flops_exact_per_image": compute.training_flops(self.net.sizes),
+            "flops_6nd_per_image": compute.six_nd(self.net.sizes),
+            "flops_tokenizer_per_image": compute.tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
+            "tokenizer_id": self.tokenizer_fingerprint,
+            "patch_nums": self.net.patch_nums,
+            "codes": self.tokenizer.sizes["codebook_size"],
+            "lr_peak": self.peak_lr,
+            "schedule": self.schedule.shape,
+            "warmup": self.schedule.warmup,
+            "weight_decay": self.weight_decay[0],
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["varlab"] = checkpoints.networks_entry(self.tokenizer, self.net, self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoints.check_same_networks(checkpoint, self.tokenizer, self.net)
