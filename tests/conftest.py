@@ -46,3 +46,43 @@ def token_maps() -> list[torch.Tensor]:
 @pytest.fixture
 def labels() -> torch.Tensor:
     return torch.tensor([0, 2])
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory):
+    """48 + 11 real digits as shards."""
+    from shards import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(tmp_path_factory, digits_folder):
+    """A tokenizer trained for nine steps."""
+    from runs import SHORT, TOKENIZER, fit
+
+    folder = tmp_path_factory.mktemp("tokenizer_run")
+    fit(folder, *TOKENIZER, *SHORT, f"data.path={digits_folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory, digits_folder, tokenizer_run):
+    """The digits encoded by it, in two views."""
+    from runs import config
+
+    from varlab import tokenize
+
+    folder = tmp_path_factory.mktemp("tokens")
+    checkpoint = tokenizer_run / "checkpoints/last.ckpt"
+    settings = [f"tokenizer={checkpoint}", f"shards={digits_folder}", f"out={folder}", "resize_ratio=1.0", "flips=true", "batch_size=7"]
+    tokenize.run(config(folder, *settings, verb="tokenize"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def var_overrides(tokenizer_run, token_cache):
+    """Settings of a tiny VAR on the token cache."""
+    from runs import SHORT, VAR
+
+    return [*VAR, *SHORT, f"data.path={token_cache}", f"tokenizer={tokenizer_run / 'checkpoints/last.ckpt'}"]

@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 from varlab.config import verb
 
 
-@verb("pack")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Packs a source into `out`, or checks packed shards (`verify=true`)."""
     from varlab.data.pack import folder_source, mnist5k_source, pack
     from varlab.data.shards import verify
@@ -30,6 +29,8 @@ def main(cfg: DictConfig) -> None:
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(f"{cfg.out}: {counts} images of {len(manifest['class_names'])} classes")
 
+
+main = verb("pack")(run)
 
 if __name__ == "__main__":
     main()

@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 from varlab.config import verb
 
 
-@verb("sample")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Draws `num` images, classes in turn; image i has seed `seed + i` and is the same whatever the batch size."""
     import torch
     from PIL import Image
@@ -45,6 +44,8 @@ def main(cfg: DictConfig) -> None:
     save_json(out / "samples.json", {**protocol, "rounding": "nearest", "labels": labels.tolist()})
     print(f"{out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json")
 
+
+main = verb("sample")(run)
 
 if __name__ == "__main__":
     main()

@@ -14,8 +14,7 @@ PUBLISHED = {
 }
 
 
-@verb("scaling")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Fits loss and error against parameters and compute; prints exponents beside the paper's."""
     from dataclasses import asdict
 
@@ -56,6 +55,8 @@ def floor_of(setting: str | float) -> float | None:
     except ValueError:
         raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats") from None
 
+
+main = verb("scaling")(run)
 
 if __name__ == "__main__":
     main()

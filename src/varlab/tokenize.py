@@ -7,8 +7,7 @@ from omegaconf import DictConfig
 from varlab.config import verb
 
 
-@verb("tokenize")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Encodes every image of a packed set once, in each view."""
     import torch
 
@@ -23,6 +22,8 @@ def main(cfg: DictConfig) -> None:
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(f"{cfg.out}: {counts} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}")
 
+
+main = verb("tokenize")(run)
 
 if __name__ == "__main__":
     main()

@@ -8,8 +8,7 @@ from omegaconf import DictConfig
 from varlab.config import check_types, verb
 
 
-@verb("train")
-def main(cfg: DictConfig) -> float | None:
+def run(cfg: DictConfig) -> float | None:
     """Seed, build, fit; returns the last validation loss, so that a sweeper can minimize it."""
     from hydra.utils import instantiate
     from lightning import seed_everything
@@ -18,10 +17,10 @@ def main(cfg: DictConfig) -> float | None:
     check_types(cfg)
     check_fresh(Path(cfg.run_dir) / "checkpoints", cfg.ckpt_path)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data, module = instantiate(cfg.data), instantiate(cfg.module)
+    data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(cfg.trainer, _convert_="all", callbacks=callbacks, logger=loggers)
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks):
         trainer.validate(module, data, verbose=False)
@@ -40,6 +39,8 @@ def check_fresh(folder: Path, ckpt_path: str | None) -> None:
     if ckpt_path not in (None, "last") and not Path(ckpt_path).exists():
         raise ValueError(f"ckpt_path={ckpt_path} does not exist; `last` takes the newest checkpoint of this run")
 
+
+main = verb("train")(run)
 
 if __name__ == "__main__":
     main()

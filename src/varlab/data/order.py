@@ -25,7 +25,8 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Settings of the order. `window`: samples of a lane that are shuffled together; None shuffles everything fully."""
+    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that the windows hold at once,
+    and any set with window None, is shuffled fully."""
 
     shard_counts: Sequence[int]
     seed: int = 0
@@ -49,7 +50,7 @@ class Order:
     def epoch(self, epoch: int) -> np.ndarray:
         """Sample numbers of an epoch, each exactly once, by position."""
         rng = np.random.default_rng([self.seed, epoch])
-        if self.window is None:
+        if self.window is None or self.num_samples <= self.lanes * self.window:
             return rng.permutation(self.num_samples)
         starts = np.concatenate([[0], np.cumsum(self.shard_counts)])
         row = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in rng.permutation(len(self.shard_counts))])

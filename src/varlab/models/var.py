@@ -169,11 +169,12 @@ class VAR(nn.Module):
         the logits of the scales it holds.
         """
         length = inputs.shape[1] + self.spans[0][1]
-        if length not in [end for _, end in self.spans]:
+        ends = [end for _, end in self.spans]
+        if length not in ends:
             raise ValueError(f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}")
         class_vector = self.class_embedding(self.drop_labels(labels))
         cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
-        x = self.embed(inputs, class_vector, 0, int(self.scale_of_token[length - 1]))
+        x = self.embed(inputs, class_vector, 0, ends.index(length))
         for block in self.blocks:
             x = block(x, cond, self.mask[:length, :length])
         return self.predict(x, class_vector)

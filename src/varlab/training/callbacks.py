@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from varlab import pictures
 from varlab.data.imagenet import ImageBatch
@@ -93,9 +94,9 @@ class RunRecord(Callback):
 
     COUNTERS = ("images_seen", "tokens_seen", "flops_exact", "flops_6nd", "flops_tokenizer", "device_seconds")
 
-    def __init__(self, folder: str, name: str, seed: int) -> None:
-        self.folder, self.name, self.seed = Path(folder), name, seed
-        self.counters: dict[str, float] = dict.fromkeys(self.COUNTERS, 0)
+    def __init__(self, folder: str, seed: int) -> None:
+        self.folder, self.seed = Path(folder), seed
+        self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
         self.facts: dict[str, Any] = {}
         self.validated_step = -1
         self.state = "running"
@@ -118,7 +119,7 @@ class RunRecord(Callback):
         self.batch_time = self.logged_time = time.perf_counter()
         self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
 
-    def total_flops(self) -> float:
+    def total_flops(self) -> int | float:
         """FLOPs so far, network and tokenizer."""
         return self.counters["flops_exact"] + self.counters["flops_tokenizer"]
 
@@ -145,7 +146,8 @@ class RunRecord(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation_start = time.perf_counter()
@@ -175,7 +177,7 @@ class RunRecord(Callback):
         unique = sum(data.shard_counts)
         row = {
             "run_id": run_id(self.folder),
-            "name": self.name,
+            "name": self.folder.name,
             "state": self.state,
             **{key: value for key, value in self.facts.items() if not key.endswith("_per_image")},
             **self.counters,

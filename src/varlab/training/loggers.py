@@ -29,14 +29,14 @@ def has_wandb_login() -> bool:
     return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
 
 
-def wandb_logger(folder: str, project: str, name: str, group: str | None = None, mode: str = "auto") -> WandbLogger:
+def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> WandbLogger:
     """A W&B logger under the run's own id. `mode`: online, offline, or auto (offline without a login)."""
     if mode not in ("auto", "online", "offline"):
         raise ValueError(f"logger.wandb.mode={mode!r}: choose auto, online or offline")
     is_offline = mode == "offline" or (mode == "auto" and (not has_wandb_login() or os.environ.get("WANDB_MODE") == "offline"))
     if is_offline:
         os.environ.setdefault("WANDB_SILENT", "true")  # nobody to greet
-    return WandbLogger(project=project, name=name, group=group, id=run_id(folder), save_dir=folder, offline=is_offline, resume="allow")
+    return WandbLogger(project=project, name=Path(folder).name, group=group, id=run_id(folder), save_dir=folder, offline=is_offline, resume="allow")
 
 
 class CSVLog(Logger):

@@ -1,5 +1,6 @@
 """Training of the tokenizer: reconstruction and VQ loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class MSVQVAEModule(LightningModule):
         l2_weight: float = 1.0,
         vq_weight: float = 1.0,
         base_lr: float = 1e-4,
-        betas: tuple[float, float] = (0.5, 0.9),
+        betas: Sequence[float] = (0.5, 0.9),
         weight_decay: float = 0.005,
         init_from: str | None = None,
     ) -> None:
@@ -40,7 +41,7 @@ class MSVQVAEModule(LightningModule):
             start = checkpoints.load_tokenizer(init_from, patch_nums=net.patch_nums)
             checkpoints.check_sizes("tokenizer", start.sizes, net.sizes, init_from)
             net.load_state_dict(start.state_dict())
-        self.schedule, self.base_lr, self.betas, self.weight_decay = schedule, base_lr, betas, weight_decay
+        self.schedule, self.base_lr, self.betas, self.weight_decay = schedule, base_lr, tuple(betas), weight_decay
         self.l1_weight, self.l2_weight, self.vq_weight = l1_weight, l2_weight, vq_weight
         self.val_loss, self.val_psnr = MeanMetric(), MeanMetric()
 

@@ -1,6 +1,6 @@
 """Training of a VAR, from images (tokenized on the fly) or from a token cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class VARModule(LightningModule):
         tokenizer: str,
         schedule: Schedule,
         base_lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
         label_smoothing: float = 0.0,
@@ -40,7 +40,7 @@ class VARModule(LightningModule):
         self.make_net = net
         self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
-        self.schedule, self.base_lr, self.betas = schedule, base_lr, betas
+        self.schedule, self.base_lr, self.betas = schedule, base_lr, tuple(betas)
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
         self.label_smoothing = label_smoothing
         num_scales = len(self.tokenizer.patch_nums)
@@ -54,6 +54,7 @@ class VARModule(LightningModule):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         sizes = self.tokenizer.sizes
         self.class_names = data.class_names
+        torch.manual_seed(torch.initial_seed())  # the same first weights whatever drew random numbers before
         self.net = self.make_net(
             patch_nums=self.tokenizer.patch_nums,
             codebook_size=sizes["codebook_size"],

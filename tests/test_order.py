@@ -1,0 +1,79 @@
+"""The order of samples: once each, the same for any number of ranks and workers, resumable at any batch."""
+
+import numpy as np
+import pytest
+
+from varlab.data.order import Order, TrainBatches, ValidationBatches
+
+COUNTS = [[40, 40, 40, 17], [5, 3], [137], [1] * 30]
+
+
+def samples(batches) -> list[list[int]]:
+    return [[draw.sample for draw in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("lanes", "window"), [(64, 4), (4, 7), (1, 3), (5, None)])
+def test_an_epoch_holds_every_sample_once_in_another_order_each_time(counts, lanes, window):
+    order = Order(counts, seed=3, lanes=lanes, window=window)
+    first, second = order.epoch(0), order.epoch(1)
+    assert sorted(first) == sorted(second) == list(range(sum(counts)))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == Order(counts, seed=3, lanes=lanes, window=window).epoch(0).tolist()
+    assert first.tolist() != Order(counts, seed=4, lanes=lanes, window=window).epoch(0).tolist()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(num_ranks):
+    order = Order([40, 40, 40, 17], seed=1, lanes=12, window=5)
+    whole = samples(TrainBatches(order, 12))
+    ranks = [samples(TrainBatches(order, 12 // num_ranks, rank, num_ranks)) for rank in range(num_ranks)]
+    assert len({len(batches) for batches in ranks}) == 1
+    for k, batch in enumerate(whole):
+        assert sorted(batch) == sorted(sum((batches[k] for batches in ranks), []))
+
+
+def test_a_rank_reads_its_own_lanes_only():
+    counts = [50] * 8
+    order = Order(counts, seed=0, lanes=8, window=10)
+    shards = np.repeat(np.arange(8), 50)
+    seen = [{int(shards[i]) for batch in samples(TrainBatches(order, 5, rank, 4)) for i in batch} for rank in range(4)]
+    assert all(len(own) == 2 for own in seen)
+    assert len(set().union(*seen)) == 8
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 10, 11, 12, 29])
+def test_starting_after_any_batch_continues_the_uninterrupted_run(consumed):
+    order = Order([60, 37], seed=2, lanes=4, window=9)
+
+    def run(batches: TrainBatches, epochs: int):
+        return [draw for _ in range(epochs) for draw in batches]
+
+    whole = run(TrainBatches(order, 8), 4)
+    resumed = TrainBatches(order, 8)
+    resumed.start(consumed)
+    assert run(resumed, 3)[: 48 - consumed - 12] == whole[consumed:][: 48 - consumed - 12]
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "num_ranks"), [(10, 4, 1), (10, 4, 2), (3, 4, 4), (1, 2, 3), (16, 4, 2)])
+def test_validation_counts_every_sample_once(num_samples, batch_size, num_ranks):
+    ranks = [list(ValidationBatches(num_samples, batch_size, rank, num_ranks)) for rank in range(num_ranks)]
+    assert len({len(batches) for batches in ranks}) == 1
+    counted = [draw.sample for batches in ranks for batch in batches for draw in batch if draw.is_real]
+    assert sorted(counted) == list(range(num_samples))
+    assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
+
+
+def test_neighbors_are_mixed_within_the_window():
+    order = Order([100] * 20, seed=0, lanes=16, window=None).epoch(0)
+    shard = order // 100
+    assert (shard[1:] == shard[:-1]).mean() < 0.09  # a full shuffle gives 0.05
+    windowed = Order([100] * 20, seed=0, lanes=16, window=64).epoch(0) // 100
+    assert (windowed[1:] == windowed[:-1]).mean() < 0.09
+
+
+def test_too_little_data_is_an_error_at_the_start():
+    with pytest.raises(ValueError, match="10 images, fewer than one batch of 8 on each of 2 ranks"):
+        TrainBatches(Order([10]), 8, 0, 2)
+    with pytest.raises(ValueError, match="validation set is empty"):
+        ValidationBatches(0, 4)

@@ -1,0 +1,195 @@
+"""Runs through the real entry point: they resume to the letter, share work between processes, and say what is wrong."""
+
+import csv
+import json
+
+import pytest
+import torch
+from kill import LossLog
+from runs import SHORT, TOKENIZER, command, fit, logged_losses, weights
+
+from varlab import checkpoints
+from varlab.sampling import generate
+
+
+def images_overrides(digits_folder):
+    return [*TOKENIZER, *SHORT, f"data.path={digits_folder}", "data.resize_ratio=1.25", "data.random_flip=true"]
+
+
+def log_to(file):
+    return [f"+callbacks.losses._target_={LossLog.__module__}.LossLog", f"+callbacks.losses.file={file}"]
+
+
+def kill_at(step):
+    return ["+callbacks.kill._target_=kill.Kill", f"+callbacks.kill.step={step}"]
+
+
+@pytest.mark.parametrize("kind", ["images", "tokens", "var_on_images"])
+def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(kind, tmp_path, digits_folder, tokenizer_run, var_overrides):
+    if kind == "images":
+        overrides = images_overrides(digits_folder)
+    elif kind == "tokens":
+        overrides = [*var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.9}"]
+    else:
+        overrides = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in var_overrides]
+        overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25", "data.num_workers=1"]
+    overrides += ["data.window=3", "data.lanes=2"]
+    fit(tmp_path / "whole", *overrides, *log_to(tmp_path / "whole.log"))
+    for step in (4, 8):  # checkpoints lie at 3, 6, 9; an epoch has 6 batches
+        killed = command(tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), *kill_at(step), "ckpt_path=last")
+        assert killed.returncode == -9, killed.stderr[-2000:]
+    fit(tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
+    whole, killed = logged_losses(tmp_path / "whole.log"), logged_losses(tmp_path / "killed.log")
+    assert sorted(whole) == list(range(1, 10))
+    assert whole == killed
+    for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "killed").values(), strict=True):
+        assert torch.equal(a, b), name
+    rows = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("whole", "killed")]
+    for key in ("images_seen", "tokens_seen", "flops_exact", "val_loss", "state", "step"):
+        assert rows[0][key] == rows[1][key], key
+    assert rows[0]["images_seen"] == 72
+
+
+@pytest.mark.parametrize("kind", ["images", "tokens"])
+def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, digits_folder, var_overrides):
+    overrides = images_overrides(digits_folder) if kind == "images" else [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    fit(tmp_path / "one", *overrides, *log_to(tmp_path / "one.log"))
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", *log_to(tmp_path / "two.log")]
+    finished = command(tmp_path / "two", *overrides, *ddp, processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    one = [float.fromhex(loss) for loss in logged_losses(tmp_path / "one.log").values()]
+    ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "two.log", rank).values()] for rank in (0, 1)]
+    assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-4)
+    rows = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("one", "two")]
+    assert rows[0]["val_loss"] == pytest.approx(rows[1]["val_loss"], rel=1e-4)  # 11 images over two ranks: each counts once
+    assert rows[0]["images_seen"] == rows[1]["images_seen"]
+
+
+def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, var_overrides):
+    still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
+    for processes, step in [(1, 4), (2, 7)]:
+        ddp = ["trainer.devices=2", "trainer.strategy=ddp"] if processes == 2 else []
+        command(tmp_path / "moved", *still, *ddp, *kill_at(step), *log_to(tmp_path / "moved.log"), "ckpt_path=last", processes=processes)
+    fit(tmp_path / "moved", *still, "ckpt_path=last")
+    for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "moved").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_tokens_and_images_give_the_same_loss(tmp_path, digits_folder, var_overrides, token_cache):
+    still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0", "data.lanes=1", "data.window=null"]
+    fit(tmp_path / "tokens", *still, *log_to(tmp_path / "tokens.log"))
+    images = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in still]
+    images += ["data=images", "resolution=16px", "data.resize_ratio=1.0", "data.random_crop=false", "data.num_workers=0"]
+    fit(tmp_path / "images", *images, *log_to(tmp_path / "images.log"))
+    by_run = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("tokens", "images")]
+    # the cache shows mirrored views in turn, so training differs; validation sees the same first view of each image
+    assert by_run[0]["val_images"] == by_run[1]["val_images"] == 11
+    assert by_run[1]["flops_tokenizer"] > 0 == by_run[0]["flops_tokenizer"]
+    assert by_run[0]["tokenizer_id"] == by_run[1]["tokenizer_id"]
+
+
+def test_accumulated_batches_equal_the_whole_batch(tmp_path, var_overrides):
+    still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    fit(tmp_path / "whole", *still)
+    fit(tmp_path / "parts", *still, "accumulate=2", "val_every=18")
+    for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "parts").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_run_leaves_log_row_pictures_and_a_checkpoint_that_samples(tmp_path, var_overrides):
+    overrides = [override for override in var_overrides if override != "logger=csv"]
+    fit(tmp_path, *overrides, "logger=default", "logger.wandb.mode=offline")
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    logged = {key for row in rows for key, value in row.items() if value}
+    wanted = ["train/loss", "train/loss_last", "train/err", "train/err_last", "train/loss_scale_03", "train/grad_norm", "lr"]
+    wanted += ["val/loss", "val/loss_scale_00", "val/err", "val/loss_se", "count/images_seen", "count/tokens_seen", "count/flops_exact"]
+    wanted += ["count/flops_6nd", "speed/images_per_second", "data/skipped"]
+    assert set(wanted) <= logged
+    row = json.loads((tmp_path / "run.json").read_text())
+    assert row["state"] == "finished" and row["step"] == 9 and row["tokens_seen"] == 72 * 30
+    assert row["val_loss"] == pytest.approx(sum(row[f"val_loss_scale_{k:02d}"] * n for k, n in enumerate([1, 4, 9, 16])) / 30, rel=1e-5)
+    assert list((tmp_path / "pictures").glob("samples-*.png"))
+    assert list(tmp_path.rglob("offline-run-*/*.wandb"))
+    tokenizer, var, names = checkpoints.load(tmp_path / "checkpoints/last.ckpt")
+    assert names == [str(digit) for digit in range(10)]
+    assert generate(var, tokenizer, torch.tensor([3]), cfg_scale=1.0).shape == (1, 3, 16, 16)
+
+
+def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
+    fit(tmp_path, *var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.5}")
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    name = "net.head.weight"
+    assert not torch.equal(saved["ema"][name], saved["state_dict"][name])
+    assert torch.equal(checkpoints.load(tmp_path / "checkpoints/last.ckpt")[1].head.weight, saved["ema"][name])
+    assert torch.equal(checkpoints.load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name])
+
+
+def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
+    fsdp = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "trainer.strategy.process_group_backend=gloo"]
+    still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    finished = command(tmp_path / "fsdp", *still, *fsdp, *log_to(tmp_path / "fsdp.log"), processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    fit(tmp_path / "one", *still, *log_to(tmp_path / "one.log"))
+    one = [float.fromhex(loss) for loss in logged_losses(tmp_path / "one.log").values()]
+    ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "fsdp.log", rank).values()] for rank in (0, 1)]
+    assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("module.base_lr=1e-3x", r"module.base_lr='1e-3x' has type str"),
+        ("model.depth=abc", r"model.depth='abc' has type str"),
+        ("+model.dpeth=3", r"dpeth: varlab.models.var.VAR knows no such setting"),
+        ("module.schedule.shape=cosine", "schedule 'cosine' is unknown"),
+        ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
+        ("accumulate=3", "global_batch_size=8 does not divide into 1 devices x 3"),
+        ("tokenizer=nowhere.ckpt", "checkpoint nowhere.ckpt does not exist"),
+        ("data.path=nowhere", r"nowhere/manifest.json does not exist: make it with `varlab tokenize`"),
+        ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt does not exist"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(change, message, tmp_path, var_overrides):
+    with pytest.raises(Exception, match=message) as caught:
+        fit(tmp_path, *var_overrides, change)
+    causes = [caught.value, caught.value.__cause__]
+    assert any(isinstance(cause, ValueError) for cause in causes)
+
+
+def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides):
+    fit(tmp_path, *var_overrides)
+    with pytest.raises(ValueError, match="already holds checkpoints: continue that run with ckpt_path=last"):
+        fit(tmp_path, *var_overrides)
+    with pytest.raises(ValueError, match="holds a VAR with depth=2, this run has depth=3"):
+        fit(tmp_path, *var_overrides, "model.depth=3", "steps=12", "ckpt_path=last")
+    with pytest.raises(ValueError, match="other data, seed, lanes, window or global batch size"):
+        fit(tmp_path, *var_overrides, "data.global_batch_size=4", "steps=12", "ckpt_path=last")
+
+
+def test_a_token_cache_of_another_tokenizer_is_refused(tmp_path, digits_folder, var_overrides):
+    fit(tmp_path / "other", *images_overrides(digits_folder), "seed=1")
+    with pytest.raises(ValueError, match=r"was made by tokenizer \w+, this one is \w+: run `varlab tokenize`"):
+        fit(tmp_path / "var", *var_overrides, f"tokenizer={tmp_path / 'other/checkpoints/last.ckpt'}")
+    fit(tmp_path / "coarse", *images_overrides(digits_folder), "patch_nums=[1,2,4]")
+    with pytest.raises(ValueError, match=r"patch_nums \[1, 2, 3, 4\], the tokenizer has \[1, 2, 4\]"):
+        fit(tmp_path / "var", *var_overrides, f"tokenizer={tmp_path / 'coarse/checkpoints/last.ckpt'}")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, var_overrides, tokenizer_run):
+    junk = tmp_path / "junk.ckpt"
+    junk.write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match=r"junk.ckpt is not a checkpoint"):
+        checkpoints.load_tokenizer(junk)
+    with pytest.raises(ValueError, match="holds a tokenizer only"):
+        checkpoints.load(tokenizer_run / "checkpoints/last.ckpt")
+
+
+def test_a_full_disk_or_wrong_type_ends_with_code_1_and_one_line(tmp_path, var_overrides):
+    answer = command(tmp_path, *var_overrides, "module.base_lr=1e-3x")
+    assert answer.returncode == 1
+    assert "Traceback" not in answer.stdout + answer.stderr
+    assert "module.base_lr='1e-3x'" in answer.stdout + answer.stderr
+    answer = command(tmp_path, *var_overrides, "modul.base_lr=1")
+    assert answer.returncode == 1
+    assert "modul" in answer.stderr
