@@ -38,7 +38,7 @@ def command(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Com
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline"}
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
-    return subprocess.run([*start, "varlab.train", *hydra, *overrides], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run([*start, "varlab.train", *hydra, *overrides], env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:

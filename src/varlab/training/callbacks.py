@@ -208,7 +208,7 @@ def git_commit() -> str | None:
 
 class Pictures(Callback):
     """After each validation: reconstructions scale by scale of a tokenizer, or samples of a VAR by class, as PNG in
-    `folder` and in W&B."""
+    `folder` and in W&B. A VAR whose weights are sharded (FSDP2) draws none: rank 0 alone cannot run it."""
 
     def __init__(self, folder: str, num_images: int = 8, cfg_scale: float = 1.5, seed: int = 0) -> None:
         self.folder, self.num_images, self.cfg_scale, self.seed = Path(folder), num_images, cfg_scale, seed
@@ -229,7 +229,7 @@ class Pictures(Callback):
             strip = net.filmstrip(net.encode(self.images))
             shown = pictures.columns_of(self.images / 2 + 0.5, *(strip / 2 + 0.5))
             self.show(trainer, "reconstructions", pictures.grid(shown, columns=1 + len(strip)))
-        elif isinstance(net, VAR) and trainer.strategy.__class__.__name__ != "ModelParallelStrategy":
+        elif isinstance(net, VAR) and pl_module.device_mesh is None:
             tokenizer = pl_module.tokenizer
             assert isinstance(tokenizer, MSVQVAE)
             labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes

@@ -1,0 +1,66 @@
+# varlab: `make help` lists what there is. Every target sets up what it needs; ARGS="..." is passed on to the verb.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth scaling sample
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv and install what is missing; TORCH= keeps or picks another torch (>= 2.9)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("varlab needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": make setup PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || test -z '$(TORCH)' || $(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
+	@touch $@
+
+demo: $(INSTALLED) ## the whole flow on 5,000 real digits, about ten minutes on 2 CPU cores; stops and continues
+	$(BIN)/python experiments/demo/run.py
+
+test: $(INSTALLED) ## tests that need no GPU and no patience
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu' $(ARGS)
+
+test-all: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(INSTALLED) ## lint, format, types, layers, and that no torchvision crept in
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	@$(BIN)/python -c 'import importlib.util as u, sys; found = [n for n in ("torchvision", "torch_fidelity") if u.find_spec(n)]; sys.exit(f"{found} must not be installed: beside a CPU torch they break lightning and torchmetrics") if found else None'
+
+format: $(INSTALLED) ## lay the code out
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+shards: $(INSTALLED) ## images -> shards: ARGS="source=folder path=FOLDER out=data/mine"
+	$(BIN)/varlab pack $(ARGS)
+
+tokens: $(INSTALLED) ## shards -> token cache: ARGS="tokenizer=FILE shards=data/mine out=data/mine_tokens"
+	$(BIN)/varlab tokenize $(ARGS)
+
+train-tokenizer: $(INSTALLED) ## 256 px tokenizer: ARGS="data.path=data/mine trainer=ddp"
+	$(BIN)/varlab train experiment=tokenizer_256px $(ARGS)
+
+train-d12 train-d16 train-d20 train-d24: $(INSTALLED)
+	$(BIN)/varlab train experiment=$(subst train-,var_,$@) trainer=ddp $(ARGS)
+
+train-d30 train-d36: $(INSTALLED)
+	$(BIN)/varlab train experiment=$(subst train-,var_,$@) trainer=fsdp $(ARGS)
+
+train-d16: ## VAR at the paper's sizes (d12 d16 d20 d24; d30 d36 with FSDP2): ARGS="tokenizer=FILE data.path=data/mine_tokens"
+
+sweep-depth: $(INSTALLED) ## sweep over depth: ARGS="tokenizer=FILE data.path=data/mine_tokens steps=N"
+	$(BIN)/varlab train --multirun experiment=depth_scaling model=var_d2,var_d3,var_d4,var_d6,var_d8 $(ARGS)
+
+scaling: $(INSTALLED) ## runs -> power laws and figure: ARGS="source=runs/depth_scaling out=runs/depth_scaling/fit"
+	$(BIN)/varlab scaling $(ARGS)
+
+sample: $(INSTALLED) ## checkpoint -> images: ARGS="checkpoint=FILE out=samples"
+	$(BIN)/varlab sample $(ARGS)
