@@ -23,7 +23,9 @@ def golden(name: str) -> dict:
 def uniform(salt: int, key: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers in [0, 1), float64."""
     with np.errstate(over="ignore"):
-        z = (np.uint64(zlib.crc32(f"{salt}:{key}".encode())) << np.uint64(32)) + np.arange(math.prod(shape), dtype=np.uint64)
+        z = (np.uint64(zlib.crc32(f"{salt}:{key}".encode())) << np.uint64(32)) + np.arange(
+            math.prod(shape), dtype=np.uint64
+        )
         z = z + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

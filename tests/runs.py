@@ -18,7 +18,16 @@ TOKENIZER = [
 ]  # fmt: skip
 VAR = ["experiment=var_digits", "model.depth=2", "+model.width=32", "+model.num_heads=2", "model.drop_path=0.2"]
 VAR = [override.lstrip("+") for override in VAR]
-SHORT = ["data.global_batch_size=8", "steps=9", "val_every=9", "save_every=3", "log_every=1", "logger=csv", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+SHORT = [
+    "data.global_batch_size=8",
+    "steps=9",
+    "val_every=9",
+    "save_every=3",
+    "log_every=1",
+    "logger=csv",
+    "callbacks.progress=null",
+    "+trainer.enable_progress_bar=false",
+]
 
 
 def config(folder: Path, *overrides: str, verb: str = "train") -> DictConfig:
@@ -35,10 +44,19 @@ def command(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Com
     """The same as a user would start it, in processes of its own."""
     start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "varlab.train"]
+    else:
+        start += ["varlab.cli", "train"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline"}
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
-    return subprocess.run([*start, "varlab.train", *hydra, *overrides], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [*start, *hydra, *overrides],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:

@@ -7,7 +7,10 @@ from varlab.data.pack import Source, mnist5k_source, pack
 
 def digits(num_train: int = 48, num_val: int = 11) -> Source:
     source = mnist5k_source(0.1, seed=0)
-    few = {"train": source.splits["train"][:: 4500 // num_train][:num_train], "val": source.splits["val"][:: 500 // num_val][:num_val]}
+    few = {
+        "train": source.splits["train"][:: 4500 // num_train][:num_train],
+        "val": source.splits["val"][:: 500 // num_val][:num_val],
+    }
     return Source("digits", source.class_names, few)
 
 

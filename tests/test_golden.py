@@ -13,7 +13,7 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import phi_of_scale
 from varlab.models.var import VAR, block_causal_mask
 from varlab.published import released_key, to_released, tokenizer_from_released, var_from_released
-from varlab.sampling import Randomness, filter_logits, generate, smooth_temperature
+from varlab.sampling import Randomness, decode, filter_logits, generate, generate_tokens, smooth_temperature
 from varlab.training.optim import Schedule, is_decayed, knee_of
 
 CASES = [("1", 0), ("1", 1), ("1", 2), ("2", 0), ("4", 0)]
@@ -33,7 +33,9 @@ def var_of(case: str, i: int) -> VAR:
     record = rule.golden(f"reference_{case}")
     patch_nums = record["tokenizer_config"]["v_patch_nums"]
     config = record["vars"][i]["config"]
-    return var_from_released(rule.state(record["salt"], record["vars"][i]["keys"], patch_nums), patch_nums, config["num_heads"]).eval()
+    return var_from_released(
+        rule.state(record["salt"], record["vars"][i]["keys"], patch_nums), patch_nums, config["num_heads"]
+    ).eval()
 
 
 @cache
@@ -72,10 +74,17 @@ def test_tokenizer_gives_the_released_figures(case):
 
 @pytest.mark.parametrize("case", ["1", "4"])
 def test_tokenizer_details(case):
-    record, details, tokenizer, images = rule.golden(f"reference_{case}"), rule.golden(f"details_{case}"), tokenizer_of(case), images_of(case)
+    record, details, tokenizer, images = (
+        rule.golden(f"reference_{case}"),
+        rule.golden(f"details_{case}"),
+        tokenizer_of(case),
+        images_of(case),
+    )
     with torch.no_grad():
         rule.assert_stats(tokenizer.encoder(images), details["encoder_output"])
-        for picture, stats in zip(tokenizer.filmstrip(token_maps_of(case)), details["reconstruction_by_scale"], strict=True):
+        for picture, stats in zip(
+            tokenizer.filmstrip(token_maps_of(case)), details["reconstruction_by_scale"], strict=True
+        ):
             rule.assert_stats(picture, stats)
         f = tokenizer.features(images)
         errors = [F.mse_loss(f_hat, f).item() for f_hat in tokenizer.quantizer.partial_sums(token_maps_of(case))]
@@ -89,7 +98,11 @@ def test_tokenizer_details(case):
     training = details["training_forward"]
     assert reconstruction.item() == pytest.approx(training["reconstruction_mse"], rel=1e-4)
     assert output.vq_loss.item() == pytest.approx(training["vq_loss"], rel=1e-4)
-    norms = {released_key(name, tokenizer): p.grad.norm().item() for name, p in tokenizer.named_parameters() if p.grad is not None}
+    norms = {
+        released_key(name, tokenizer): p.grad.norm().item()
+        for name, p in tokenizer.named_parameters()
+        if p.grad is not None
+    }
     for key, norm in training["grad_norms_of_sum"].items():
         assert norms[key] == pytest.approx(norm, rel=1e-3), key
     f = f.detach().requires_grad_()
@@ -110,7 +123,9 @@ def test_var_gives_the_released_figures(case, i):
         rule.assert_stats(var(inputs, torch.full((2,), var.null_label)), record["logits_null_label"])
     scores = losses.token_scores(logits, sequence, var.patch_nums)
     assert scores.loss.mean(dim=0).tolist() == pytest.approx(record["cross_entropy_by_scale"], rel=1e-4)
-    assert losses.over_tokens(scores.error, var.patch_nums).mean().item() == pytest.approx(100 * record["error_mean"], rel=1e-5)
+    assert losses.over_tokens(scores.error, var.patch_nums).mean().item() == pytest.approx(
+        100 * record["error_mean"], rel=1e-5
+    )
     loss = losses.cross_entropy(logits, sequence).mean()
     assert loss.item() == pytest.approx(record["cross_entropy_mean"], rel=1e-4)
     loss.backward()
@@ -122,7 +137,9 @@ def test_var_gives_the_released_figures(case, i):
 @pytest.mark.parametrize("cfg", ["0", "1.5", "4"])
 def test_greedy_samples_are_the_released_ones(case, i, cfg):
     record = rule.golden(f"reference_{case}")["vars"][i][f"greedy_cfg_{cfg}"]
-    images, token_maps = generate(var_of(case, i), tokenizer_of(case), labels_of(case), cfg_scale=float(cfg), top_k=1, return_tokens=True)
+    images, token_maps = generate(
+        var_of(case, i), tokenizer_of(case), labels_of(case), cfg_scale=float(cfg), top_k=1, return_tokens=True
+    )
     assert [tokens.tolist() for tokens in token_maps] == record["token_maps"]
     rule.assert_stats(images, record["image_0_1"])
 
@@ -149,7 +166,9 @@ def test_var_details(case, i):
     scores = losses.token_scores(logits, sequence, var.patch_nums)
     assert scores.loss[:, -1].mean().item() == pytest.approx(details["tail_cross_entropy"], rel=1e-4)
     assert 100 - scores.error[:, -1].mean().item() == pytest.approx(details["tail_accuracy_percent"], abs=1e-3)
-    assert 100 - losses.over_tokens(scores.error, var.patch_nums).mean().item() == pytest.approx(details["mean_accuracy_percent"], abs=1e-3)
+    assert 100 - losses.over_tokens(scores.error, var.patch_nums).mean().item() == pytest.approx(
+        details["mean_accuracy_percent"], abs=1e-3
+    )
     decayed = {released_key(name, var) for name, p in var.named_parameters() if is_decayed(name, p)}
     assert decayed == set(details["decayed_parameters"])
 
@@ -168,12 +187,23 @@ class RecordedNoise(Randomness):
 
 @pytest.mark.parametrize(("case", "i"), DETAILED)
 def test_smooth_sampling_and_editing(case, i):
-    details, var, tokenizer, labels = rule.golden(f"details_{case}")["vars"][i], var_of(case, i), tokenizer_of(case), labels_of(case)
+    details, var, tokenizer, labels = (
+        rule.golden(f"details_{case}")["vars"][i],
+        var_of(case, i),
+        tokenizer_of(case),
+        labels_of(case),
+    )
     noise = RecordedNoise(case, scales.lengths(var.patch_nums))
-    smooth = generate(var, tokenizer, labels, cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True, randomness=noise)
-    rule.assert_stats(smooth, details["smooth_cfg_4_top_k_20_top_p_0.9"], rel=1e-3)
+    f_hat, _ = generate_tokens(
+        var, tokenizer, labels, cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True, randomness=noise
+    )
+    rule.assert_stats(decode(tokenizer, f_hat), details["smooth_cfg_4_top_k_20_top_p_0.9"], rel=1e-3)
     inside, nothing = box_mask((0.1, 0.1, 0.8, 0.8), tokenizer.quantizer.sides[-1]), torch.full((2,), var.null_label)
-    for keep, whose, key in [(1 - inside, nothing, "inpaint_null_label"), (inside, nothing, "outpaint_null_label"), (1 - inside, labels, "inpaint_labels")]:
+    for keep, whose, key in [
+        (1 - inside, nothing, "inpaint_null_label"),
+        (inside, nothing, "outpaint_null_label"),
+        (1 - inside, labels, "inpaint_labels"),
+    ]:
         edited = edit(var, tokenizer, images_of(case), keep, whose, cfg_scale=3.0, top_k=1)
         rule.assert_stats(edited, details[f"greedy_{key}_cfg_3_box_0.1_0.8"])
 
@@ -182,7 +212,10 @@ def test_smooth_sampling_and_editing(case, i):
 def test_export_gives_back_the_released_state_to_the_letter(case, i):
     record = rule.golden(f"reference_{case}")
     patch_nums = record["tokenizer_config"]["v_patch_nums"]
-    for network, shapes in [(tokenizer_of(case), record["tokenizer_keys"]), (var_of(case, i), record["vars"][i]["keys"])]:
+    for network, shapes in [
+        (tokenizer_of(case), record["tokenizer_keys"]),
+        (var_of(case, i), record["vars"][i]["keys"]),
+    ]:
         state, expected = to_released(network), rule.state(record["salt"], shapes, patch_nums)
         assert state.keys() == expected.keys()
         for key, value in expected.items():
@@ -202,8 +235,12 @@ def test_tables():
         with torch.device("meta"):
             var = VAR(int(depth), [1, 2], 8, 4, 2)
         assert [block.drop_path.rate for block in var.blocks] == pytest.approx(rates, rel=1e-5)
-    assert [1.5 * scales.progress(k, 10) for k in range(10)] == pytest.approx(tables["guidance_factor_by_scale_cfg_1.5_10_scales"])
-    assert [smooth_temperature(k, 10) for k in range(10)] == pytest.approx(tables["smooth_temperature_by_scale_10_scales"])
+    assert [1.5 * scales.progress(k, 10) for k in range(10)] == pytest.approx(
+        tables["guidance_factor_by_scale_cfg_1.5_10_scales"]
+    )
+    assert [smooth_temperature(k, 10) for k in range(10)] == pytest.approx(
+        tables["smooth_temperature_by_scale_10_scales"]
+    )
 
 
 @pytest.mark.parametrize("name", ["inpaint_256", "inpaint_512", "outpaint_256", "outpaint_512"])
@@ -248,8 +285,15 @@ def test_parameter_counts_of_every_depth():
     with torch.device("meta"):
         tokenizer = MSVQVAE()
     counts = record["tokenizer_ch160_v4096_z32"]
-    parts = {"total": tokenizer, "encoder": tokenizer.encoder, "decoder": tokenizer.decoder, "quantizer": tokenizer.quantizer}
-    assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == {name: counts[name] for name in parts}
+    parts = {
+        "total": tokenizer,
+        "encoder": tokenizer.encoder,
+        "decoder": tokenizer.decoder,
+        "quantizer": tokenizer.quantizer,
+    }
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == {
+        name: counts[name] for name in parts
+    }
 
 
 def test_schedules():
@@ -265,7 +309,9 @@ def test_schedules():
         for shape, rows in record.get("schedules", {"lin0": record.get("rows")}).items():
             schedule = Schedule(shape, record["warmup_steps"] / record["total_steps"], 0.005, record["final_ratio"])
             for step, lr in rows:
-                assert record["peak_lr"] * schedule.lr_share(step, record["total_steps"]) == pytest.approx(lr, rel=1e-5), (shape, step)
+                assert record["peak_lr"] * schedule.lr_share(step, record["total_steps"]) == pytest.approx(
+                    lr, rel=1e-5
+                ), (shape, step)
 
 
 @pytest.mark.parametrize("name", ["linear", "lin2", "lin0.0", "cosine", ""])

@@ -30,7 +30,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(num_ranks):
     ranks = [samples(TrainBatches(order, 12 // num_ranks, rank, num_ranks)) for rank in range(num_ranks)]
     assert len({len(batches) for batches in ranks}) == 1
     for k, batch in enumerate(whole):
-        assert sorted(batch) == sorted(sum((batches[k] for batches in ranks), []))
+        assert sorted(batch) == sorted(sample for batches in ranks for sample in batches[k])
 
 
 def test_a_rank_reads_its_own_lanes_only():
@@ -55,7 +55,9 @@ def test_starting_after_any_batch_continues_the_uninterrupted_run(consumed):
     assert run(resumed, 3)[: 48 - consumed - 12] == whole[consumed:][: 48 - consumed - 12]
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size", "num_ranks"), [(10, 4, 1), (10, 4, 2), (3, 4, 4), (1, 2, 3), (16, 4, 2)])
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "num_ranks"), [(10, 4, 1), (10, 4, 2), (3, 4, 4), (1, 2, 3), (16, 4, 2)]
+)
 def test_validation_counts_every_sample_once(num_samples, batch_size, num_ranks):
     ranks = [list(ValidationBatches(num_samples, batch_size, rank, num_ranks)) for rank in range(num_ranks)]
     assert len({len(batches) for batches in ranks}) == 1

@@ -166,7 +166,12 @@ def test_preprocessing_is_the_recipe():
     by_hand = np.asarray(image.resize((27, 18), Image.Resampling.LANCZOS))[1:17, 6:22]
     assert np.array_equal(center, by_hand)
     flipped = preprocess(image, 16, 1.125, Crop(0.0, 0.0, True))
-    assert np.array_equal(flipped, np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((27, 18), Image.Resampling.LANCZOS))[:16, :16])
+    assert np.array_equal(
+        flipped,
+        np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((27, 18), Image.Resampling.LANCZOS))[
+            :16, :16
+        ],
+    )
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(packed):
@@ -197,7 +202,11 @@ def test_more_replaced_images_than_allowed_stop_the_run(packed):
 
     data.trainer = Training()
     data.on_before_batch_transfer(batch._replace(skipped=batch.skipped + 0), 0)
-    data.on_before_batch_transfer(batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0, 1]), 1)), 0)
+    data.on_before_batch_transfer(
+        batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0, 1]), 1)), 0
+    )
     assert data.skipped == 2
     with pytest.raises(ValueError, match=r"3 images could not be read, max_skipped_share=0.05 allows 2 of 48"):
-        data.on_before_batch_transfer(batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0]), 1)), 0)
+        data.on_before_batch_transfer(
+            batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0]), 1)), 0
+        )

@@ -25,7 +25,9 @@ def test_encode_equals_a_plain_loop_over_positions(lookup, num_phis):
             for y in range(pn):
                 for x in range(pn):
                     v = z[b, :, y, x]
-                    scores = -F.cosine_similarity(v[None], codes) if lookup == "cosine" else (v - codes).square().sum(dim=1)
+                    scores = (
+                        -F.cosine_similarity(v[None], codes) if lookup == "cosine" else (v - codes).square().sum(dim=1)
+                    )
                     tokens[b, y, x] = scores.argmin()
         h = F.interpolate(codes[tokens].permute(0, 3, 1, 2), size=(4, 4), mode="bicubic")
         conv = q.phis[0 if num_phis == 1 else k]

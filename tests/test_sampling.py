@@ -13,7 +13,9 @@ def test_an_image_does_not_depend_on_its_batch(var, tokenizer):
     labels = torch.tensor([0, 1, 2, 0, 1])
     images, tokens = generate(var, tokenizer, labels, cfg_scale=2.0, top_k=6, top_p=0.9, seed=7, return_tokens=True)
     for i in range(5):
-        alone, own = generate(var, tokenizer, labels[i : i + 1], cfg_scale=2.0, top_k=6, top_p=0.9, seed=[7 + i], return_tokens=True)
+        alone, own = generate(
+            var, tokenizer, labels[i : i + 1], cfg_scale=2.0, top_k=6, top_p=0.9, seed=[7 + i], return_tokens=True
+        )
         assert all(torch.equal(ours[0], theirs[i]) for ours, theirs in zip(own, tokens, strict=True))
         torch.testing.assert_close(alone[0], images[i], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(images[0], images[3])  # same label, other seed
@@ -60,7 +62,9 @@ def test_guidance_of_zero_is_the_conditional_distribution():
     torch.testing.assert_close(guide(cond, uncond, 1.0), 2 * cond - uncond)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"top_k": 13}, "top_k=13.*12"), ({"top_k": -1}, "top_k=-1"), ({"top_p": 1.5}, "top_p=1.5")])
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"top_k": 13}, "top_k=13.*12"), ({"top_k": -1}, "top_k=-1"), ({"top_p": 1.5}, "top_p=1.5")]
+)
 def test_filters_out_of_range_are_named(kwargs, message, var, tokenizer, labels):
     with pytest.raises(ValueError, match=message):
         generate(var, tokenizer, labels, cfg_scale=1.0, **kwargs)
@@ -81,7 +85,9 @@ def test_kept_tokens_stay(var, tokenizer, labels):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         everything = edit(var, tokenizer, images, torch.ones(4, 4), labels, cfg_scale=1.0)
-        torch.testing.assert_close(everything, tokenizer.decode(tokenizer.encode(images)) / 2 + 0.5, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            everything, tokenizer.decode(tokenizer.encode(images)) / 2 + 0.5, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_one_scale_is_sampled_without_dividing_by_zero(labels):

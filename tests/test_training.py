@@ -25,7 +25,9 @@ def kill_at(step):
 
 
 @pytest.mark.parametrize("kind", ["images", "tokens", "var_on_images"])
-def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(kind, tmp_path, digits_folder, tokenizer_run, var_overrides):
+def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(
+    kind, tmp_path, digits_folder, tokenizer_run, var_overrides
+):
     if kind == "images":
         overrides = images_overrides(digits_folder)
     elif kind == "tokens":
@@ -36,7 +38,9 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(kind, tmp_pa
     overrides += ["data.window=3", "data.lanes=2"]
     fit(tmp_path / "whole", *overrides, *log_to(tmp_path / "whole.log"))
     for step in (4, 8):  # checkpoints lie at 3, 6, 9; an epoch has 6 batches
-        killed = command(tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), *kill_at(step), "ckpt_path=last")
+        killed = command(
+            tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), *kill_at(step), "ckpt_path=last"
+        )
         assert killed.returncode == -9, killed.stderr[-2000:]
     fit(tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
     whole, killed = logged_losses(tmp_path / "whole.log"), logged_losses(tmp_path / "killed.log")
@@ -52,7 +56,11 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(kind, tmp_pa
 
 @pytest.mark.parametrize("kind", ["images", "tokens"])
 def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, digits_folder, var_overrides):
-    overrides = images_overrides(digits_folder) if kind == "images" else [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    overrides = (
+        images_overrides(digits_folder)
+        if kind == "images"
+        else [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+    )
     fit(tmp_path / "one", *overrides, *log_to(tmp_path / "one.log"))
     ddp = ["trainer.devices=2", "trainer.strategy=ddp", *log_to(tmp_path / "two.log")]
     finished = command(tmp_path / "two", *overrides, *ddp, processes=2)
@@ -61,8 +69,18 @@ def test_two_processes_equal_one_with_the_same_global_batch(kind, tmp_path, digi
     ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "two.log", rank).values()] for rank in (0, 1)]
     assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-4)
     rows = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("one", "two")]
-    assert rows[0]["val_loss"] == pytest.approx(rows[1]["val_loss"], rel=1e-4)  # 11 images over two ranks: each counts once
+    assert rows[0]["val_loss"] == pytest.approx(
+        rows[1]["val_loss"], rel=1e-4
+    )  # 11 images over two ranks: each counts once
     assert rows[0]["images_seen"] == rows[1]["images_seen"]
+
+
+def test_lightning_starts_the_second_process_itself(tmp_path, var_overrides):
+    finished = command(tmp_path, *var_overrides, "trainer.devices=2", "trainer.strategy=ddp", *log_to(tmp_path / "log"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (
+        sorted(logged_losses(tmp_path / "log", 0)) == sorted(logged_losses(tmp_path / "log", 1)) == list(range(1, 10))
+    )
 
 
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, var_overrides):
@@ -70,7 +88,15 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, var_overrides):
     fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
     for processes, step in [(1, 4), (2, 7)]:
         ddp = ["trainer.devices=2", "trainer.strategy=ddp"] if processes == 2 else []
-        command(tmp_path / "moved", *still, *ddp, *kill_at(step), *log_to(tmp_path / "moved.log"), "ckpt_path=last", processes=processes)
+        command(
+            tmp_path / "moved",
+            *still,
+            *ddp,
+            *kill_at(step),
+            *log_to(tmp_path / "moved.log"),
+            "ckpt_path=last",
+            processes=processes,
+        )
     fit(tmp_path / "moved", *still, "ckpt_path=last")
     for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "moved").values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
@@ -80,7 +106,13 @@ def test_tokens_and_images_give_the_same_loss(tmp_path, digits_folder, var_overr
     still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0", "data.lanes=1", "data.window=null"]
     fit(tmp_path / "tokens", *still, *log_to(tmp_path / "tokens.log"))
     images = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in still]
-    images += ["data=images", "resolution=16px", "data.resize_ratio=1.0", "data.random_crop=false", "data.num_workers=0"]
+    images += [
+        "data=images",
+        "resolution=16px",
+        "data.resize_ratio=1.0",
+        "data.random_crop=false",
+        "data.num_workers=0",
+    ]
     fit(tmp_path / "images", *images, *log_to(tmp_path / "images.log"))
     by_run = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("tokens", "images")]
     # the cache shows mirrored views in turn, so training differs; validation sees the same first view of each image
@@ -102,13 +134,31 @@ def test_the_run_leaves_log_row_pictures_and_a_checkpoint_that_samples(tmp_path,
     fit(tmp_path, *overrides, "logger=default", "logger.wandb.mode=offline")
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     logged = {key for row in rows for key, value in row.items() if value}
-    wanted = ["train/loss", "train/loss_last", "train/err", "train/err_last", "train/loss_scale_03", "train/grad_norm", "lr"]
-    wanted += ["val/loss", "val/loss_scale_00", "val/err", "val/loss_se", "count/images_seen", "count/tokens_seen", "count/flops_exact"]
+    wanted = [
+        "train/loss",
+        "train/loss_last",
+        "train/err",
+        "train/err_last",
+        "train/loss_scale_03",
+        "train/grad_norm",
+        "lr",
+    ]
+    wanted += [
+        "val/loss",
+        "val/loss_scale_00",
+        "val/err",
+        "val/loss_se",
+        "count/images_seen",
+        "count/tokens_seen",
+        "count/flops_exact",
+    ]
     wanted += ["count/flops_6nd", "speed/images_per_second", "data/skipped"]
     assert set(wanted) <= logged
     row = json.loads((tmp_path / "run.json").read_text())
     assert row["state"] == "finished" and row["step"] == 9 and row["tokens_seen"] == 72 * 30
-    assert row["val_loss"] == pytest.approx(sum(row[f"val_loss_scale_{k:02d}"] * n for k, n in enumerate([1, 4, 9, 16])) / 30, rel=1e-5)
+    assert row["val_loss"] == pytest.approx(
+        sum(row[f"val_loss_scale_{k:02d}"] * n for k, n in enumerate([1, 4, 9, 16])) / 30, rel=1e-5
+    )
     assert list((tmp_path / "pictures").glob("samples-*.png"))
     assert list(tmp_path.rglob("offline-run-*/*.wandb"))
     tokenizer, var, names = checkpoints.load(tmp_path / "checkpoints/last.ckpt")
@@ -122,11 +172,19 @@ def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
     name = "net.head.weight"
     assert not torch.equal(saved["ema"][name], saved["state_dict"][name])
     assert torch.equal(checkpoints.load(tmp_path / "checkpoints/last.ckpt")[1].head.weight, saved["ema"][name])
-    assert torch.equal(checkpoints.load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name])
+    assert torch.equal(
+        checkpoints.load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name]
+    )
 
 
 def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
-    fsdp = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "trainer.strategy.process_group_backend=gloo"]
+    fsdp = [
+        "trainer=fsdp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.precision=32-true",
+        "trainer.strategy.process_group_backend=gloo",
+    ]
     still = [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
     finished = command(tmp_path / "fsdp", *still, *fsdp, *log_to(tmp_path / "fsdp.log"), processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -74,20 +74,20 @@ def test_initial_weights_have_the_deviations_of_the_table():
         "position": (var.position, std),
         "word_embed": (var.word_embed.weight, std),
         "head": (var.head.weight, 0.02 * std),
-        "head modulation": (var.head_modulation[1].weight, 0.5 * std),
+        "head modulation": (var.head_modulation.linear.weight, 0.5 * std),
         "qkv": (block.attention.qkv.weight, std),
         "proj": (block.attention.proj.weight, std / math.sqrt(8)),
-        "fc1": (block.feed_forward[0].weight, std),
-        "fc2": (block.feed_forward[2].weight, std / math.sqrt(8)),
-        "gamma rows": (block.modulation[1].weight[: 2 * width], 1e-3 * std),
-        "other rows": (block.modulation[1].weight[2 * width :], 0.5 * std),
+        "fc1": (block.feed_forward.up.weight, std),
+        "fc2": (block.feed_forward.down.weight, std / math.sqrt(8)),
+        "gamma rows": (block.modulation.linear.weight[: 2 * width], 1e-3 * std),
+        "other rows": (block.modulation.linear.weight[2 * width :], 0.5 * std),
     }
     for name, (weight, deviation) in expected.items():
         assert weight.std().item() == pytest.approx(deviation, rel=0.06), name
     assert block.attention.log_scale.tolist() == [pytest.approx(math.log(4))] * 4
     assert all(not p.any() for name, p in var.named_parameters() if name.endswith("bias"))
     shared = VAR(4, [1, 2, 3], 512, 16, 100, shared_adaln=True, init_adaln_gamma=1e-3)
-    assert shared.shared_modulation[1].weight.std().item() == pytest.approx(std, rel=0.05)
+    assert shared.shared_modulation.linear.weight.std().item() == pytest.approx(std, rel=0.05)
     offsets = torch.stack([b.modulation_offset for b in shared.blocks])
     assert offsets[:, :2].std().item() == pytest.approx(1e-3 / 16, rel=0.1)
     assert offsets[:, 2:].std().item() == pytest.approx(0.5 / 16, rel=0.1)
@@ -127,7 +127,10 @@ def test_counted_flops_are_those_that_torch_counts():
     counted = counter.get_total_flops()
     dense_attention = 4 * var.width * 3 * tokens**2
     without_attention = compute.training_flops(var.sizes) // 3 - 4 * var.width * 3 * causal
-    assert counted in (without_attention, without_attention + dense_attention)  # torch leaves attention out on some devices
+    assert counted in (
+        without_attention,
+        without_attention + dense_attention,
+    )  # torch leaves attention out on some devices
 
 
 def test_published_ratios_to_6nd():

@@ -34,7 +34,9 @@ def step(title: str, done: bool, *command: str) -> None:
     start = time.perf_counter()
     answer = subprocess.run([sys.executable, "-m", "varlab.cli", *command], check=False)
     if answer.returncode:
-        sys.exit(f"the demo stopped at: varlab {' '.join(command)}\nMend what it says above and run `make demo` again; finished steps are kept.")
+        sys.exit(
+            f"the demo stopped at: varlab {' '.join(command)}\nMend what it says above and run `make demo` again; finished steps are kept."
+        )
     print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -90,7 +92,9 @@ def main() -> None:
     net, accuracy = train(str(SHARDS))
     labels = json.loads((OUT / "samples/samples.json").read_text())["labels"]
     files = sorted((OUT / "samples/images").glob("*.png"))
-    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))[:, None].float() / 255
+    pixels = (
+        torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))[:, None].float() / 255
+    )
     tokenizer_row = json.loads((OUT / "tokenizer/run.json").read_text())
     fits = {(law["y"], law["x"]): law for law in json.loads((OUT / "scaling/fits.json").read_text())}
     law = fits["val_loss", "params_main"]
@@ -109,7 +113,8 @@ def main() -> None:
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     interval = "" if law["alpha_interval"] is None else " (95 %: {:.2f} to {:.2f})".format(*law["alpha_interval"])
     print(f"""
-   {summary["class_agreement_percent"]:.1f} % of {len(labels)} samples show the digit that was asked for (the classifier gets {accuracy:.1f} % of real ones)
+   {summary["class_agreement_percent"]:.1f} % of {len(labels)} samples show the digit that was asked for
+        (the classifier that says so gets {accuracy:.1f} % of real digits right)
    {summary["reconstruction_psnr_db"]:.1f} dB PSNR of reconstructed held-out digits (from 22 on, strokes keep their shape)
    loss falls as N^-{law["alpha"]:.2f}{interval} towards a floor of {law["floor"]:.2f} nats a token, over depths {DEPTHS}
 

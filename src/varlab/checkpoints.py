@@ -22,7 +22,9 @@ FORMAT = 1
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
     """Identity of what a tokenizer computes: its sizes and weights; usage counts do not matter. 16 hex digits."""
-    digest = hashlib.sha256(repr(sorted((key, value) for key, value in tokenizer.sizes.items() if key not in ("beta", "dropout"))).encode())
+    digest = hashlib.sha256(
+        repr(sorted((key, value) for key, value in tokenizer.sizes.items() if key not in ("beta", "dropout"))).encode()
+    )
     for name, value in sorted(tokenizer.named_parameters()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
@@ -49,7 +51,9 @@ def read(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}") from None
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}"
+        ) from None
 
 
 def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -93,7 +97,9 @@ def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str
     return load_tokenizer(path), var.eval(), entry["class_names"]
 
 
-def check_sizes(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path = "the checkpoint") -> None:
+def check_sizes(
+    what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path = "the checkpoint"
+) -> None:
     """Raises ValueError naming the first size in which two networks differ; rates and loss weights may differ."""
     changeable = {"drop_path", "label_dropout", "dropout", "beta"}
     for key in expected:
@@ -105,7 +111,9 @@ def check_same_networks(checkpoint: dict[str, Any], tokenizer: MSVQVAE, var: VAR
     """Raises ValueError when a checkpoint to be resumed holds other networks than the run."""
     entry = entry_of(checkpoint, "the checkpoint")
     if (entry["var"] is None) != (var is None):
-        raise ValueError(f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, this run trains a {'VAR' if var else 'tokenizer'}")
+        raise ValueError(
+            f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, this run trains a {'VAR' if var else 'tokenizer'}"
+        )
     check_sizes("tokenizer", entry["tokenizer"], tokenizer.sizes)
     if var is not None:
         check_sizes("VAR", entry["var"], var.sizes)

@@ -1,6 +1,6 @@
 """`varlab VERB [overrides]`: finds the verb, nothing else."""
 
-import importlib
+import runpy
 import sys
 
 VERBS = {
@@ -18,13 +18,16 @@ def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb not in VERBS:
         lines = [f"  {name:10} {what}" for name, what in VERBS.items()]
-        usage = "\n".join(["varlab VERB [hydra overrides]", "", *lines, "", "`varlab VERB --help` shows the settings of a verb."])
+        usage = "\n".join(
+            ["varlab VERB [hydra overrides]", "", *lines, "", "`varlab VERB --help` shows the settings of a verb."]
+        )
         if verb in ("", "-h", "--help"):
             print(usage)
             return
         sys.exit(f"varlab: {verb!r} is no verb\n\n{usage}")
-    sys.argv = [f"varlab {verb}", *sys.argv[2:]]
-    importlib.import_module(f"varlab.{MODULES.get(verb, verb)}").main()
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
+    # as `python -m varlab.VERB`: processes that DDP starts run the same command again
+    runpy.run_module(f"varlab.{MODULES.get(verb, verb)}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

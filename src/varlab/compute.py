@@ -20,7 +20,9 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
     hidden = round(width * sizes["mlp_ratio"])
     token_weights = 4 * width**2 + 2 * width * hidden
     temperatures = sizes["num_heads"] if sizes["qk_norm"] else 0
-    biases = 3 * width + hidden + width + temperatures  # q, v, projection; both Linears of the feed-forward; temperatures
+    biases = (
+        3 * width + hidden + width + temperatures
+    )  # q, v, projection; both Linears of the feed-forward; temperatures
     adaln = 6 * width if sizes["shared_adaln"] else 6 * width**2 + 6 * width
     blocks = depth * (token_weights + biases + adaln)
     head = vocabulary * width + vocabulary
@@ -43,7 +45,12 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
 
 def training_flops(sizes: Sizes) -> int:
     """FLOPs of forward and backward for one image, attention counted block-causal, tokenizer not included."""
-    depth, width, vocabulary, codebook_dim = sizes["depth"], sizes["width"], sizes["codebook_size"], sizes["codebook_dim"]
+    depth, width, vocabulary, codebook_dim = (
+        sizes["depth"],
+        sizes["width"],
+        sizes["codebook_size"],
+        sizes["codebook_dim"],
+    )
     lengths = scales.lengths(sizes["patch_nums"])
     hidden = round(width * sizes["mlp_ratio"])
     length = sum(lengths)

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,13 +39,13 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
         def job(cfg: DictConfig) -> Any:
             try:
                 return run(cfg)
-            except (ValueError, OSError, OmegaConfBaseException, hydra.errors.InstantiationException) as error:
+            except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
                 cause = error
-                while isinstance(cause, hydra.errors.InstantiationException) and cause.__cause__ is not None:
+                while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                     cause = cause.__cause__
-                is_sweep = hydra.core.hydra_config.HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+                is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
                 log.error("varlab %s: %s", name, cause)
                 if is_sweep:  # the sweep runs its other jobs and fails at the end
                     raise RuntimeError(str(cause)) from None
@@ -52,24 +56,28 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     return decorate
 
 
-def check_types(cfg: Any, place: str = "") -> None:
-    """Raises ValueError for a value of another type than its constructor wants: Hydra itself passes `lr=1e-3x` on as text.
+def check_types(cfg: DictConfig) -> None:
+    """Raises ValueError for a value of another type than its constructor wants, or a key that it does not know.
 
-    Also for a key that the constructor does not know. Checks every node with a `_target_`.
+    Hydra itself passes `lr=1e-3x` on as text. Every node with a `_target_` is checked.
     """
+    check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), place="")
+
+
+def check_node(node: Any, place: str) -> None:
+    """Checks one node of the plain config and all below it."""
     from beartype.door import is_bearable
 
-    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    if isinstance(plain, list):
-        for i, value in enumerate(plain):
-            check_types(value, f"{place}[{i}]")
-    if not isinstance(plain, dict):
+    if isinstance(node, list):
+        for i, value in enumerate(node):
+            check_node(value, f"{place}[{i}]")
+    if not isinstance(node, dict):
         return
-    for key, value in plain.items():
-        check_types(value, f"{place}.{key}".lstrip("."))
-    if "_target_" not in plain or not place:
+    for key, value in node.items():
+        check_node(value, f"{place}.{key}".lstrip("."))
+    if "_target_" not in node:
         return
-    target = hydra.utils.get_object(plain["_target_"])
+    target = get_object(node["_target_"])
     constructor = target.__init__ if inspect.isclass(target) else target
     parameters = inspect.signature(constructor).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -77,15 +85,21 @@ def check_types(cfg: Any, place: str = "") -> None:
         hints = get_type_hints(constructor)
     except (NameError, TypeError):  # annotations of foreign code that only exist for its type checker
         hints = {}
-    for key, value in plain.items():
+    for key, value in node.items():
         if key.startswith("_") and key.endswith("_"):
             continue
         if key not in parameters and not takes_any:
-            raise ValueError(f"{place}.{key}: {plain['_target_']} knows no such setting, only {', '.join(list(parameters)[1:])}")
-        is_built = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
+            raise ValueError(
+                f"{place}.{key}: {node['_target_']} knows no such setting, only {', '.join(list(parameters)[1:])}"
+            )
+        is_built = isinstance(value, dict) or (
+            isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+        )
         if key in hints and not is_built and not fits(value, hints[key], is_bearable):
             wanted = getattr(hints[key], "__name__", None) or str(hints[key])
-            raise ValueError(f"{place}.{key}={value!r} has type {type(value).__name__}, {plain['_target_']} wants {wanted}")
+            raise ValueError(
+                f"{place}.{key}={value!r} has type {type(value).__name__}, {node['_target_']} wants {wanted}"
+            )
 
 
 def fits(value: Any, hint: Any, is_bearable: Callable[[Any, Any], bool]) -> bool:

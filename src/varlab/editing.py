@@ -11,7 +11,7 @@ from torch import Tensor
 from varlab import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import Kept, Randomness, generate
+from varlab.sampling import Kept, decode, generate_tokens
 
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Float[Tensor, "H W"]:
@@ -47,7 +47,6 @@ def edit(
     top_p: float = 0.0,
     seed: int | Sequence[int] = 0,
     smooth: bool = False,
-    randomness: Randomness | None = None,
 ) -> Float[Tensor, "B 3 H W"]:
     """Images in [0, 1] with the tokens of `images` (in [-1, 1]) where `keep` is 1 and generated ones elsewhere.
 
@@ -55,8 +54,7 @@ def edit(
     """
     with torch.no_grad():
         kept = Kept(tokenizer.encode(images), keep_masks(keep, tokenizer.patch_nums))
-    edited = generate(
-        var, tokenizer, labels, cfg_scale=cfg_scale, top_k=top_k, top_p=top_p, seed=seed, smooth=smooth, kept=kept, randomness=randomness
-    )
-    assert isinstance(edited, Tensor)
-    return edited
+        f_hat, _ = generate_tokens(
+            var, tokenizer, labels, cfg_scale=cfg_scale, top_k=top_k, top_p=top_p, seed=seed, smooth=smooth, kept=kept
+        )
+        return decode(tokenizer, f_hat)

@@ -17,19 +17,27 @@ class TokenScores(NamedTuple):
     error: Float[Tensor, "B K"]  # percent of tokens whose most likely code is another
 
 
-def cross_entropy(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], label_smoothing: float = 0.0) -> Float[Tensor, "B L"]:
+def cross_entropy(
+    logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], label_smoothing: float = 0.0
+) -> Float[Tensor, "B L"]:
     """Cross entropy of each token in nats; computed in fp32 whatever the type of the logits."""
-    loss = F.cross_entropy(logits.float().flatten(0, 1), sequence.flatten(), label_smoothing=label_smoothing, reduction="none")
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), sequence.flatten(), label_smoothing=label_smoothing, reduction="none"
+    )
     return loss.view_as(sequence)
 
 
 @torch.no_grad()
-def token_scores(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], patch_nums: scales.PatchNums) -> TokenScores:
+def token_scores(
+    logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], patch_nums: scales.PatchNums
+) -> TokenScores:
     """Loss and error by image and scale."""
     loss = cross_entropy(logits, sequence)
     error = 100 * (logits.argmax(dim=-1) != sequence).float()
     spans = scales.spans(patch_nums)
-    return TokenScores(*(torch.stack([x[:, first:last].mean(dim=1) for first, last in spans], dim=1) for x in (loss, error)))
+    return TokenScores(
+        *(torch.stack([x[:, first:last].mean(dim=1) for first, last in spans], dim=1) for x in (loss, error))
+    )
 
 
 def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, "*rows"]:

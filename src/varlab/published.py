@@ -35,22 +35,27 @@ TOKENIZER_KEYS = [
     (r"quantizer\.codebook\.weight", r"quantize.embedding.weight"),
     (r"quantizer\.hits", r"quantize.ema_vocab_hit_SV"),
 ]
-LEVEL_PARTS = [(".blocks.", ".block."), (".attentions.", ".attn."), (".skip.", ".nin_shortcut."), (".proj.", ".proj_out.")]
+LEVEL_PARTS = [
+    (".blocks.", ".block."),
+    (".attentions.", ".attn."),
+    (".skip.", ".nin_shortcut."),
+    (".proj.", ".proj_out."),
+]
 VAR_KEYS = [
     (r"start_position", r"pos_start"),
     (r"position", r"pos_1LC"),
     (r"class_embedding\.(.*)", r"class_emb.\1"),
     (r"scale_embedding\.(.*)", r"lvl_embed.\1"),
     (r"word_embed\.(.*)", r"word_embed.\1"),
-    (r"shared_modulation\.1\.(.*)", r"shared_ada_lin.1.\1"),
+    (r"shared_modulation\.linear\.(.*)", r"shared_ada_lin.1.\1"),
     (r"blocks\.(\d+)\.modulation_offset", r"blocks.\1.ada_gss"),
-    (r"blocks\.(\d+)\.modulation\.1\.(.*)", r"blocks.\1.ada_lin.1.\2"),
+    (r"blocks\.(\d+)\.modulation\.linear\.(.*)", r"blocks.\1.ada_lin.1.\2"),
     (r"blocks\.(\d+)\.attention\.log_scale", r"blocks.\1.attn.scale_mul_1H11"),
     (r"blocks\.(\d+)\.attention\.qkv\.(.*)", r"blocks.\1.attn.mat_qkv.\2"),
     (r"blocks\.(\d+)\.attention\.(.*)", r"blocks.\1.attn.\2"),
-    (r"blocks\.(\d+)\.feed_forward\.0\.(.*)", r"blocks.\1.ffn.fc1.\2"),
-    (r"blocks\.(\d+)\.feed_forward\.2\.(.*)", r"blocks.\1.ffn.fc2.\2"),
-    (r"head_modulation\.1\.(.*)", r"head_nm.ada_lin.1.\1"),
+    (r"blocks\.(\d+)\.feed_forward\.up\.(.*)", r"blocks.\1.ffn.fc1.\2"),
+    (r"blocks\.(\d+)\.feed_forward\.down\.(.*)", r"blocks.\1.ffn.fc2.\2"),
+    (r"head_modulation\.linear\.(.*)", r"head_nm.ada_lin.1.\1"),
     (r"head\.(.*)", r"head.\1"),
 ]
 
@@ -109,10 +114,14 @@ def load_released(network: Network, state: State) -> Network:
     hits = "quantize.ema_vocab_hit_SV"  # counts of another pyramid say nothing here
     for key, value in expected.items():
         if key != hits and state[key].shape != value.shape:
-            raise ValueError(f"released weights: {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+            raise ValueError(
+                f"released weights: {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            )
     for key, value in stored_buffers(network).items():
         if not torch.equal(state[key].cpu().to(value.dtype), value):
-            raise ValueError(f"released weights: buffer {key!r} belongs to another pyramid than patch_nums {network.patch_nums}")
+            raise ValueError(
+                f"released weights: buffer {key!r} belongs to another pyramid than patch_nums {network.patch_nums}"
+            )
     ours = network.state_dict()
     for key, value in ours.items():
         if key == "quantizer.num_updates" or (key == "quantizer.hits" and state[hits].shape != value.shape):
@@ -134,7 +143,9 @@ def count(state: State, pattern: str) -> int:
     return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
 
 
-def tokenizer_from_released(state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32) -> MSVQVAE:
+def tokenizer_from_released(
+    state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32
+) -> MSVQVAE:
     """The tokenizer of a released state dict. Sizes are read off the shapes; the pyramid and the form of the lookup are
     not stored there and must be given. The released tokenizer serves 256 and 512 px: only patch_nums differ."""
     channels = shape_of(state_dict, "encoder.conv_in.weight")[0]
@@ -148,7 +159,9 @@ def tokenizer_from_released(state_dict: State, patch_nums: scales.PatchNums, usi
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
         channels=channels,
-        channel_mult=[shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(num_levels)],
+        channel_mult=[
+            shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(num_levels)
+        ],
         num_blocks=count(state_dict, r"encoder\.down\.0\.block\.(\d+)\..*"),
         num_groups=num_groups,
         num_phis=num_lists or (1 if is_shared else None),
@@ -170,7 +183,9 @@ def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads
     lengths = torch.bincount(state_dict["lvl_1L"].flatten().long()).tolist() if "lvl_1L" in state_dict else None
     if lengths is not None and lengths != scales.lengths(patch_nums):
         guess = [math.isqrt(length) for length in lengths]
-        raise ValueError(f"patch_nums {list(patch_nums)} do not fit the weights, whose scales have {lengths} tokens (square maps: {guess})")
+        raise ValueError(
+            f"patch_nums {list(patch_nums)} do not fit the weights, whose scales have {lengths} tokens (square maps: {guess})"
+        )
     var = VAR(
         depth=count(state_dict, r"blocks\.(\d+)\..*"),
         patch_nums=patch_nums,
@@ -184,5 +199,3 @@ def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads
         qk_norm=qk_norm,
     )
     return load_released(var, state_dict)
-
-

@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> None:
 
     from varlab import checkpoints, pictures
     from varlab.files import save_json
-    from varlab.sampling import generate
+    from varlab.sampling import decode, generate_tokens
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
@@ -29,7 +29,9 @@ def run(cfg: DictConfig) -> None:
     for first in tqdm(range(0, cfg.num, cfg.batch_size), desc="sample", unit="batch"):
         chunk = labels[first : first + cfg.batch_size]
         seeds = list(range(cfg.seed + first, cfg.seed + first + len(chunk)))
-        batch, tokens = generate(var, tokenizer, chunk, **settings, seed=seeds, return_tokens=True)
+        f_hat, tokens = generate_tokens(var, tokenizer, chunk, **settings, seed=seeds)
+        with torch.no_grad():
+            batch = decode(tokenizer, f_hat)
         images.append(batch.cpu())
         token_maps.append(tokens)
         for i, pixels in enumerate(pictures.to_uint8(batch), start=first):
@@ -38,9 +40,17 @@ def run(cfg: DictConfig) -> None:
     columns = len(classes) if len(classes) <= 10 else 10
     pictures.save(pictures.grid(shown, columns), out / "grid.png")
     first_maps = [tokens[: cfg.film_rows] for tokens in token_maps[0]]
-    strip = tokenizer.filmstrip(first_maps) / 2 + 0.5
+    with torch.no_grad():
+        strip = tokenizer.filmstrip(first_maps) / 2 + 0.5
     pictures.save(pictures.grid(pictures.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
-    protocol = {"checkpoint": str(cfg.checkpoint), **settings, "seed": cfg.seed, "num": cfg.num, "classes": classes, "class_names": class_names}
+    protocol = {
+        "checkpoint": str(cfg.checkpoint),
+        **settings,
+        "seed": cfg.seed,
+        "num": cfg.num,
+        "classes": classes,
+        "class_names": class_names,
+    }
     save_json(out / "samples.json", {**protocol, "rounding": "nearest", "labels": labels.tolist()})
     print(f"{out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json")
 

@@ -62,7 +62,9 @@ class Randomness:
     def gumbel(self, k: int, codebook_size: int) -> Float[Tensor, "B l V"]:
         """Gumbel noise for each code at each token of scale k; call once a scale, in order."""
         shape = (self.uniform_by_scale[k].shape[1], codebook_size)
-        return -torch.stack([torch.empty(shape).exponential_(generator=generator).log() for generator in self.generators])
+        return -torch.stack(
+            [torch.empty(shape).exponential_(generator=generator).log() for generator in self.generators]
+        )
 
 
 def smooth_temperature(k: int, num_scales: int) -> float:
@@ -90,14 +92,77 @@ def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
     """Raises ValueError when the transformer was not made for such a tokenizer."""
     for name in ("patch_nums", "codebook_size", "codebook_dim"):
         if var.sizes[name] != tokenizer.sizes[name]:
-            raise ValueError(f"the VAR has {name}={var.sizes[name]}, the tokenizer {tokenizer.sizes[name]}: they do not belong together")
+            raise ValueError(
+                f"the VAR has {name}={var.sizes[name]}, the tokenizer {tokenizer.sizes[name]}: they do not belong together"
+            )
 
 
 def check_labels(labels: Int[Tensor, "B"], num_classes: int) -> None:
     """Raises ValueError for a label outside 0..num_classes, the last being the null label."""
     wrong = [label for label in labels.tolist() if not 0 <= label <= num_classes]
     if wrong:
-        raise ValueError(f"label {wrong[0]} is out of range: there are {num_classes} classes, 0..{num_classes - 1} (and {num_classes} for none)")
+        raise ValueError(
+            f"label {wrong[0]} is out of range: there are {num_classes} classes, 0..{num_classes - 1} (and {num_classes} for none)"
+        )
+
+
+@torch.no_grad()
+def generate_tokens(
+    var: VAR,
+    tokenizer: MSVQVAE,
+    labels: Int[Tensor, "B"],
+    *,
+    cfg_scale: float,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    smooth: bool = False,
+    kept: Kept | None = None,
+    randomness: Randomness | None = None,
+) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
+    """The sum of codes `f_hat` and the token maps of the given classes: the loop over scales.
+
+    Guidance grows linearly over the scales, from 0 at the coarsest to `cfg_scale` at the finest; 0 is none. Image i
+    depends on `labels[i]` and its seed (`seed + i`, or `seed[i]`). `smooth` mixes codes by a soft Gumbel softmax: for
+    looks, not for scores; the tokens returned are then the ones drawn, which `f_hat` does not follow.
+    `randomness` replaces the numbers that the seeds would give.
+    """
+    check_pair(var, tokenizer)
+    check_labels(labels, var.num_classes)
+    var.eval()
+    quantizer, device, lengths = tokenizer.quantizer, labels.device, scales.lengths(var.patch_nums)
+    num_scales = len(lengths)
+    randomness = randomness or Randomness(image_seeds(seed, len(labels)), lengths)
+    is_guided = cfg_scale != 0
+    rows = torch.cat([labels, torch.full_like(labels, var.null_label)]) if is_guided else labels
+    has_autocast = torch.is_autocast_enabled(device.type)
+    cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
+
+    f_hat, inputs, token_maps = quantizer.empty(len(labels)), None, []
+    for k in range(num_scales):
+        t = scales.progress(k, num_scales)
+        logits = var.predict_scale(k, inputs, rows, cache).float()
+        if is_guided:
+            cond, uncond = logits.chunk(2)
+            logits = guide(cond, uncond, cfg_scale * t)
+        logits = filter_logits(logits, top_k, top_p)
+        tokens = draw(logits, randomness.uniform(k).to(device))
+        with torch.autocast(device.type, enabled=False):
+            codes = quantizer.codebook(tokens)
+            if smooth:
+                noise = randomness.gumbel(k, logits.shape[-1]).to(device)
+                soft = ((logits * (1 + t) + noise) / smooth_temperature(k, num_scales)).softmax(dim=-1)
+                codes = soft @ quantizer.codebook.weight
+            if kept is not None:
+                mask = kept.masks[k].to(device)
+                tokens = torch.where(mask, kept.token_maps[k], tokens)
+                codes = torch.where(mask[:, None], quantizer.codebook(tokens), codes)
+            f_hat = quantizer.accumulate(f_hat, codes, k)
+            if k + 1 < num_scales:
+                inputs = quantizer.at_scale(f_hat, k + 1)
+                inputs = torch.cat([inputs, inputs]) if is_guided else inputs
+        token_maps.append(tokens)
+    return f_hat, token_maps
 
 
 @torch.no_grad()
@@ -111,51 +176,15 @@ def generate(
     top_p: float = 0.0,
     seed: int | Sequence[int] = 0,
     smooth: bool = False,
-    kept: Kept | None = None,
-    randomness: Randomness | None = None,
     return_tokens: bool = False,
 ) -> Float[Tensor, "B 3 H W"] | tuple[Float[Tensor, "B 3 H W"], list[Int[Tensor, "B _"]]]:
-    """Images in [0, 1] of the given classes, and their token maps if `return_tokens`.
-
-    Guidance grows linearly over the scales, from 0 at the coarsest to `cfg_scale` at the finest; 0 is none. Image i
-    depends on `labels[i]` and its seed (`seed + i`, or `seed[i]`). `smooth` mixes codes by a soft Gumbel softmax: for
-    looks, not for scores; the tokens returned are then the ones drawn, which the picture does not follow.
-    `randomness` replaces the numbers that the seeds would give.
-    """
-    check_pair(var, tokenizer)
-    check_labels(labels, var.num_classes)
-    var.eval()
-    quantizer, batch_size, device = tokenizer.quantizer, len(labels), labels.device
-    lengths = scales.lengths(var.patch_nums)
-    num_scales = len(lengths)
-    randomness = randomness or Randomness(image_seeds(seed, batch_size), lengths)
-    is_guided = cfg_scale != 0
-    rows = torch.cat([labels, torch.full_like(labels, var.null_label)]) if is_guided else labels
-    has_autocast = torch.is_autocast_enabled(device.type)
-    cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
-
-    f_hat, inputs, token_maps = quantizer.empty(batch_size), None, []
-    for k in range(num_scales):
-        logits = var.predict_scale(k, inputs, rows, cache).float()
-        if is_guided:
-            cond, uncond = logits.chunk(2)
-            logits = guide(cond, uncond, cfg_scale * scales.progress(k, num_scales))
-        logits = filter_logits(logits, top_k, top_p)
-        tokens = draw(logits, randomness.uniform(k).to(device))
-        with torch.autocast(device.type, enabled=False):
-            codes = quantizer.codebook(tokens)
-            if smooth:
-                noise = randomness.gumbel(k, logits.shape[-1]).to(device)
-                soft = (logits * (1 + scales.progress(k, num_scales)) + noise) / smooth_temperature(k, num_scales)
-                codes = soft.softmax(dim=-1) @ quantizer.codebook.weight
-            if kept is not None:
-                mask = kept.masks[k].to(device)
-                tokens = torch.where(mask, kept.token_maps[k], tokens)
-                codes = torch.where(mask[:, None], quantizer.codebook(tokens), codes)
-            f_hat = quantizer.accumulate(f_hat, codes, k)
-            if k + 1 < num_scales:
-                inputs = quantizer.at_scale(f_hat, k + 1)
-                inputs = torch.cat([inputs, inputs]) if is_guided else inputs
-        token_maps.append(tokens)
-    images = tokenizer.decode_features(f_hat).float() / 2 + 0.5
+    """Images in [0, 1] of the given classes, and their token maps if `return_tokens`; settings as in `generate_tokens`."""
+    settings = {"cfg_scale": cfg_scale, "top_k": top_k, "top_p": top_p, "seed": seed, "smooth": smooth}
+    f_hat, token_maps = generate_tokens(var, tokenizer, labels, **settings)
+    images = decode(tokenizer, f_hat)
     return (images, token_maps) if return_tokens else images
+
+
+def decode(tokenizer: MSVQVAE, f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
+    """Images in [0, 1] of a sum of codes."""
+    return tokenizer.decode_features(f_hat).float() / 2 + 0.5

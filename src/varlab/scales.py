@@ -17,7 +17,9 @@ def sides(patch_nums: PatchNums) -> list[tuple[int, int]]:
         raise ValueError("patch_nums is empty: give at least one side, for example [1, 2, 3, 4]")
     for (h, w), (next_h, next_w) in zip([(1, 1), *pairs], pairs, strict=False):
         if next_h < h or next_w < w:
-            raise ValueError(f"patch_nums {list(patch_nums)}: sides must be positive and must not shrink from coarse to fine")
+            raise ValueError(
+                f"patch_nums {list(patch_nums)}: sides must be positive and must not shrink from coarse to fine"
+            )
     return pairs
 
 

@@ -40,7 +40,9 @@ def run(cfg: DictConfig) -> None:
     for (y, x), law in laws.items():
         paper = f"   [paper, ImageNet 256: {PUBLISHED[y, x]}]" if (y, x) in PUBLISHED else ""
         print(f"  {y:14} against {x:12} {words(law)}, r {law.r:.3f}{paper}")
-    print("The paper's exponents belong to reducible losses (floors 5 and 4.5 nats) of ImageNet runs; they are no target here.")
+    print(
+        "The paper's exponents belong to reducible losses (floors 5 and 4.5 nats) of ImageNet runs; they are no target here."
+    )
     save_json(out / "fits.json", [{"y": y, "x": x, **asdict(law)} for (y, x), law in laws.items()])
     print(f"figure: {', '.join(str(file) for file in files)}")
 

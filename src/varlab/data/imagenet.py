@@ -61,10 +61,18 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, reader: ShardReader, resolution: int, resize_ratio: float, random_crop: bool, random_flip: bool, seed: int = 0
+        self,
+        reader: ShardReader,
+        resolution: int,
+        resize_ratio: float,
+        random_crop: bool,
+        random_flip: bool,
+        seed: int = 0,
     ) -> None:
         if resize_ratio < 1:
-            raise ValueError(f"resize_ratio={resize_ratio}: the shorter side must not get smaller than the crop, so at least 1")
+            raise ValueError(
+                f"resize_ratio={resize_ratio}: the shorter side must not get smaller than the crop, so at least 1"
+            )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
 
@@ -74,7 +82,9 @@ class ImageDataset(Dataset):
     def crop_of(self, draw: Draw) -> Crop:
         """Where this sample is cut in this epoch."""
         top, left, flip = np.random.default_rng([self.seed, draw.epoch, draw.sample]).random(3)
-        return Crop(*((top, left) if self.random_crop else (0.5, 0.5)), is_flipped=bool(self.random_flip and flip < 0.5))
+        return Crop(
+            *((top, left) if self.random_crop else (0.5, 0.5)), is_flipped=bool(self.random_flip and flip < 0.5)
+        )
 
     def image(self, i: int, crop: Crop) -> np.ndarray:
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it when it cannot be decoded."""
@@ -94,7 +104,9 @@ class ImageDataset(Dataset):
                 return self.image(i, self.crop_of(draw)), int(self.reader.labels[i]), attempt > 0
             except ValueError as error:
                 log.warning("%s; its neighbor takes its place", error)
-        raise ValueError(f"ten images in a row from number {draw.sample} cannot be read: the shards are damaged, see the log")
+        raise ValueError(
+            f"ten images in a row from number {draw.sample} cannot be read: the shards are damaged, see the log"
+        )
 
     def __getitems__(self, draws: list[Draw]) -> ImageBatch:
         images, labels, replaced = zip(*(self.readable(draw) for draw in draws), strict=True)
@@ -131,5 +143,7 @@ class ImageNetDataModule(OrderedDataModule):
         train, val = ShardReader(self.path, "train"), ShardReader(self.path, "val")
         self.shard_counts, self.num_val = train.shard_counts, len(val)
         self.class_names, self.data_fingerprint = train.manifest["class_names"], fingerprint(train.manifest)
-        self.train_set = ImageDataset(train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed)
+        self.train_set = ImageDataset(
+            train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed
+        )
         self.val_set = ImageDataset(val, self.resolution, self.resize_ratio, random_crop=False, random_flip=False)

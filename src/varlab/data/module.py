@@ -24,10 +24,22 @@ class OrderedDataModule(LightningDataModule):
     data_fingerprint: str
 
     def __init__(
-        self, global_batch_size: int, num_workers: int, seed: int, lanes: int, window: int | None, max_skipped_share: float = 0.0
+        self,
+        global_batch_size: int,
+        num_workers: int,
+        seed: int,
+        lanes: int,
+        window: int | None,
+        max_skipped_share: float = 0.0,
     ) -> None:
         super().__init__()
-        self.global_batch_size, self.num_workers, self.seed, self.lanes, self.window = global_batch_size, num_workers, seed, lanes, window
+        self.global_batch_size, self.num_workers, self.seed, self.lanes, self.window = (
+            global_batch_size,
+            num_workers,
+            seed,
+            lanes,
+            window,
+        )
         self.max_skipped_share = max_skipped_share
         self.consumed = 0
         self.skipped = 0
@@ -91,7 +103,9 @@ class OrderedDataModule(LightningDataModule):
         return {"consumed": consumed, "fingerprint": self.run_fingerprint(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consumed, self.resumed_fingerprint, self.skipped = (state_dict[key] for key in ("consumed", "fingerprint", "skipped"))
+        self.consumed, self.resumed_fingerprint, self.skipped = (
+            state_dict[key] for key in ("consumed", "fingerprint", "skipped")
+        )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts samples that had to be replaced; raises ValueError when they are more than `max_skipped_share`."""

@@ -52,10 +52,12 @@ class Order:
         rng = np.random.default_rng([self.seed, epoch])
         if self.window is None or self.num_samples <= self.lanes * self.window:
             return rng.permutation(self.num_samples)
-        starts = np.concatenate([[0], np.cumsum(self.shard_counts)])
-        row = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in rng.permutation(len(self.shard_counts))])
+        shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_counts)[:-1])
+        row = np.concatenate([shards[s] for s in rng.permutation(len(shards))])
         order = np.empty_like(row)
-        for lane, stretch in enumerate(np.array_split(row, self.lanes)):  # the first ones are longer by one where it does not divide
+        for lane, stretch in enumerate(
+            np.array_split(row, self.lanes)
+        ):  # the first ones are longer by one where it does not divide
             for first in range(0, len(stretch), self.window):
                 stretch[first : first + self.window] = rng.permutation(stretch[first : first + self.window])
             order[lane :: self.lanes] = stretch

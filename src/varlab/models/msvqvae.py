@@ -93,7 +93,10 @@ class MSVQVAE(nn.Module):
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """The continuous encoder output `f` that the quantizer codes."""
         if tuple(images.shape[2:]) != self.image_size:
-            raise ValueError(f"images are {tuple(images.shape[2:])} pixels, patch_nums {self.patch_nums} at downsample {self.downsample} code {self.image_size}")
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])} pixels; patch_nums {self.patch_nums} at downsample {self.downsample}"
+                f" code {self.image_size}"
+            )
         return self.pre_conv(self.encoder(images))
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> list[Int[Tensor, "B _"]]:

@@ -67,7 +67,8 @@ class MultiScaleQuantizer(nn.Module):
         self.phi_index = list(range(self.num_scales)) if num_phis is None else phi_of_scale(num_phis, self.num_scales)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
         self.phis = nn.ModuleList(
-            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity() for _ in range(num_phis or self.num_scales)
+            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity()
+            for _ in range(num_phis or self.num_scales)
         )
         self.register_buffer("hits", torch.zeros(self.num_scales, codebook_size))  # moving average of hits per code
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
@@ -86,7 +87,9 @@ class MultiScaleQuantizer(nn.Module):
             return h
         return (1 - self.phi_ratio) * h + self.phi_ratio * self.phis[self.phi_index[k]](h)
 
-    def accumulate(self, f_hat: Float[Tensor, "B C H W"], codes: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B C H W"]:
+    def accumulate(
+        self, f_hat: Float[Tensor, "B C H W"], codes: Float[Tensor, "B l C"], k: int
+    ) -> Float[Tensor, "B C H W"]:
         """`f_hat` with the codes of scale k added. Resizing to the same side is the identity, so the last scale is no exception."""
         h, w = self.sides[k]
         code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
@@ -125,7 +128,11 @@ class MultiScaleQuantizer(nn.Module):
         """
         partial = self.partial_sums(token_maps[:-1]) if len(token_maps) > 1 else []
         inputs = [self.at_scale(f_hat, k + 1) for k, f_hat in enumerate(partial)]
-        return torch.cat(inputs, dim=1) if inputs else self.codebook.weight.new_zeros(len(token_maps[0]), 0, self.codebook_dim)
+        return (
+            torch.cat(inputs, dim=1)
+            if inputs
+            else self.codebook.weight.new_zeros(len(token_maps[0]), 0, self.codebook_dim)
+        )
 
     def forward(self, f: Float[Tensor, "B C H W"]) -> Quantized:
         """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
@@ -143,7 +150,9 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
         """Moves the average hit counts by one step; counts of all ranks are summed, so every rank calls this."""
-        counts = torch.stack([torch.bincount(tokens.flatten(), minlength=self.codebook_size) for tokens in token_maps]).float()
+        counts = torch.stack(
+            [torch.bincount(tokens.flatten(), minlength=self.codebook_size) for tokens in token_maps]
+        ).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         momentum = 0.0 if self.num_updates == 0 else 0.9 if self.num_updates < 100 else 0.99

@@ -10,7 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
-def modulate(x: Float[Tensor, "B l D"], scale: Float[Tensor, "B 1 D"], shift: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B l D"]:
+def modulate(
+    x: Float[Tensor, "B l D"], scale: Float[Tensor, "B 1 D"], shift: Float[Tensor, "B 1 D"]
+) -> Float[Tensor, "B l D"]:
     """Adaptive layer norm's affine part: x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
@@ -27,7 +29,9 @@ class BlockCache:
     length: int = 0
     modulation: Float[Tensor, "B 6 D"] | None = None
 
-    def append(self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
+    def append(
+        self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]
+    ) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
         """Stores the keys and values of one scale; returns those of all scales so far."""
         end = self.length + k.shape[2]
         self.keys[:, :, self.length : end] = k
@@ -57,7 +61,9 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B l D"], mask: Bool[Tensor, "l l"] | None = None, cache: BlockCache | None = None
     ) -> Float[Tensor, "B l D"]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "B l (three N d) -> three B N l d", three=3, N=self.num_heads)
+        q, k, v = rearrange(
+            F.linear(x, self.qkv.weight, bias), "B l (three N d) -> three B N l d", three=3, N=self.num_heads
+        )
         if self.log_scale is None:
             softmax_scale = 0.25 / math.sqrt(q.shape[-1])
         else:
@@ -71,23 +77,29 @@ class Attention(nn.Module):
         return self.proj(rearrange(h, "B N l d -> B l (N d)"))
 
 
-class FeedForward(nn.Sequential):
+class FeedForward(nn.Module):
     """Linear, GELU (tanh form), Linear."""
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
+        super().__init__()
         hidden = round(width * mlp_ratio)
-        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "B l D"]) -> Float[Tensor, "B l D"]:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-class Modulation(nn.Sequential):
+class Modulation(nn.Module):
     """SiLU and Linear: the conditioning vector -> `num_vectors` vectors of the width."""
 
     def __init__(self, width: int, num_vectors: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, num_vectors * width))
+        super().__init__()
         self.num_vectors = num_vectors
+        self.linear = nn.Linear(width, num_vectors * width)
 
-    def forward(self, input: Float[Tensor, "B D"]) -> Float[Tensor, "B n D"]:
-        return rearrange(super().forward(input), "B (n D) -> B n D", n=self.num_vectors)
+    def forward(self, cond: Float[Tensor, "B D"]) -> Float[Tensor, "B n D"]:
+        return rearrange(self.linear(F.silu(cond)), "B (n D) -> B n D", n=self.num_vectors)
 
 
 class DropPath(nn.Module):
@@ -111,7 +123,9 @@ class AdaLNBlock(nn.Module):
     only adds a learnt offset; otherwise the block has a Linear of its own.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, shared_adaln: bool, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, shared_adaln: bool, qk_norm: bool
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(width, num_heads, qk_norm)
@@ -122,7 +136,10 @@ class AdaLNBlock(nn.Module):
 
     def modulate_by(self, cond: Float[Tensor, "B *six D"]) -> Float[Tensor, "B 6 D"]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2: in this order, as released."""
-        return self.modulation(cond) if self.modulation is not None else cond + self.modulation_offset
+        if self.modulation is not None:
+            return self.modulation(cond)
+        assert self.modulation_offset is not None
+        return cond + self.modulation_offset
 
     def forward(
         self,

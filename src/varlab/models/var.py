@@ -71,7 +71,13 @@ class VAR(nn.Module):
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
         }
-        self.depth, self.width, self.num_heads, self.num_classes, self.label_dropout = depth, width, num_heads, num_classes, label_dropout
+        self.depth, self.width, self.num_heads, self.num_classes, self.label_dropout = (
+            depth,
+            width,
+            num_heads,
+            num_classes,
+            label_dropout,
+        )
         self.patch_nums = self.sizes["patch_nums"]
         self.spans = scales.spans(patch_nums)
         num_tokens, num_start = self.spans[-1][1], self.spans[0][1]
@@ -82,7 +88,9 @@ class VAR(nn.Module):
         self.position = nn.Parameter(torch.empty(1, num_tokens, width))
         self.scale_embedding = nn.Embedding(len(self.spans), width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(AdaLNBlock(width, num_heads, mlp_ratio, rate, shared_adaln, qk_norm) for rate in rates)
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(width, num_heads, mlp_ratio, rate, shared_adaln, qk_norm) for rate in rates
+        )
         self.shared_modulation = Modulation(width, 6) if shared_adaln else None
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = Modulation(width, 2)
@@ -128,14 +136,15 @@ class VAR(nn.Module):
         nn.init.normal_(self.position, std=std)
         nn.init.normal_(self.start_position, std=std)
         self.head.weight.mul_(init_head)
-        self.head_modulation[1].weight.mul_(init_adaln)
+        self.head_modulation.linear.weight.mul_(init_adaln)
         for block in self.blocks:
+            assert isinstance(block, AdaLNBlock)
             block.attention.proj.weight.div_(math.sqrt(2 * self.depth))
-            block.feed_forward[2].weight.div_(math.sqrt(2 * self.depth))
+            block.feed_forward.down.weight.div_(math.sqrt(2 * self.depth))
             if block.modulation is not None:
-                block.modulation[1].weight[: 2 * self.width].mul_(init_adaln_gamma)
-                block.modulation[1].weight[2 * self.width :].mul_(init_adaln)
-            else:
+                block.modulation.linear.weight[: 2 * self.width].mul_(init_adaln_gamma)
+                block.modulation.linear.weight[2 * self.width :].mul_(init_adaln)
+            if block.modulation_offset is not None:
                 nn.init.normal_(block.modulation_offset, std=self.width**-0.5)
                 block.modulation_offset[:2].mul_(init_adaln_gamma)
                 block.modulation_offset[2:].mul_(init_adaln)
@@ -171,7 +180,9 @@ class VAR(nn.Module):
         length = inputs.shape[1] + self.spans[0][1]
         ends = [end for _, end in self.spans]
         if length not in ends:
-            raise ValueError(f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}")
+            raise ValueError(
+                f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}"
+            )
         class_vector = self.class_embedding(self.drop_labels(labels))
         cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
         x = self.embed(inputs, class_vector, 0, ends.index(length))
@@ -183,7 +194,10 @@ class VAR(nn.Module):
         """An empty cache for `predict_scale`, one entry a block, with room for all scales."""
         shape = (batch_size, self.num_heads, self.spans[-1][1], self.width // self.num_heads)
         device = self.head.weight.device
-        return [BlockCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in self.blocks]
+        return [
+            BlockCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in self.blocks
+        ]
 
     def predict_scale(
         self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, "B"], cache: list[BlockCache]

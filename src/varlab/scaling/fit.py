@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
+Values = Sequence[float] | Sequence[int] | np.ndarray
 MIN_SIZES_FOR_INTERVAL = 4
 
 
@@ -27,7 +28,7 @@ class PowerLaw:
 
     def __call__(self, x: np.ndarray | float) -> np.ndarray:
         """Predicted y."""
-        return self.floor + np.exp(self.alpha * (self.log_x0 - np.log(x)))
+        return np.asarray(self.floor + np.exp(self.alpha * (self.log_x0 - np.log(x))))
 
 
 def line(log_x: np.ndarray, log_y: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -54,7 +55,7 @@ def best_floor(x: np.ndarray, y: np.ndarray) -> float:
     return max(float(y.min()) - float(np.exp(best)), 0.0)
 
 
-def fit(x: Sequence[float], y: Sequence[float], floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
+def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
     """Fits a power law; `floor` None fits it, 0 is none. Raises ValueError for too few or unusable points.
 
     The interval comes from a residual bootstrap (the floor fitted anew in each draw), stretched by t(df) / 1.96: plain
@@ -63,7 +64,9 @@ def fit(x: Sequence[float], y: Sequence[float], floor: float | None = 0.0, boots
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     num_sizes = len(np.unique(xs))
     if num_sizes < (3 if floor is None else 2):
-        raise ValueError(f"a power law{' with a fitted floor' if floor is None else ''} needs more than {num_sizes} different sizes")
+        raise ValueError(
+            f"a power law{' with a fitted floor' if floor is None else ''} needs more than {num_sizes} different sizes"
+        )
     if floor is not None and not (ys > floor).all():
         raise ValueError(f"floor={floor} is not below all values, the smallest is {ys.min():.4g}")
     if not (xs > 0).all() or not np.isfinite(ys).all():
@@ -79,9 +82,9 @@ def fit(x: Sequence[float], y: Sequence[float], floor: float | None = 0.0, boots
     for _ in range(bootstraps):
         draw = law.floor + np.exp(log_fit + rng.choice(residuals, len(xs)))
         alphas.append(fit_once(xs, draw, floor).alpha)
-    low, high = np.percentile(alphas, [2.5, 97.5]) - law.alpha
-    stretch = student.ppf(0.975, degrees) / 1.96
-    interval = (law.alpha + float(low) * stretch, law.alpha + float(high) * stretch)
+    low, high = (float(np.percentile(alphas, percent)) - law.alpha for percent in (2.5, 97.5))
+    stretch = float(student.ppf(0.975, degrees)) / 1.96
+    interval = (law.alpha + low * stretch, law.alpha + high * stretch)
     return PowerLaw(law.alpha, law.log_x0, law.floor, law.r, interval, num_sizes)
 
 
@@ -95,7 +98,7 @@ def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
     return PowerLaw(-slope, log_x0, bottom, r, None, len(np.unique(x)))
 
 
-def frontier(compute: Sequence[float], loss: Sequence[float]) -> list[int]:
+def frontier(compute: Values, loss: Values) -> list[int]:
     """Indices of the points that no other point beats with less compute, by rising compute."""
     best, chosen = np.inf, []
     for i in sorted(range(len(compute)), key=lambda i: (compute[i], loss[i])):

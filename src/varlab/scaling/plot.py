@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from varlab.files import whole_file
 from varlab.scaling.fit import PowerLaw
@@ -36,7 +37,9 @@ def figure(rows: Sequence[Row], laws: dict[tuple[str, str], PowerLaw], out: Path
     """Draws one panel for each (y, x) law; writes scaling.png and scaling.svg into `out`."""
     xs = list(dict.fromkeys(x for _, x in laws))
     ys = list(dict.fromkeys(y for y, _ in laws))
-    figure, panels = plt.subplots(len(xs), len(ys), figsize=(4.4 * len(ys), 3.9 * len(xs)), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        len(xs), len(ys), figsize=(4.4 * len(ys), 3.9 * len(xs)), squeeze=False, layout="constrained"
+    )
     depths = sorted({row["depth"] for row in rows})
     colors = dict(zip(depths, plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(depths))), strict=True))
     for (y, x), law in laws.items():
@@ -48,7 +51,9 @@ def figure(rows: Sequence[Row], laws: dict[tuple[str, str], PowerLaw], out: Path
         panel.set(xscale="log", xlabel=LABELS[x], ylabel=LABELS[y])
         panel.set_title(words(law), fontsize=8)
         panel.grid(alpha=0.25, which="both")
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[depth], label=f"depth {depth}") for depth in depths]
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colors[depth], label=f"depth {depth}") for depth in depths
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(depths), frameon=False)
     files = []
     for kind in ("png", "svg"):

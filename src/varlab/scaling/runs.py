@@ -10,7 +10,14 @@ from varlab.files import whole_file
 
 Row = dict[str, Any]
 SAME = ("tokenizer_id", "dataset_id", "patch_nums")  # what runs of one fit must share
-UNITS = {"device_seconds": "s", "flops_exact": "FLOP", "flops_6nd": "FLOP", "flops_tokenizer": "FLOP", "val_err": "percent", "batch": "images"}
+UNITS = {
+    "device_seconds": "s",
+    "flops_exact": "FLOP",
+    "flops_6nd": "FLOP",
+    "flops_tokenizer": "FLOP",
+    "val_err": "percent",
+    "batch": "images",
+}
 
 
 def unit(column: str) -> str:
@@ -29,7 +36,9 @@ def read_runs(source: Path) -> list[Row]:
         rows = [json.loads(file.read_text()) for file in sorted(source.rglob("run.json"))]
     rows = [row for row in rows if row.get("kind") == "var"]
     if not rows:
-        raise ValueError(f"source={source} holds no VAR runs: give a multirun folder (with run.json files) or a table of runs as CSV")
+        raise ValueError(
+            f"source={source} holds no VAR runs: give a multirun folder (with run.json files) or a table of runs as CSV"
+        )
     return rows
 
 
@@ -62,4 +71,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([f"{column} [{unit(column)}]" if unit(column) else column for column in columns])
         for row in rows:
-            writer.writerow([json.dumps(row[key]) if not isinstance(row.get(key), str) else row[key] for key in columns if key in row])
+            writer.writerow(
+                [
+                    json.dumps(row[key]) if not isinstance(row.get(key), str) else row[key]
+                    for key in columns
+                    if key in row
+                ]
+            )

@@ -17,7 +17,6 @@ from varlab.data.imagenet import ImageBatch
 from varlab.files import save_json
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import generate
 from varlab.training.loggers import run_id
 
 
@@ -54,12 +53,15 @@ class EMA(Callback):
         weights = self.weights(pl_module)
         self.average = {name: self.average.get(name, value).to(value).clone() for name, value in weights.items()}
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step <= self.num_updates:
             return  # still accumulating
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.average.values()), list(self.weights(pl_module).values()), 1 - decay)
+        for name, value in self.weights(pl_module).items():
+            self.average[name].lerp_(value, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.average:
@@ -113,7 +115,9 @@ class RunRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.facts = pl_module.run_facts()  # pyright: ignore[reportCallIssue]
-        self.peak_flops = get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
+        self.peak_flops = (
+            get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.batch_time = self.logged_time = time.perf_counter()
@@ -123,7 +127,9 @@ class RunRecord(Callback):
         """FLOPs so far, network and tokenizer."""
         return self.counters["flops_exact"] + self.counters["flops_tokenizer"]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         images, now = len(batch.labels) * trainer.world_size, time.perf_counter()
         self.counters["images_seen"] += images
         self.counters["tokens_seen"] += images * self.facts["tokens_per_image"]
@@ -136,14 +142,18 @@ class RunRecord(Callback):
         seconds = max(now - self.logged_time, 1e-9)
         flops_per_second = (self.total_flops() - self.logged_flops) / seconds
         pl_module.log_dict({f"count/{key}": float(value) for key, value in self.counters.items()})
-        pl_module.log("speed/images_per_second", (self.counters["images_seen"] - self.logged_images) / seconds, prog_bar=True)
+        pl_module.log(
+            "speed/images_per_second", (self.counters["images_seen"] - self.logged_images) / seconds, prog_bar=True
+        )
         pl_module.log("speed/flops_per_second", flops_per_second)
         if self.peak_flops:
             pl_module.log("speed/mfu", flops_per_second / trainer.world_size / self.peak_flops, prog_bar=True)
         pl_module.log("data/skipped", float(trainer.datamodule.skipped))  # pyright: ignore[reportAttributeAccessIssue]
         self.logged_time, self.logged_images, self.logged_flops = now, self.counters["images_seen"], self.total_flops()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -188,7 +198,9 @@ class RunRecord(Callback):
             "dataset_id": data.data_fingerprint,
             "class_names": len(data.class_names),
             "seed": self.seed,
-            "device": torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else pl_module.device.type,
+            "device": torch.cuda.get_device_name(pl_module.device)
+            if pl_module.device.type == "cuda"
+            else pl_module.device.type,
             "num_devices": trainer.world_size,
             "precision": str(trainer.precision),
             "torch": torch.__version__,
@@ -202,7 +214,9 @@ class RunRecord(Callback):
 
 def git_commit() -> str | None:
     """Commit of the code that runs, None outside a checkout."""
-    answer = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return answer.stdout.strip() or None
 
 
@@ -234,7 +248,9 @@ class Pictures(Callback):
             assert isinstance(tokenizer, MSVQVAE)
             labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
             was_training = net.training
-            _, token_maps = generate(net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed, return_tokens=True)
+            _, token_maps = generate(
+                net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed, return_tokens=True
+            )
             net.train(was_training)
             strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
             self.show(trainer, "samples", pictures.grid(pictures.columns_of(*strip), columns=len(strip)))

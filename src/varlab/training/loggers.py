@@ -33,10 +33,20 @@ def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> W
     """A W&B logger under the run's own id. `mode`: online, offline, or auto (offline without a login)."""
     if mode not in ("auto", "online", "offline"):
         raise ValueError(f"logger.wandb.mode={mode!r}: choose auto, online or offline")
-    is_offline = mode == "offline" or (mode == "auto" and (not has_wandb_login() or os.environ.get("WANDB_MODE") == "offline"))
+    is_offline = mode == "offline" or (
+        mode == "auto" and (not has_wandb_login() or os.environ.get("WANDB_MODE") == "offline")
+    )
     if is_offline:
         os.environ.setdefault("WANDB_SILENT", "true")  # nobody to greet
-    return WandbLogger(project=project, name=Path(folder).name, group=group, id=run_id(folder), save_dir=folder, offline=is_offline, resume="allow")
+    return WandbLogger(
+        project=project,
+        name=Path(folder).name,
+        group=group,
+        id=run_id(folder),
+        save_dir=folder,
+        offline=is_offline,
+        resume="allow",
+    )
 
 
 class CSVLog(Logger):

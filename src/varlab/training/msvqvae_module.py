@@ -41,14 +41,21 @@ class MSVQVAEModule(LightningModule):
             start = checkpoints.load_tokenizer(init_from, patch_nums=net.patch_nums)
             checkpoints.check_sizes("tokenizer", start.sizes, net.sizes, init_from)
             net.load_state_dict(start.state_dict())
-        self.schedule, self.base_lr, self.betas, self.weight_decay = schedule, base_lr, tuple(betas), weight_decay
+        self.schedule, self.base_lr, self.betas, self.weight_decay = (
+            schedule,
+            base_lr,
+            (betas[0], betas[1]),
+            weight_decay,
+        )
         self.l1_weight, self.l2_weight, self.vq_weight = l1_weight, l2_weight, vq_weight
         self.val_loss, self.val_psnr = MeanMetric(), MeanMetric()
 
     def setup(self, stage: str) -> None:
         resolution = self.trainer.datamodule.resolution  # pyright: ignore[reportAttributeAccessIssue]
         if (resolution, resolution) != self.net.image_size:
-            raise ValueError(f"data.resolution={resolution}, but the tokenizer codes images of {self.net.image_size} pixels")
+            raise ValueError(
+                f"data.resolution={resolution}, but the tokenizer codes images of {self.net.image_size} pixels"
+            )
 
     @property
     def peak_lr(self) -> float:
@@ -70,7 +77,9 @@ class MSVQVAEModule(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         total = int(self.trainer.estimated_stepping_batches)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.lr = self.schedule.apply(optimizer, self.global_step, total, self.peak_lr, (self.weight_decay, self.weight_decay))
+        self.lr = self.schedule.apply(
+            optimizer, self.global_step, total, self.peak_lr, (self.weight_decay, self.weight_decay)
+        )
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         output = self.net(batch.images)

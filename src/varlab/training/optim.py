@@ -53,7 +53,9 @@ def knee_of(shape: str) -> float:
     except ValueError:
         knee = math.nan
     if not 0 < knee < 1:
-        raise ValueError(f"schedule {shape!r} is unknown: choose lin0, lin00, lin, lin<p> with 0 < p < 1 (lin0.5), cos, exp, wsd or constant")
+        raise ValueError(
+            f"schedule {shape!r} is unknown: choose lin0, lin00, lin, lin<p> with 0 < p < 1 (lin0.5), cos, exp, wsd or constant"
+        )
     return knee
 
 
@@ -88,7 +90,9 @@ class Schedule:
         q = min(step / max(total_steps - 1, 1), 1.0)
         return end + (start - end) * (1 + math.cos(math.pi * q)) / 2
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, peak_lr: float, decay: tuple[float, float]) -> float:
+    def apply(
+        self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, peak_lr: float, decay: tuple[float, float]
+    ) -> float:
         """Sets learning rate and weight decay of all groups for this step; returns the learning rate."""
         lr = peak_lr * self.lr_share(step, total_steps)
         for group in optimizer.param_groups:

@@ -7,13 +7,34 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from varlab import checkpoints, compute, losses, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.data.tokens import TokenBatch, TokenDataModule
 from varlab.models.var import VAR
 from varlab.training.optim import Schedule, parameter_groups
+
+
+class ImageMean(Metric):
+    """Mean of `num` figures over all images of all ranks; images of weight 0 (padding) do not count."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(num), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, figures: Tensor, weight: Tensor) -> None:
+        """Adds figures (B num) of a batch with weights (B)."""
+        self.total += weight @ figures
+        self.count += weight.sum()
+
+    def compute(self) -> Tensor:
+        """The means (num)."""
+        return self.total / self.count
 
 
 class VARModule(LightningModule):
@@ -40,13 +61,10 @@ class VARModule(LightningModule):
         self.make_net = net
         self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
-        self.schedule, self.base_lr, self.betas = schedule, base_lr, tuple(betas)
+        self.schedule, self.base_lr, self.betas = schedule, base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
         self.label_smoothing = label_smoothing
-        num_scales = len(self.tokenizer.patch_nums)
-        self.val_loss = torch.nn.ModuleList(MeanMetric() for _ in range(num_scales))
-        self.val_error = torch.nn.ModuleList(MeanMetric() for _ in range(num_scales))
-        self.val_square = MeanMetric()
+        self.val_scores = ImageMean(2 * len(self.tokenizer.patch_nums) + 1)
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):
@@ -79,7 +97,9 @@ class VARModule(LightningModule):
                     " run `varlab tokenize` with it into another folder"
                 )
         elif (data.resolution, data.resolution) != self.tokenizer.image_size:
-            raise ValueError(f"data.resolution={data.resolution}, but the tokenizer codes images of {self.tokenizer.image_size} pixels")
+            raise ValueError(
+                f"data.resolution={data.resolution}, but the tokenizer codes images of {self.tokenizer.image_size} pixels"
+            )
 
     @property
     def peak_lr(self) -> float:
@@ -88,7 +108,9 @@ class VARModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         is_fused = self.device.type == "cuda"
-        return torch.optim.AdamW(parameter_groups(self.net), lr=self.peak_lr, betas=self.betas, eps=1e-8, fused=is_fused)
+        return torch.optim.AdamW(
+            parameter_groups(self.net), lr=self.peak_lr, betas=self.betas, eps=1e-8, fused=is_fused
+        )
 
     @torch.no_grad()
     def tokens(self, batch: ImageBatch | TokenBatch) -> tuple[Tensor, list[Tensor]]:
@@ -131,19 +153,16 @@ class VARModule(LightningModule):
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
         sequence, token_maps = self.tokens(batch)
         scores = losses.token_scores(self.logits(token_maps, batch.labels), sequence, self.net.patch_nums)
-        for k, (loss, error) in enumerate(zip(self.val_loss, self.val_error, strict=True)):
-            loss.update(scores.loss[:, k], batch.weight)
-            error.update(scores.error[:, k], batch.weight)
-        self.val_square.update(losses.over_tokens(scores.loss, self.net.patch_nums).square(), batch.weight)
+        square = losses.over_tokens(scores.loss, self.net.patch_nums).square()
+        self.val_scores.update(torch.cat([scores.loss, scores.error, square[:, None]], dim=1), batch.weight)
 
     def on_validation_epoch_end(self) -> None:
-        loss, error = (torch.stack([metric.compute() for metric in metrics]) for metrics in (self.val_loss, self.val_error))
+        loss, error, square = self.val_scores.compute().tensor_split([num := len(self.net.patch_nums), 2 * num])
         self.log_scores("val", loss, error)
+        variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
         num_images = self.trainer.datamodule.num_val  # pyright: ignore[reportAttributeAccessIssue]
-        variance = self.val_square.compute() - losses.over_tokens(loss, self.net.patch_nums).square()
         self.log("val/loss_se", (variance.clamp(min=0) / num_images).sqrt())
-        for metric in (*self.val_loss, *self.val_error, self.val_square):
-            metric.reset()
+        self.val_scores.reset()
 
     def run_facts(self) -> dict[str, Any]:
         """What a row of the table of runs says about the network and its cost for one image."""

@@ -1,0 +1,88 @@
+"""Every yaml composes, and builds what it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from runs import config
+
+from varlab import scales
+from varlab.config import check_types, conf_dir
+
+CONF = Path(conf_dir())
+GIVEN = ["data.path=somewhere", "tokenizer=some.ckpt"]
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def compose_experiment(tmp_path, name: str, *overrides: str):
+    return config(tmp_path, f"experiment={name}", *GIVEN, *overrides)
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_composes_with_the_right_types_and_builds_its_network(name, tmp_path):
+    cfg = compose_experiment(tmp_path, name)
+    check_types(cfg)
+    with torch.device("meta"):
+        net = instantiate(cfg.model, _convert_="all")
+        if not isinstance(net, torch.nn.Module):
+            net = net(patch_nums=[1, 2, 3], codebook_size=16, codebook_dim=4, num_classes=5)
+    assert sum(parameter.numel() for parameter in net.parameters()) > 0
+    assert instantiate(cfg.data, _convert_="all").global_batch_size == cfg.data.global_batch_size
+    for callback in cfg.callbacks.values():
+        assert callback is None or instantiate(callback)
+    assert cfg.epochs > 0 or cfg.steps > 0 or name == "depth_scaling"
+
+
+@pytest.mark.parametrize("name", names("resolution"))
+def test_every_pyramid_fits_its_resolution_and_the_released_ones_are_exact(name, tmp_path):
+    cfg = compose_experiment(tmp_path, f"tokenizer_{name}")
+    with torch.device("meta"):
+        tokenizer = instantiate(cfg.model, _convert_="all")
+    assert tokenizer.image_size == (cfg.resolution, cfg.resolution) == (int(name[:-2]), int(name[:-2]))
+    tokens = {"16px": 30, "32px": 130, "64px": 130, "128px": 680, "256px": 680, "512px": 2240}
+    assert scales.num_tokens(tokenizer.patch_nums) == tokens[name]
+    if name in ("256px", "512px"):
+        assert sum(parameter.numel() for parameter in tokenizer.parameters()) == 108_948_355
+
+
+@pytest.mark.parametrize(
+    ("depth", "peak", "end"),
+    [(16, 3e-4, 0.05), (20, 3e-4, 0.05), (24, 2.4e-4, 0.05), (30, 3.2e-4, 0.08), (36, 2.4e-4, 0.08)],
+)
+def test_the_recipes_are_the_published_ones(depth, peak, end, tmp_path):
+    cfg = compose_experiment(tmp_path, f"var_d{depth}")
+    assert cfg.module.base_lr * cfg.data.global_batch_size / 256 == pytest.approx(peak)
+    assert (cfg.module.weight_decay_end or cfg.module.weight_decay) == end
+    gammas = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
+    assert cfg.model.init_adaln_gamma == gammas[depth]
+    assert cfg.model.shared_adaln == (depth == 36)
+    assert cfg.epochs == {16: 200, 20: 250}.get(depth, 350)
+    assert cfg.trainer.gradient_clip_val == 2.0
+
+
+@pytest.mark.parametrize("name", names("trainer"))
+def test_every_trainer_has_only_settings_that_lightning_knows(name, tmp_path):
+    cfg = compose_experiment(tmp_path, "var_d16", f"trainer={name}")
+    check_types(cfg)
+    assert not cfg.trainer.use_distributed_sampler
+
+
+@pytest.mark.parametrize("name", [n for n in names("model") if n.startswith("var_")])
+def test_every_size_builds_with_width_and_heads_from_depth(name, tmp_path):
+    cfg = compose_experiment(tmp_path, "var_d16", f"model={name}")
+    with torch.device("meta"):
+        var = instantiate(cfg.model)(patch_nums=[1, 2], codebook_size=8, codebook_dim=4, num_classes=2)
+    depth = int(name.removeprefix("var_d"))
+    assert (var.depth, var.width, var.num_heads) == (depth, 64 * depth, depth)
+
+
+@pytest.mark.parametrize("verb", ["pack", "tokenize", "sample", "scaling"])
+def test_every_verb_composes(verb):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        assert compose(verb)
+    assert (CONF / f"{verb}.yaml").read_text().startswith(f"# varlab {verb}")

@@ -1,0 +1,55 @@
+"""What must not be installed, and what must not be imported at the start."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torch_fidelity"])
+def test_packages_that_break_a_cpu_torch_are_absent(name):
+    assert importlib.util.find_spec(name) is None, (
+        f"{name} beside a CPU torch makes lightning or torchmetrics fail to import"
+    )
+
+
+def test_the_command_line_starts_without_torch():
+    script = "import sys, varlab.cli, varlab.train, varlab.pack; print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "varlab.cli", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_varlab_alone_lists_the_verbs_and_an_unknown_one_is_named():
+    assert all(verb in run().stdout for verb in ("pack", "train", "tokenize", "sample", "scaling"))
+    answer = run("trian")
+    assert answer.returncode == 1
+    assert "'trian' is no verb" in answer.stderr
+
+
+def test_help_shows_settings_and_examples():
+    answer = run("pack", "--help")
+    assert answer.returncode == 0
+    assert "shard_images" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pack", "source=nothing", "out=x"), "source='nothing' is unknown: choose folder or mnist5k"),
+        (("pack", "source=folder", "path=nowhere", "out=x"), "path=nowhere is not a folder"),
+        (("pack", "source=mnist5k"), "out"),
+        (("pack", "sorce=mnist5k", "out=x"), "sorce"),
+        (("sample", "checkpoint=nowhere.ckpt", "out=x"), "checkpoint nowhere.ckpt does not exist"),
+        (("scaling", "source=nowhere", "out=x"), "source=nowhere holds no VAR runs"),
+    ],
+)
+def test_what_a_user_got_wrong_is_said_without_a_traceback(arguments, message):
+    answer = run(*arguments)
+    assert answer.returncode == 1
+    assert message in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
