@@ -11,7 +11,7 @@ def digits(num_train: int = 48, num_val: int = 11) -> Source:
         "train": source.splits["train"][:: 4500 // num_train][:num_train],
         "val": source.splits["val"][:: 500 // num_val][:num_val],
     }
-    return Source("digits", source.class_names, few)
+    return Source("mnist5k", "digits", source.class_names, few)
 
 
 def make_shards(folder: Path, num_train: int = 48, num_val: int = 11) -> Path:

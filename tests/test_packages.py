@@ -31,10 +31,14 @@ def test_varlab_alone_lists_the_verbs_and_an_unknown_one_is_named():
     assert "'trian' is no verb" in answer.stderr
 
 
-def test_help_shows_settings_and_examples():
-    answer = run("pack", "--help")
+@pytest.mark.parametrize(
+    ("verb", "setting"), [("pack", "shard_images"), ("train", "ckpt_path"), ("sample", "cfg_scale")]
+)
+def test_help_shows_settings_and_examples(verb, setting):
+    answer = run(verb, "--help")
     assert answer.returncode == 0
-    assert "shard_images" in answer.stdout
+    assert setting in answer.stdout
+    assert answer.stdout.count(f"varlab {verb} ") >= 2
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_help_shows_settings_and_examples():
         (("pack", "source=folder", "path=nowhere", "out=x"), "path=nowhere is not a folder"),
         (("pack", "source=mnist5k"), "out"),
         (("pack", "sorce=mnist5k", "out=x"), "sorce"),
+        (("train",), "data.path"),
         (("sample", "checkpoint=nowhere.ckpt", "out=x"), "checkpoint nowhere.ckpt does not exist"),
         (("scaling", "source=nowhere", "out=x"), "source=nowhere holds no VAR runs"),
     ],

@@ -3,8 +3,10 @@
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -51,9 +53,23 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
                     raise RuntimeError(str(cause)) from None
                 raise SystemExit(1) from None
 
-        return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
+        app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
+
+        @wraps(run)
+        def main() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(examples(name))
+            app()
+
+        return main
 
     return decorate
+
+
+def examples(name: str) -> str:
+    """The comment at the head of a verb's yaml: what it does and how it is called."""
+    lines = (Path(conf_dir()) / f"{name}.yaml").read_text().splitlines()
+    return "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines)) + "\n"
 
 
 def check_types(cfg: DictConfig) -> None:

@@ -96,12 +96,12 @@ class ImageDataset(Dataset):
             shard = self.reader.shards[int(row["shard"])]
             raise ValueError(f"{shard}: the image at byte {row['offset']} cannot be decoded ({error})") from None
 
-    def readable(self, draw: Draw) -> tuple[np.ndarray, int, bool]:
-        """(image, label, whether it stands in for another one)."""
+    def readable(self, draw: Draw, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
+        """(image, label, whether it stands in for another one); cut at `crop`, or where the draw says."""
         for attempt in range(min(10, len(self))):
             i = (draw.sample + attempt) % len(self)
             try:
-                return self.image(i, self.crop_of(draw)), int(self.reader.labels[i]), attempt > 0
+                return self.image(i, crop or self.crop_of(draw)), int(self.reader.labels[i]), attempt > 0
             except ValueError as error:
                 log.warning("%s; its neighbor takes its place", error)
         raise ValueError(

@@ -36,6 +36,7 @@ class Item:
 class Source:
     """All images of a data set. `splits` maps train and val to items; class i has name class_names[i]."""
 
+    kind: str
     name: str
     class_names: list[str]
     splits: dict[str, list[Item]]
@@ -82,7 +83,7 @@ def folder_source(path: Path, val_share: float, seed: int) -> Source:
         ]
         for split, tree in trees.items()
     }
-    return Source(path.name, names, splits)
+    return Source("folder", path.name, names, splits)
 
 
 def mnist5k_source(val_share: float, seed: int) -> Source:
@@ -103,7 +104,7 @@ def mnist5k_source(val_share: float, seed: int) -> Source:
         num_val = round(val_share * len(members))
         for place, i in enumerate(members):
             splits["val" if place < num_val else "train"].append(Item(label, "png", lambda digit=digits[i]: png(digit)))
-    return Source("mnist5k", [str(digit) for digit in range(10)], splits)
+    return Source("mnist5k", "mnist5k", [str(digit) for digit in range(10)], splits)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -125,6 +126,7 @@ def pack(source: Source, out: Path, shard_images: int, seed: int) -> dict[str, A
         "kind": "shards",
         "format": FORMAT,
         "name": source.name,
+        "source": source.kind,
         "class_names": source.class_names,
         "splits": {},
     }

@@ -5,6 +5,7 @@ train.tokens.npy              (N, views, L) in the smallest integer type that ho
 train.labels.npy              (N,)
 """
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
 
 FORMAT = 1
+log = logging.getLogger(__name__)
 
 
 class TokenBatch(NamedTuple):
@@ -111,16 +113,23 @@ def encode_split(
     tokens_file, labels_file = path / f"{split}.tokens.npy", path / f"{split}.labels.npy"
     with whole_file(tokens_file) as partial:
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
+        labels = images.reader.labels.copy()
+        skipped: set[int] = set()
         for first in tqdm(range(0, len(images), batch_size), desc=f"tokenize {split}", unit="batch"):
             samples = range(first, min(first + batch_size, len(images)))
             for v, view in enumerate(views):
-                batch = to_tensor([images.image(i, crop_of_view(view, i)) for i in samples]).to(device)
+                read = [images.readable(Draw(i, 0, True), crop_of_view(view, i)) for i in samples]
+                batch = to_tensor([pixels for pixels, _, _ in read]).to(device)
                 tokens[first : first + len(samples), v] = torch.cat(tokenizer.encode(batch), dim=1).cpu().numpy()
+                labels[samples] = [label for _, label, _ in read]
+                skipped |= {i for i, (_, _, is_replaced) in zip(samples, read, strict=True) if is_replaced}
         tokens.flush()
         del tokens
     with whole_file(labels_file) as partial, open(partial, "wb") as file:
-        np.save(file, images.reader.labels)
-    return {"num_images": len(images), "sha256": sha256(tokens_file), "dtype": str(kind)}
+        np.save(file, labels)
+    if skipped:
+        log.warning("%s: %d images could not be read, their neighbors take their places", split, len(skipped))
+    return {"num_images": len(images), "skipped": len(skipped), "sha256": sha256(tokens_file), "dtype": str(kind)}
 
 
 class TokenDataset(Dataset):

@@ -41,7 +41,8 @@ class VARModule(LightningModule):
     """Next-scale cross entropy over all L tokens, each token weight 1/L (VAR, section 3; recipe of the released code).
 
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
-    in fp32. The peak learning rate is base_lr * global batch / 256. Weight decay moves to `weight_decay_end` if given.
+    in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
+    the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
     """
 
     net: VAR
@@ -56,6 +57,7 @@ class VARModule(LightningModule):
         weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
         label_smoothing: float = 0.0,
+        lr_reference_depth: int | None = None,
     ) -> None:
         super().__init__()
         self.make_net = net
@@ -63,7 +65,7 @@ class VARModule(LightningModule):
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
         self.schedule, self.base_lr, self.betas = schedule, base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.lr_reference_depth = label_smoothing, lr_reference_depth
         self.val_scores = ImageMean(2 * len(self.tokenizer.patch_nums) + 1)
 
     def configure_model(self) -> None:
@@ -104,7 +106,8 @@ class VARModule(LightningModule):
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
-        return self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
+        by_depth = 1.0 if self.lr_reference_depth is None else self.lr_reference_depth / self.net.depth
+        return by_depth * self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         is_fused = self.device.type == "cuda"
