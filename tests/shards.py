@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from varlab.data.pack import Source, mnist5k_source, pack
+from varlab.data.pack import pack
+from varlab.data.sources import Source, mnist5k_source
 
 
 def digits(num_train: int = 48, num_val: int = 11) -> Source:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from scipy.io import savemat
 from shards import digits, make_shards
 
 from varlab.data import pack as packing
 from varlab.data import shards as format
-from varlab.data.imagenet import Crop, ImageDataset, ImageNetDataModule, preprocess
+from varlab.data import sources
+from varlab.data.card import write_card
+from varlab.data.imagenet import Crop, ImageDataset, ImageNetDataModule, open_rgb, preprocess
 from varlab.data.order import Draw
 
 
@@ -68,7 +71,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(tarfile.TarFile, "addfile", addfile)
     with pytest.raises(OSError, match=r"train-000001.tar could not be written: No space left on device"):
         make_shards(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train-000000.tar"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["packing.json", "train-000000.tar"]
     with pytest.raises(ValueError, match="manifest.json does not exist"):
         format.ShardReader(tmp_path, "train")
     monkeypatch.undo()
@@ -115,7 +118,7 @@ def test_a_damaged_tar_or_a_lonely_key_is_refused_by_the_index(tmp_path):
 def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplog):
     source = digits(40)
     items = source.splits["train"]
-    items[7] = packing.Item(items[7].label, "png", lambda: b"no image")
+    items[7] = sources.Item(items[7].label, "png", content=b"no image")
     packing.pack(source, tmp_path, shard_images=20, seed=0)
     reader = format.ShardReader(tmp_path, "train")
     bad = next(i for i in range(40) if reader.read(i) == b"no image")
@@ -134,7 +137,7 @@ def test_folders_of_classes_are_packed_by_sorted_name(tmp_path):
         for i in range(10):
             Image.new("RGB", (20, 30), (value, i, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
     (tmp_path / "images" / "ant" / "notes.txt").write_text("not an image")
-    source = packing.folder_source(tmp_path / "images", val_share=0.2, seed=0)
+    source = sources.folder_source(tmp_path / "images", val_share=0.2, seed=0)
     assert source.class_names == ["ant", "zebra"]
     assert [len(source.splits[split]) for split in ("train", "val")] == [16, 4]
     packing.pack(source, tmp_path / "out", shard_images=6, seed=0)
@@ -147,9 +150,9 @@ def test_folders_of_classes_are_packed_by_sorted_name(tmp_path):
 def test_folders_without_images_say_what_is_expected(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images: expected one folder for each class"):
-        packing.folder_source(tmp_path, 0.1, 0)
+        sources.folder_source(tmp_path, 0.1, 0)
     with pytest.raises(ValueError, match="is not a folder"):
-        packing.folder_source(tmp_path / "nowhere", 0.1, 0)
+        sources.folder_source(tmp_path / "nowhere", 0.1, 0)
 
 
 def test_labels_beyond_the_class_names_are_refused(broken):
@@ -210,3 +213,120 @@ def test_more_replaced_images_than_allowed_stop_the_run(packed):
         data.on_before_batch_transfer(
             batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0]), 1)), 0
         )
+
+
+def make_ilsvrc(folder):
+    """Archives of the true nested structure, from real digits: three classes, five validation images."""
+    digits_by_class = {"n03": 2, "n01": 0, "n02": 1}  # the devkit's numbers are not in the order of the ids
+    source = sources.mnist5k_source(0.1, seed=0)
+    folder.mkdir()
+
+    def jpeg(label, i):
+        item = [item for item in source.splits["train"] if item.label == label][i]
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(item.load())).resize((40 + i, 60)).save(buffer, "jpeg")
+        return buffer.getvalue()
+
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    expected = {"train": [], "val": []}
+    with tarfile.open(folder / "train.tar", "w") as outer:
+        for wordnet_id, label in digits_by_class.items():
+            inner_bytes = io.BytesIO()
+            with tarfile.open(fileobj=inner_bytes, mode="w") as inner:
+                for i in range(4):
+                    content = jpeg(label, i)
+                    add(inner, f"{wordnet_id}_{i}.JPEG", content)
+                    expected["train"].append((content, label))
+            add(outer, f"{wordnet_id}.tar", inner_bytes.getvalue())
+    truth = [2, 1, 3, 3, 2]  # ILSVRC2012_IDs: 1 is n03, 2 is n01, 3 is n02
+    label_of = {1: 2, 2: 0, 3: 1}
+    with tarfile.open(folder / "val.tar", "w") as tar:
+        for number, identity in enumerate(truth, start=1):
+            content = jpeg(label_of[identity], 10 + number)
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", content)
+            expected["val"].append((content, label_of[identity]))
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    rows = [(1, "n03", "cat, feline", 0), (2, "n01", "ant", 0), (3, "n02", "bee", 0), (4, "n09", "animal", 3)]
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(rows, dtype=kind)})
+    with tarfile.open(folder / "devkit.tar.gz", "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+        add(
+            tar,
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt",
+            "\n".join(map(str, truth)).encode(),
+        )
+    return expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_imagenet_archives_are_packed_without_unpacking(num_workers, tmp_path):
+    expected = make_ilsvrc(tmp_path / "in")
+    source = sources.ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
+    assert source.class_names == ["ant (n01)", "bee (n02)", "cat (n03)"]
+    packing.pack(source, tmp_path / "out", shard_images=5, seed=0, num_workers=num_workers)
+    for split in ("train", "val"):
+        reader = format.ShardReader(tmp_path / "out", split)
+        assert sorted((reader.read(i), int(reader.labels[i])) for i in range(len(reader))) == sorted(expected[split])
+    assert format.verify(tmp_path / "out") == 17
+    assert not list((tmp_path / "out").glob("*.JPEG"))
+
+
+def test_archives_that_do_not_belong_together_are_refused(tmp_path):
+    make_ilsvrc(tmp_path / "in")
+    train, val, devkit = (tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz"))
+    with pytest.raises(ValueError, match=r"n03.tar', for which the devkit has no label|holds 'n03.tar'"):
+        sources.ilsvrc2012_source(train, train, devkit)
+    with pytest.raises(ValueError, match="holds no meta.mat"):
+        sources.ilsvrc2012_source(train, val, val)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        sources.ilsvrc2012_source(tmp_path / "nowhere", val, devkit)
+
+
+def test_large_images_are_reencoded_to_the_short_side(tmp_path):
+    make_ilsvrc(tmp_path / "in")
+    source = sources.ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
+    packing.pack(source, tmp_path / "out", shard_images=5, seed=0, short_side=20, quality=95)
+    reader = format.ShardReader(tmp_path / "out", "train")
+    for i in range(len(reader)):
+        image = Image.open(io.BytesIO(reader.read(i)))
+        assert min(image.size) == 20 and image.size[1] in (27, 28, 29, 30)
+    assert reader.manifest["reencoded"] == {"short_side": 20, "quality": 95}
+    assert sources.reencode(b"no image", 20, 95) == (b"no image", "")
+    with pytest.raises(ValueError, match="packed with another reencoded"):
+        packing.pack(source, tmp_path / "out", shard_images=5, seed=0, short_side=24)
+
+
+def saved(image, kind, **kwargs) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return open_rgb(Image.open(io.BytesIO(buffer.getvalue())))
+
+
+def test_odd_images_become_upright_rgb():
+    assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "jpeg").getpixel((1, 1))[0] > 200
+    gray = Image.fromarray(np.full((3, 3), 51400, dtype=np.uint16))
+    assert saved(gray, "png").getpixel((0, 0)) == (200, 200, 200)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert saved(clear, "png").getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("LA", (2, 2), (0, 128))
+    assert saved(half, "png").getpixel((0, 0))[0] == pytest.approx(127, abs=1)
+    frames = [Image.new("RGB", (5, 5), color) for color in ("red", "blue")]
+    assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    assert saved(Image.new("RGB", (8, 4)), "jpeg", exif=exif).size == (4, 8)
+    pixel = preprocess(saved(Image.new("RGB", (1, 1), (9, 9, 9)), "png"), 16, 1.125, Crop())
+    assert pixel.shape == (16, 16, 3) and (pixel == 9).all()
+
+
+def test_the_card_describes_the_shards(tmp_path):
+    make_shards(tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| train | 48 | 3 |" in text and "| val | 11 | 1 |" in text and "| 28 x 28 | 48 |" in text
+    assert Image.open(tmp_path / "samples.png").size[0] > 500

@@ -1,4 +1,4 @@
-"""A classifier of 16x16 digits, trained on the real ones, that says how many samples show the digit that was asked for."""
+"""A classifier of 16x16 digits, trained on the real ones, that says how many samples show the digit asked for."""
 
 import io
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from varlab.data.imagenet import Crop, preprocess
+from varlab.data.imagenet import Crop, open_rgb, preprocess
 from varlab.data.shards import ShardReader
 
 
 def load(shards: str, split: str) -> tuple[Tensor, Tensor]:
     """Real digits as (N, 1, 16, 16) in [0, 1], and their labels."""
     reader = ShardReader(shards, split)
-    pixels = [preprocess(Image.open(io.BytesIO(reader.read(i))), 16, 1.0, Crop()) for i in range(len(reader))]
+    pixels = [preprocess(open_rgb(Image.open(io.BytesIO(reader.read(i)))), 16, 1.0, Crop()) for i in range(len(reader))]
     return torch.from_numpy(np.stack(pixels)[:, None, :, :, 0]).float() / 255, torch.from_numpy(reader.labels)
 
 

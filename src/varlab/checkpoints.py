@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varlab import scales
 from varlab.models.msvqvae import MSVQVAE
@@ -72,6 +72,21 @@ def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str,
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def fill(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Loads weights strictly. Raises ValueError naming the first tensor that does not fit."""
+    expected = network.state_dict()
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state or key not in expected:
+            raise ValueError(
+                f"{path}: tensor {key!r} is {'missing' if key in expected else 'unknown'}: made by another version?"
+            )
+        if state[key].shape != expected[key].shape:
+            raise ValueError(
+                f"{path}: tensor {key!r} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+            )
+    network.load_state_dict(state)
+
+
 def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None, use_ema: bool = True) -> MSVQVAE:
     """The tokenizer of a training checkpoint (of either module) or of the released `vae_ch160v4096z32.pth`.
 
@@ -82,7 +97,7 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
         return tokenizer_from_released(checkpoint, patch_nums or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).eval()
     entry = entry_of(checkpoint, path)
     tokenizer = MSVQVAE(**entry["tokenizer"])
-    tokenizer.load_state_dict(weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema))
+    fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
     return tokenizer.eval()
 
 
@@ -93,7 +108,7 @@ def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str
     if entry["var"] is None:
         raise ValueError(f"{path} holds a tokenizer only; give the checkpoint of a VAR")
     var = VAR(**entry["var"])
-    var.load_state_dict(weights(checkpoint, "net.", use_ema))
+    fill(var, weights(checkpoint, "net.", use_ema), path)
     return load_tokenizer(path), var.eval(), entry["class_names"]
 
 

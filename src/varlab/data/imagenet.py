@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,9 +35,20 @@ class Crop(NamedTuple):
     is_flipped: bool = False
 
 
+def open_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB, upright: EXIF rotation applied, 16-bit gray scaled down, alpha laid on white, CMYK
+    converted, the first frame of an animation."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: Crop) -> np.ndarray:
-    """Flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W, 3)."""
-    image = image.convert("RGB")
+    """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W, 3)."""
     if crop.is_flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     shorter = round(resize_ratio * resolution)
@@ -90,7 +101,7 @@ class ImageDataset(Dataset):
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it when it cannot be decoded."""
         encoded = self.reader.read(i)
         try:
-            return preprocess(Image.open(io.BytesIO(encoded)), self.resolution, self.resize_ratio, crop)
+            return preprocess(open_rgb(Image.open(io.BytesIO(encoded))), self.resolution, self.resize_ratio, crop)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             row = self.reader.index[i]
             shard = self.reader.shards[int(row["shard"])]

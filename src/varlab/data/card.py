@@ -1,0 +1,62 @@
+"""The README beside packed shards: what is in them, with a picture."""
+
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from varlab import pictures
+from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
+from varlab.data.shards import ShardReader, fingerprint, load_manifest
+from varlab.files import whole_file
+
+MAX_MEASURED = 2000
+NUM_SHOWN = 64
+
+
+def write_card(folder: Path) -> None:
+    """Writes README.md and samples.png: counts, classes, resolutions (of at most 2,000 images), a grid of samples."""
+    manifest = load_manifest(folder)
+    reader = ShardReader(folder, "train")
+    chosen = np.linspace(0, len(reader) - 1, min(len(reader), MAX_MEASURED)).astype(int)
+    sizes: Counter[str] = Counter()
+    shown: list[np.ndarray] = []
+    for place, i in enumerate(chosen):
+        try:
+            image = Image.open(io.BytesIO(reader.read(int(i))))
+            sizes[f"{image.width} x {image.height}"] += 1
+            if len(shown) < NUM_SHOWN and place % max(1, len(chosen) // NUM_SHOWN) == 0:
+                shown.append(preprocess(open_rgb(image), 64, 1.0, Crop()))
+        except (OSError, SyntaxError, ValueError):
+            sizes["cannot be decoded"] += 1
+    pictures.save(pictures.grid(to_tensor(shown) / 2 + 0.5, columns=8), folder / "samples.png")
+    counts = np.bincount(reader.labels, minlength=len(manifest["class_names"]))
+    lines = [
+        f"# {manifest['name']}",
+        "",
+        f"Packed by `varlab pack` (source `{manifest['source']}`), data set `{fingerprint(manifest)}`.",
+        f"Re-encoded: {manifest['reencoded'] or 'no, bytes as in the source'}.",
+        "",
+        "![samples](samples.png)",
+        "",
+        "| split | images | shards |",
+        "|---|---|---|",
+        *(f"| {name} | {split['num_images']} | {len(split['shards'])} |" for name, split in manifest["splits"].items()),
+        "",
+        f"Images a class (train, {len(counts)} classes): {counts.min()} to {counts.max()}, median {np.median(counts):.0f}.",
+        "",
+        "| label | class | images |",
+        "|---|---|---|",
+        *(f"| {i} | {name} | {counts[i]} |" for i, name in enumerate(manifest["class_names"])),
+        "",
+        f"Width x height of {len(chosen)} images of the training set, commonest first:",
+        "",
+        "| size | images |",
+        "|---|---|",
+        *(f"| {size} | {count} |" for size, count in sizes.most_common(12)),
+        "",
+    ]
+    with whole_file(folder / "README.md") as partial:
+        partial.write_text("\n".join(lines))
