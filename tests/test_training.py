@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from golden_rule import golden
 from kill import LossLog
 from runs import SHORT, TOKENIZER, command, fit, logged_losses, weights
 
@@ -251,3 +252,12 @@ def test_a_full_disk_or_wrong_type_ends_with_code_1_and_one_line(tmp_path, var_o
     answer = command(tmp_path, *var_overrides, "modul.base_lr=1")
     assert answer.returncode == 1
     assert "modul" in answer.stderr
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "var"])
+def test_training_losses_are_the_recorded_ones(kind, tmp_path, digits_folder, var_overrides):
+    """A refactor changes none of them; a deliberate change writes tests/golden/losses.json anew, in its own commit."""
+    overrides = images_overrides(digits_folder) if kind == "tokenizer" else var_overrides
+    fit(tmp_path, *overrides, *log_to(tmp_path / "log"))
+    losses = [float.fromhex(loss) for loss in logged_losses(tmp_path / "log").values()]
+    assert losses == pytest.approx(golden("losses")[kind], rel=2e-4)

@@ -22,7 +22,7 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> F
     return mask
 
 
-def keep_masks(keep: Float[Tensor, "H W"], patch_nums: scales.PatchNums) -> list[Bool[Tensor, "_"]]:
+def keep_masks(keep: Float[Tensor, "H W"], patch_nums: scales.PatchNums) -> list[Bool[Tensor, " _"]]:
     """For each scale, which tokens of the given image stay. `keep` is 1 at the latent positions to keep.
 
     Scales of fewer than 4 tokens are kept whole. The bilinear sampling is not antialiased, as released: coarse masks
@@ -40,7 +40,7 @@ def edit(
     tokenizer: MSVQVAE,
     images: Float[Tensor, "B 3 H W"],
     keep: Float[Tensor, "h w"],
-    labels: Int[Tensor, "B"],
+    labels: Int[Tensor, " B"],
     *,
     cfg_scale: float,
     top_k: int = 0,

@@ -40,12 +40,12 @@ def token_scores(
     )
 
 
-def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, "*rows"]:
+def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, " *rows"]:
     """Mean over all L tokens of figures averaged by scale."""
     weights = torch.tensor(scales.lengths(patch_nums), dtype=by_scale.dtype, device=by_scale.device)
     return by_scale @ (weights / weights.sum())
 
 
-def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B"]:
+def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     """Peak signal-to-noise ratio of each image in dB; images in [-1, 1], so the peak is 2."""
     return 10 * torch.log10(4 / (images - references).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))

@@ -77,7 +77,7 @@ class Kept:
     """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True."""
 
     token_maps: Sequence[Int[Tensor, "B _"]]
-    masks: Sequence[Bool[Tensor, "_"]]
+    masks: Sequence[Bool[Tensor, " _"]]
 
 
 def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
@@ -97,7 +97,7 @@ def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
             )
 
 
-def check_labels(labels: Int[Tensor, "B"], num_classes: int) -> None:
+def check_labels(labels: Int[Tensor, " B"], num_classes: int) -> None:
     """Raises ValueError for a label outside 0..num_classes, the last being the null label."""
     wrong = [label for label in labels.tolist() if not 0 <= label <= num_classes]
     if wrong:
@@ -110,7 +110,7 @@ def check_labels(labels: Int[Tensor, "B"], num_classes: int) -> None:
 def generate_tokens(
     var: VAR,
     tokenizer: MSVQVAE,
-    labels: Int[Tensor, "B"],
+    labels: Int[Tensor, " B"],
     *,
     cfg_scale: float,
     top_k: int = 0,
@@ -169,7 +169,7 @@ def generate_tokens(
 def generate(
     var: VAR,
     tokenizer: MSVQVAE,
-    labels: Int[Tensor, "B"],
+    labels: Int[Tensor, " B"],
     *,
     cfg_scale: float,
     top_k: int = 0,

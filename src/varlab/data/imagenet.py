@@ -22,9 +22,9 @@ class ImageBatch(NamedTuple):
     """Images in [-1, 1] with their labels. `weight` is 0 for padding; `skipped` is 1 for a replaced sample."""
 
     images: Float[Tensor, "B 3 H W"]
-    labels: Int[Tensor, "B"]
-    weight: Float[Tensor, "B"]
-    skipped: Int[Tensor, "B"]
+    labels: Int[Tensor, " B"]
+    weight: Float[Tensor, " B"]
+    skipped: Int[Tensor, " B"]
 
 
 class Crop(NamedTuple):

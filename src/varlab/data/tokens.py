@@ -34,8 +34,8 @@ class TokenBatch(NamedTuple):
     """Flattened token maps with their labels. `weight` is 0 for padding."""
 
     sequence: Int[Tensor, "B L"]
-    labels: Int[Tensor, "B"]
-    weight: Float[Tensor, "B"]
+    labels: Int[Tensor, " B"]
+    weight: Float[Tensor, " B"]
 
 
 def views_of(crops: int, flips: bool, seed: int) -> list[dict[str, Any]]:

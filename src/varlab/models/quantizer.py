@@ -159,7 +159,7 @@ class MultiScaleQuantizer(nn.Module):
         self.hits.mul_(momentum).add_(counts, alpha=1 - momentum)
         self.num_updates += 1
 
-    def codebook_usage(self, global_batch_size: int) -> Float[Tensor, "K"]:
+    def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
         """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would give."""
         h, w = self.sides[-1]
         threshold = 0.08 * global_batch_size * h * w / self.codebook_size

@@ -149,7 +149,7 @@ class VAR(nn.Module):
                 block.modulation_offset[:2].mul_(init_adaln_gamma)
                 block.modulation_offset[2:].mul_(init_adaln)
 
-    def drop_labels(self, labels: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+    def drop_labels(self, labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """Labels, each replaced by the null label with probability `label_dropout` while training (for guidance)."""
         if not self.training or self.label_dropout == 0:
             return labels
@@ -171,7 +171,7 @@ class VAR(nn.Module):
         scale, shift = self.head_modulation(class_vector)[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift))
 
-    def forward(self, inputs: Float[Tensor, "B l C"], labels: Int[Tensor, "B"]) -> Float[Tensor, "B m V"]:
+    def forward(self, inputs: Float[Tensor, "B l C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B m V"]:
         """Logits of the L tokens from the true coarser ones.
 
         `inputs`: teacher-forcing inputs of scales 1..K-1, B (L - l_0) C. A shorter sequence that ends with a scale gives
@@ -200,7 +200,7 @@ class VAR(nn.Module):
         ]
 
     def predict_scale(
-        self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, "B"], cache: list[BlockCache]
+        self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, " B"], cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
         """Logits of scale k alone; scales 0..k-1 are in `cache`, which then holds scale k too. No mask is needed: all that
         is cached may be seen. `inputs` is None at scale 0."""

@@ -17,6 +17,7 @@ from varlab.data.imagenet import ImageBatch
 from varlab.files import save_json
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
+from varlab.sampling import generate_tokens
 from varlab.training.loggers import run_id
 
 
@@ -248,9 +249,7 @@ class Pictures(Callback):
             assert isinstance(tokenizer, MSVQVAE)
             labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
             was_training = net.training
-            _, token_maps = generate(
-                net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed, return_tokens=True
-            )
+            _, token_maps = generate_tokens(net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed)
             net.train(was_training)
             strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
             self.show(trainer, "samples", pictures.grid(pictures.columns_of(*strip), columns=len(strip)))

@@ -1,0 +1,97 @@
+"""The token cache holds what the tokenizer says, in the smallest type, and knows whom it belongs to."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from runs import config
+
+from varlab import checkpoints, tokenize
+from varlab.data.imagenet import Crop, ImageDataset, to_tensor
+from varlab.data.order import Draw
+from varlab.data.shards import ShardReader
+from varlab.data.tokens import TokenDataModule, crop_of_view, views_of
+
+
+def test_the_cache_holds_the_tokens_of_each_view(token_cache, digits_folder, tokenizer_run):
+    tokenizer = checkpoints.load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
+    images = ImageDataset(ShardReader(digits_folder, "val"), 16, 1.0, random_crop=False, random_flip=False)
+    tokens = np.load(token_cache / "val.tokens.npy")
+    assert tokens.dtype == np.uint8 and tokens.shape == (11, 2, 30)
+    for view, is_flipped in enumerate((False, True)):
+        batch = to_tensor([images.image(i, Crop(is_flipped=is_flipped)) for i in range(11)])
+        with torch.no_grad():
+            assert np.array_equal(torch.cat(tokenizer.encode(batch), dim=1).numpy(), tokens[:, view])
+    assert np.array_equal(np.load(token_cache / "val.labels.npy"), images.reader.labels)
+
+
+def test_views_take_turns_over_the_epochs(token_cache):
+    data = TokenDataModule(str(token_cache), global_batch_size=4)
+    data.setup()
+    tokens = np.load(token_cache / "train.tokens.npy")
+    rows = [data.train_set.__getitems__([Draw(5, epoch, True)]).sequence[0].numpy() for epoch in range(3)]
+    for epoch, row in enumerate(rows):
+        assert np.array_equal(row, tokens[5, (5 + epoch) % 2])
+
+
+def test_in_memory_and_memory_mapped_give_the_same_batches(token_cache):
+    def sequences(in_memory):
+        data = TokenDataModule(str(token_cache), global_batch_size=8, in_memory=in_memory)
+        data.setup()
+        return [batch.sequence.tolist() for batch in data.train_dataloader()]
+
+    assert sequences(True) == sequences(False)
+
+
+def test_random_crops_are_recorded_and_repeatable():
+    views = views_of(crops=2, flips=True, seed=7)
+    assert [view["seed"] for view in views] == [7, 7, 8, 8]
+    assert [view["is_flipped"] for view in views] == [False, True, False, True]
+    crops = [crop_of_view(view, 3) for view in views]
+    assert crops[0][:2] == crops[1][:2] != crops[2][:2]
+    assert crops == [crop_of_view(view, 3) for view in views]
+
+
+def settings(folder, digits_folder, tokenizer_run, *more):
+    checkpoint = tokenizer_run / "checkpoints/last.ckpt"
+    return config(
+        folder,
+        f"tokenizer={checkpoint}",
+        f"shards={digits_folder}",
+        f"out={folder}",
+        "resize_ratio=1.0",
+        *more,
+        verb="tokenize",
+    )
+
+
+def test_another_cache_is_not_overwritten_and_the_same_is_kept(token_cache, digits_folder, tokenizer_run, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(token_cache, copy)
+    before = (copy / "train.tokens.npy").stat().st_mtime_ns
+    tokenize.run(settings(copy, digits_folder, tokenizer_run, "flips=true"))
+    assert (copy / "train.tokens.npy").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="already holds a token cache with another views"):
+        tokenize.run(settings(copy, digits_folder, tokenizer_run, "flips=false"))
+
+
+def test_a_damaged_cache_is_refused(token_cache, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(token_cache, copy)
+    content = (copy / "train.tokens.npy").read_bytes()
+    (copy / "train.tokens.npy").write_bytes(content[:500])
+    with pytest.raises(ValueError, match="the train tokens cannot be read"):
+        TokenDataModule(str(copy), global_batch_size=8).setup()
+    (copy / "train.tokens.npy").write_bytes(content)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["val"]["num_images"] = 12
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="val holds 11 rows and 11 labels"):
+        TokenDataModule(str(copy), global_batch_size=8).setup()
+
+
+def test_shards_are_no_token_cache(digits_folder):
+    with pytest.raises(ValueError, match="describes 'shards' of format 1, expected tokens"):
+        TokenDataModule(str(digits_folder), global_batch_size=8).setup()
