@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth scaling sample
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth scaling sample bench-data
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,3 +64,6 @@ scaling: $(INSTALLED) ## runs -> power laws and figure: ARGS="source=runs/depth_
 
 sample: $(INSTALLED) ## checkpoint -> images: ARGS="checkpoint=FILE out=samples"
 	$(BIN)/varlab sample $(ARGS)
+
+bench-data: $(INSTALLED) ## how fast data flows on this machine -> experiments/performance/data.csv
+	$(BIN)/python experiments/performance/data.py

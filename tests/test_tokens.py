@@ -9,6 +9,7 @@ import torch
 from runs import config
 
 from varlab import checkpoints, tokenize
+from varlab.data import tokens as cache
 from varlab.data.imagenet import Crop, ImageDataset, to_tensor
 from varlab.data.order import Draw
 from varlab.data.shards import ShardReader
@@ -95,3 +96,58 @@ def test_a_damaged_cache_is_refused(token_cache, tmp_path):
 def test_shards_are_no_token_cache(digits_folder):
     with pytest.raises(ValueError, match="describes 'shards' of format 1, expected tokens"):
         TokenDataModule(str(digits_folder), global_batch_size=8).setup()
+
+
+def cache_arguments(digits_folder, tokenizer_run):
+    tokenizer = checkpoints.load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
+    return dict(
+        shards=str(digits_folder),
+        tokenizer=tokenizer,
+        resize_ratio=1.0,
+        crops=0,
+        flips=True,
+        seed=0,
+        batch_size=4,
+        device="cpu",
+    )
+
+
+def test_a_killed_call_continues_with_the_missing_parts(
+    token_cache, digits_folder, tokenizer_run, tmp_path, monkeypatch
+):
+    arguments = cache_arguments(digits_folder, tokenizer_run)
+    written = []
+    original = cache.write_part
+
+    def write_part(file, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        original(file, *rest)
+
+    monkeypatch.setattr(cache, "write_part", write_part)
+    with pytest.raises(KeyboardInterrupt):
+        cache.write_cache(tmp_path, **arguments, part_images=10)
+    with pytest.raises(ValueError, match="manifest.json does not exist"):
+        TokenDataModule(str(tmp_path), global_batch_size=8).setup()
+    written.clear()
+    monkeypatch.setattr(cache, "write_part", lambda file, *rest: (written.append(file.name), original(file, *rest)))
+    cache.write_cache(tmp_path, **arguments, part_images=10)
+    assert written == [f"train-10-0000{i}.npz" for i in (2, 3, 4)] + ["val-10-00000.npz", "val-10-00001.npz"]
+    for name in ("train.tokens.npy", "train.labels.npy", "val.tokens.npy"):
+        assert (tmp_path / name).read_bytes() == (token_cache / name).read_bytes()
+    assert not (tmp_path / "parts").exists()
+
+
+def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run, tmp_path):
+    arguments = cache_arguments(digits_folder, tokenizer_run)
+    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=cache.Share(1, 2))
+    assert second["splits"] == {}
+    parts = sorted(file.name for file in (tmp_path / "parts").glob("*.npz"))
+    assert parts == [
+        "train-10-00001.npz",
+        "train-10-00003.npz",
+        "val-10-00001.npz",
+    ]
+    cache.write_cache(tmp_path, **arguments, part_images=10, share=cache.Share(0, 2))
+    assert (tmp_path / "train.tokens.npy").read_bytes() == (token_cache / "train.tokens.npy").read_bytes()

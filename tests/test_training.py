@@ -167,6 +167,15 @@ def test_the_run_leaves_log_row_pictures_and_a_checkpoint_that_samples(tmp_path,
     assert generate(var, tokenizer, torch.tensor([3]), cfg_scale=1.0).shape == (1, 3, 16, 16)
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path, var_overrides):
+    fit(tmp_path, *var_overrides)
+    first = json.loads((tmp_path / "run.json").read_text())
+    fit(tmp_path, *var_overrides, "ckpt_path=last")
+    second = json.loads((tmp_path / "run.json").read_text())
+    assert {**second, "created": None, "device_seconds": None} == {**first, "created": None, "device_seconds": None}
+    assert second["state"] == "finished"
+
+
 def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
     fit(tmp_path, *var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.5}")
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -203,6 +212,8 @@ def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
         ("+model.dpeth=3", r"dpeth: varlab.models.var.VAR knows no such setting"),
         ("module.schedule.shape=cosine", "schedule 'cosine' is unknown"),
         ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
+        ("steps=-1", "the run has no end: give epochs=N or steps=N"),
+        ("trainer.precision=bf16-true", "would round the frozen tokenizer too"),
         ("accumulate=3", "global_batch_size=8 does not divide into 1 devices x 3"),
         ("tokenizer=nowhere.ckpt", "checkpoint nowhere.ckpt does not exist"),
         ("data.path=nowhere", r"nowhere/manifest.json does not exist: make it with `varlab tokenize`"),

@@ -8,19 +8,34 @@ from varlab.config import verb
 
 
 def run(cfg: DictConfig) -> None:
-    """Encodes every image of a packed set once, in each view."""
+    """Encodes every image of a packed set once, in each view; under torchrun the processes share the work."""
+    import os
+
     import torch
 
     from varlab.checkpoints import load_tokenizer
-    from varlab.data.tokens import write_cache
+    from varlab.data.tokens import Share, write_cache
 
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    share = Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
     manifest = write_cache(
-        Path(cfg.out), cfg.shards, tokenizer, cfg.resize_ratio, cfg.crops, cfg.flips, cfg.seed, cfg.batch_size, device
+        Path(cfg.out),
+        cfg.shards,
+        tokenizer,
+        cfg.resize_ratio,
+        cfg.crops,
+        cfg.flips,
+        cfg.seed,
+        cfg.batch_size,
+        device,
+        cfg.part_images,
+        share,
     )
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
-    print(f"{cfg.out}: {counts} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}")
+    print(
+        f"{cfg.out}: {counts or 'parts of'} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}"
+    )
 
 
 main = verb("tokenize")(run)

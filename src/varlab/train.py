@@ -17,6 +17,8 @@ def run(cfg: DictConfig) -> float | None:
 
     quieten()
     check_types(cfg)
+    if cfg.epochs < 0 and cfg.steps < 0:
+        raise ValueError("the run has no end: give epochs=N or steps=N")
     check_fresh(Path(cfg.run_dir) / "checkpoints", cfg.ckpt_path)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")

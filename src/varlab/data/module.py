@@ -42,7 +42,7 @@ class OrderedDataModule(LightningDataModule):
         )
         self.max_skipped_share = max_skipped_share
         self.consumed = 0
-        self.skipped = 0
+        self.skipped = self.seen = 0  # images of this rank
         self.resumed_fingerprint: str | None = None
 
     @property
@@ -74,7 +74,7 @@ class OrderedDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-            collate_fn=_first,
+            collate_fn=unchanged,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -100,25 +100,30 @@ class OrderedDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         consumed = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return {"consumed": consumed, "fingerprint": self.run_fingerprint(), "skipped": self.skipped}
+        return {"consumed": consumed, "fingerprint": self.run_fingerprint(), "skipped": self.skipped, "seen": self.seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consumed, self.resumed_fingerprint, self.skipped = (
-            state_dict[key] for key in ("consumed", "fingerprint", "skipped")
-        )
+        self.consumed, self.resumed_fingerprint = state_dict["consumed"], state_dict["fingerprint"]
+        self.skipped, self.seen = state_dict["skipped"], state_dict["seen"]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Counts samples that had to be replaced; raises ValueError when they are more than `max_skipped_share`."""
+        """Counts samples that had to be replaced.
+
+        Raises ValueError when they are more than `max_skipped_share` of the images seen (of one epoch, at the least).
+        """
         if hasattr(batch, "skipped") and self.trainer and self.trainer.training:
             self.skipped += int(batch.skipped.sum())
-            allowed = int(self.max_skipped_share * sum(self.shard_counts))
+            self.seen += len(batch.labels)
+            reference = max(sum(self.shard_counts), self.seen)
+            allowed = int(self.max_skipped_share * reference)
             if self.skipped > allowed:
                 raise ValueError(
                     f"{self.skipped} images could not be read, max_skipped_share={self.max_skipped_share} allows {allowed} of"
-                    f" {sum(self.shard_counts)}: the log names them; repair or repack the data"
+                    f" {reference}: the log names them; repair or repack the data"
                 )
         return batch
 
 
-def _first(batch: Any) -> Any:
-    return batch  # the data sets collate themselves, in __getitems__
+def unchanged(batch: Any) -> Any:
+    """The batch as it is: the data sets collate themselves, in `__getitems__`."""
+    return batch

@@ -6,6 +6,9 @@ train.labels.npy              (N,)
 """
 
 import logging
+import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from varlab.checkpoints import tokenizer_fingerprint
 from varlab.data.imagenet import Crop, ImageDataset, to_tensor
 from varlab.data.module import OrderedDataModule
 from varlab.data.order import Draw
-from varlab.data.shards import ShardReader
+from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
 from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
@@ -52,7 +55,14 @@ def crop_of_view(view: dict[str, Any], sample: int) -> Crop:
     return Crop(top, left, view["is_flipped"])
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Share:
+    """Which parts of the work this process does: those whose number is `rank` modulo `num_ranks`."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+
 def write_cache(
     path: Path,
     shards: str,
@@ -63,73 +73,129 @@ def write_cache(
     seed: int,
     batch_size: int,
     device: str,
+    part_images: int = 4096,
+    share: Share | None = None,
 ) -> dict[str, Any]:
-    """Encodes all splits of a packed set; returns the manifest. A split that is there already and belongs to the same
-    tokenizer, data and views is kept; one that belongs to others is an error."""
+    """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
+
+    Work is done in parts of `part_images`, each written whole: a killed call continues with the parts that are missing,
+    and several processes share the parts out. A cache that is there already and belongs to the same tokenizer, data and
+    views is kept; one that belongs to others is an error.
+    """
+    share = share or Share()
+    shard_manifest = load_manifest(shards)
     views = views_of(crops, flips, seed)
-    reader = ShardReader(shards, "train")
     manifest: dict[str, Any] = {
         "kind": "tokens",
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "patch_nums": tokenizer.patch_nums,
         "codebook_size": tokenizer.sizes["codebook_size"],
-        "data": shards_fingerprint(reader.manifest),
+        "data": shards_fingerprint(shard_manifest),
         "resize_ratio": resize_ratio,
         "views": views,
-        "class_names": reader.manifest["class_names"],
+        "class_names": shard_manifest["class_names"],
         "splits": {},
     }
-    file = path / "manifest.json"
-    if file.is_file():
-        found = load_json(file, "varlab tokenize")
-        changed = [key for key in manifest if key != "splits" and found.get(key) != manifest[key]]
-        if changed:
-            raise ValueError(
-                f"{path} already holds a token cache with another {', '.join(changed)}: choose another folder or remove it"
-            )
-        return found
-    tokenizer = tokenizer.to(device).eval()
-    side = tokenizer.image_size[0]
-    for split in reader.manifest["splits"]:
+    check_same_cache(path / "manifest.json", manifest)
+    if (path / "manifest.json").is_file():
+        return load_json(path / "manifest.json", "varlab tokenize")
+    begun = path / "parts/manifest.json"
+    check_same_cache(begun, manifest)
+    save_json(begun, {**manifest, "part_images": part_images})
+    tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
+    files: dict[str, list[Path]] = {}
+    for split in shard_manifest["splits"]:
         images = ImageDataset(ShardReader(shards, split), side, resize_ratio, random_crop=False, random_flip=False)
-        manifest["splits"][split] = encode_split(path, split, images, tokenizer, views, batch_size, device)
-    save_json(file, manifest)
+        starts = range(0, len(images), part_images)
+        files[split] = [path / f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
+        own = list(zip(files[split], starts, strict=True))[share.rank :: share.num_ranks]
+        for file, start in tqdm(own, desc=f"tokenize {split}", unit="part"):
+            if not file.is_file():
+                samples = range(start, min(start + part_images, len(images)))
+                write_part(file, images, samples, tokenizer, views, batch_size, device)
+    if share.rank:
+        return manifest
+    for split, parts in files.items():
+        wait_for(parts)
+        manifest["splits"][split] = join_parts(path, split, parts, tokenizer, len(views))
+    save_json(path / "manifest.json", manifest)
+    shutil.rmtree(path / "parts")
     return manifest
 
 
-def encode_split(
-    path: Path,
-    split: str,
+def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError when the cache at hand (or begun) belongs to something else."""
+    if not file.is_file():
+        return
+    found = load_json(file, "varlab tokenize")
+    changed = [key for key in manifest if key != "splits" and found.get(key) != manifest[key]]
+    if changed:
+        raise ValueError(
+            f"{file.parent} already holds a token cache with another {', '.join(changed)}: choose another folder or remove it"
+        )
+
+
+@torch.no_grad()
+def write_part(
+    file: Path,
     images: ImageDataset,
+    samples: range,
     tokenizer: MSVQVAE,
     views: list[dict[str, Any]],
     batch_size: int,
     device: str,
-) -> dict[str, Any]:
-    """Writes tokens and labels of one split; returns its entry in the manifest."""
-    shape = (len(images), len(views), scales.num_tokens(tokenizer.patch_nums))
-    kind = np.min_scalar_type(tokenizer.sizes["codebook_size"] - 1)
-    tokens_file, labels_file = path / f"{split}.tokens.npy", path / f"{split}.labels.npy"
+) -> None:
+    """Encodes a stretch of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,)."""
+    tokens, labels, skipped = [], [], []
+    for first in range(samples.start, samples.stop, batch_size):
+        batch = range(first, min(first + batch_size, samples.stop))
+        by_view = [[images.readable(Draw(i, 0, True), crop_of_view(view, i)) for i in batch] for view in views]
+        encoded = [tokenizer.encode(to_tensor([pixels for pixels, _, _ in view]).to(device)) for view in by_view]
+        tokens.append(torch.stack([torch.cat(token_maps, dim=1).cpu() for token_maps in encoded], dim=1).numpy())
+        labels += [label for _, label, _ in by_view[0]]
+        skipped += [is_replaced for _, _, is_replaced in by_view[0]]
+    kind = smallest_type(tokenizer)
+    with whole_file(file) as partial, open(partial, "wb") as stream:
+        np.savez(stream, tokens=np.concatenate(tokens).astype(kind), labels=np.array(labels), skipped=np.array(skipped))
+
+
+def smallest_type(tokenizer: MSVQVAE) -> np.dtype:
+    """The smallest integer type that holds every token."""
+    return np.min_scalar_type(tokenizer.sizes["codebook_size"] - 1)
+
+
+def wait_for(files: list[Path]) -> None:
+    """Returns once the other processes have written their parts."""
+    while missing := [file for file in files if not file.is_file()]:
+        log.info("waiting for %d parts of other processes, first %s", len(missing), missing[0].name)
+        time.sleep(2)
+
+
+def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, num_views: int) -> dict[str, Any]:
+    """Joins the parts of a split into its two arrays; returns its entry in the manifest."""
+    tokens_file = path / f"{split}.tokens.npy"
+    labels, num_skipped = [], 0
+    for part in parts:
+        with np.load(part) as loaded:
+            labels.append(loaded["labels"])
+            num_skipped += int(loaded["skipped"].sum())
+    num_images, kind = sum(map(len, labels)), smallest_type(tokenizer)
     with whole_file(tokens_file) as partial:
+        shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
-        labels = images.reader.labels.copy()
-        skipped: set[int] = set()
-        for first in tqdm(range(0, len(images), batch_size), desc=f"tokenize {split}", unit="batch"):
-            samples = range(first, min(first + batch_size, len(images)))
-            for v, view in enumerate(views):
-                read = [images.readable(Draw(i, 0, True), crop_of_view(view, i)) for i in samples]
-                batch = to_tensor([pixels for pixels, _, _ in read]).to(device)
-                tokens[first : first + len(samples), v] = torch.cat(tokenizer.encode(batch), dim=1).cpu().numpy()
-                labels[samples] = [label for _, label, _ in read]
-                skipped |= {i for i, (_, _, is_replaced) in zip(samples, read, strict=True) if is_replaced}
+        first = 0
+        for part in parts:
+            with np.load(part) as loaded:
+                tokens[first : first + len(loaded["tokens"])] = loaded["tokens"]
+                first += len(loaded["tokens"])
         tokens.flush()
         del tokens
-    with whole_file(labels_file) as partial, open(partial, "wb") as file:
-        np.save(file, labels)
-    if skipped:
-        log.warning("%s: %d images could not be read, their neighbors take their places", split, len(skipped))
-    return {"num_images": len(images), "skipped": len(skipped), "sha256": sha256(tokens_file), "dtype": str(kind)}
+    with whole_file(path / f"{split}.labels.npy") as partial, open(partial, "wb") as stream:
+        np.save(stream, np.concatenate(labels))
+    if num_skipped:
+        log.warning("%s: %d images could not be read, their neighbors take their places", split, num_skipped)
+    return {"num_images": num_images, "skipped": num_skipped, "sha256": sha256(tokens_file), "dtype": str(kind)}
 
 
 class TokenDataset(Dataset):

@@ -101,7 +101,7 @@ class RunRecord(Callback):
         self.folder, self.seed = Path(folder), seed
         self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
         self.facts: dict[str, Any] = {}
-        self.validated_step = -1
+        self.validated_step = self.total_steps = -1
         self.state = "running"
         self.logged_time = self.batch_time = self.validation_start = 0.0
         self.logged_images = self.logged_flops = 0.0
@@ -109,10 +109,10 @@ class RunRecord(Callback):
         self.scores: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counters": dict(self.counters)}
+        return {"counters": dict(self.counters), "total_steps": self.total_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.counters = dict(state_dict["counters"])
+        self.counters, self.total_steps = dict(state_dict["counters"]), state_dict["total_steps"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.facts = pl_module.run_facts()  # pyright: ignore[reportCallIssue]
@@ -121,6 +121,7 @@ class RunRecord(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.total_steps = int(trainer.estimated_stepping_batches)
         self.batch_time = self.logged_time = time.perf_counter()
         self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
 
@@ -149,7 +150,8 @@ class RunRecord(Callback):
         pl_module.log("speed/flops_per_second", flops_per_second)
         if self.peak_flops:
             pl_module.log("speed/mfu", flops_per_second / trainer.world_size / self.peak_flops, prog_bar=True)
-        pl_module.log("data/skipped", float(trainer.datamodule.skipped))  # pyright: ignore[reportAttributeAccessIssue]
+        skipped = float(trainer.datamodule.skipped)  # pyright: ignore[reportAttributeAccessIssue]
+        pl_module.log("data/skipped", skipped, sync_dist=True, reduce_fx="sum")
         self.logged_time, self.logged_images, self.logged_flops = now, self.counters["images_seen"], self.total_flops()
 
     def on_before_optimizer_step(
@@ -173,7 +175,7 @@ class RunRecord(Callback):
         self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = "finished" if trainer.global_step >= trainer.estimated_stepping_batches else "stopped"
+        self.state = "stopped"  # unless it is finished
         self.write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -189,7 +191,7 @@ class RunRecord(Callback):
         row = {
             "run_id": run_id(self.folder),
             "name": self.folder.name,
-            "state": self.state,
+            "state": "finished" if trainer.global_step == self.total_steps else self.state,
             **{key: value for key, value in self.facts.items() if not key.endswith("_per_image")},
             **self.counters,
             "step": trainer.global_step,

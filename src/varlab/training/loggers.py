@@ -86,8 +86,11 @@ class CSVLog(Logger):
             return
         row, self.pending = self.pending, {}
         if not self.columns and self.file.is_file():
-            with open(self.file, newline="") as file:
-                self.columns = next(csv.reader(file), [])
+            text = self.file.read_text()
+            self.columns = next(csv.reader(text.splitlines()), [])
+            if not text.endswith("\n"):  # killed while writing a row
+                with open(self.file, "a") as file:
+                    file.write("\n")
         if new := [key for key in row if key not in self.columns]:
             rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
             self.columns += new

@@ -87,6 +87,11 @@ class VARModule(LightningModule):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} would round the frozen tokenizer too, which changes its tokens:"
+                " use bf16-mixed"
+            )
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, TokenDataModule):
             if data.manifest["patch_nums"] != self.tokenizer.patch_nums:

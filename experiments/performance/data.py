@@ -1,0 +1,182 @@
+"""How fast data flows, as ratios in one run on one core: decoding from shards against a plain folder and against the
+webdataset library, token batches from memory, the first batch after a resume, and how well neighbors are mixed.
+
+`make bench-data` writes experiments/performance/data.csv. The JPEG files are crops of the two photographs that
+scikit-learn carries (427 x 640), at ImageNet's usual size.
+"""
+
+import csv
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader, Dataset
+
+from varlab.data.imagenet import Crop, ImageDataset, preprocess, to_tensor
+from varlab.data.order import Order, TrainBatches
+from varlab.data.pack import pack
+from varlab.data.shards import ShardReader
+from varlab.data.sources import folder_source
+from varlab.data.tokens import TokenDataset
+
+NUM_IMAGES, RESOLUTION, REPEATS, BATCH = 256, 256, 5, 32
+RESULTS = Path(__file__).with_name("data.csv")
+
+
+def make_photos(folder: Path) -> None:
+    """JPEG files of 500 x 375 in two class folders."""
+    rng = np.random.default_rng(0)
+    for label, photo in enumerate(load_sample_images().images):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(NUM_IMAGES // 2):
+            top, left = rng.integers(0, 427 - 375), rng.integers(0, 640 - 500)
+            image = Image.fromarray(photo[top : top + 375, left : left + 500])
+            image.save(folder / f"class{label}" / f"{i:04d}.jpg", quality=95)
+
+
+class PlainFolder(Dataset):
+    """What most training scripts do: open the file, convert, resize, crop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.rglob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        image = Image.open(self.files[i]).convert("RGB")
+        return to_tensor([preprocess(image, RESOLUTION, 1.125, Crop())])[0], int(self.files[i].parent.name[-1])
+
+
+def interleaved(contenders: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each contender, taking turns, after one warm-up each."""
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(REPEATS):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
+    """Images a second through decode and preprocess, one process."""
+    make_photos(folder / "photos")
+    pack(folder_source(folder / "photos", 0.05, 0), folder / "shards", shard_images=100, seed=0)
+    reader = ShardReader(folder / "shards", "train")
+    ours = ImageDataset(reader, RESOLUTION, 1.125, random_crop=False, random_flip=False)
+    plain = DataLoader(PlainFolder(folder / "photos"), batch_size=BATCH)
+    urls = [str(shard) for shard in reader.shards]
+
+    def from_shards() -> None:
+        for batch in TrainBatches(Order(reader.shard_counts), BATCH):
+            ours.__getitems__(batch)
+
+    def from_webdataset() -> None:
+        decoded = (
+            webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "cls")
+        )
+        cut = decoded.map(lambda pair: (to_tensor([preprocess(pair[0], RESOLUTION, 1.125, Crop())])[0], pair[1]))
+        for _ in DataLoader(cut, batch_size=BATCH):
+            pass
+
+    counts = {
+        "shards by index (varlab)": len(reader) // BATCH * BATCH,
+        "plain folder and DataLoader": NUM_IMAGES,
+        "webdataset as a stream": len(reader),
+    }
+    contenders = [from_shards, lambda: [None for _ in plain], from_webdataset]
+    seconds = interleaved(dict(zip(counts, contenders, strict=True)))
+    return [
+        (f"decode 500x375 to 256: {name}", counts[name] / statistics.median(s), "images/s")
+        for name, s in seconds.items()
+    ]
+
+
+def measure_tokens() -> list[tuple[str, float, str]]:
+    """Sequences of 680 tokens a second, in shuffled batches of 768 from memory."""
+    rows = 200_000
+    tokens = np.random.default_rng(0).integers(0, 4096, (rows, 1, 680), dtype=np.uint16)
+    cache = TokenDataset(tokens, np.zeros(rows, dtype=np.int64))
+    batches = TrainBatches(Order([rows], window=None), 768)
+
+    def read() -> None:
+        for batch in batches:
+            cache.__getitems__(batch)
+
+    seconds = interleaved({"tokens": read})["tokens"]
+    return [("token sequences from memory, 680 tokens", len(batches) * 768 / statistics.median(seconds), "sequences/s")]
+
+
+def measure_resume(folder: Path) -> list[tuple[str, float, str]]:
+    """Seconds from a fresh start to the first batch, one million images into an epoch of 1.28 million."""
+    reader = ShardReader(folder / "shards", "train")
+    repeats = 1_281_167 // len(reader) + 1
+    reader.index = np.tile(np.asarray(reader.index), repeats)[:1_281_167]
+    reader.labels = np.tile(reader.labels, repeats)[:1_281_167]
+    images = ImageDataset(reader, RESOLUTION, 1.125, random_crop=True, random_flip=True)
+    counts = [1000] * 1281 + [167]
+
+    def first_batch(consumed: int) -> float:
+        start = time.perf_counter()
+        batches = TrainBatches(Order(counts), BATCH)
+        batches.start(consumed)
+        images.__getitems__(next(iter(batches)))
+        return time.perf_counter() - start
+
+    return [
+        ("first batch of 32 at the start of an epoch", statistics.median(first_batch(0) for _ in range(3)), "s"),
+        (
+            "first batch of 32 after 1,000,000 images",
+            statistics.median(first_batch(1_000_000 // BATCH) for _ in range(3)),
+            "s",
+        ),
+    ]
+
+
+def measure_mixing() -> list[tuple[str, float, str]]:
+    """Of neighbors in the order: share from the same shard, at ImageNet's size (1,281 shards of 1,000)."""
+    rows = []
+    for lanes, window in [(64, 1024), (64, 4096), (64, 16384), (1, 4096), (64, None)]:
+        order = Order([1000] * 1281, lanes=lanes, window=window).epoch(0)
+        shard = order // 1000
+        batch = shard[: 1281000 // 768 * 768].reshape(-1, 768)
+        name = f"lanes {lanes}, window {window or 'all'}"
+        rows.append((f"same-shard neighbors: {name}", 100 * float((shard[1:] == shard[:-1]).mean()), "percent"))
+        rows.append(
+            (
+                f"different shards in a batch of 768: {name}",
+                float(np.mean([len(np.unique(b)) for b in batch[:200]])),
+                "shards",
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_decoding(Path(folder)) + measure_resume(Path(folder))
+    rows += measure_tokens() + measure_mixing()
+    about = f"{platform.machine()}, {os.cpu_count()} cores, one used; {time.strftime('%Y-%m-%d')}; torch {torch.__version__}"
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["what", "value", "unit", "machine"])
+        for what, value, unit in rows:
+            print(f"{what:75} {value:12.4g} {unit}")
+            writer.writerow([what, f"{value:.5g}", unit, about])
+
+
+if __name__ == "__main__":
+    main()
