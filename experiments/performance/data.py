@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 
-from varlab.data.imagenet import Crop, ImageDataset, preprocess, to_tensor
+from varlab.data.imagenet import ImageDataset
 from varlab.data.order import Order, TrainBatches
 from varlab.data.pack import pack
 from varlab.data.shards import ShardReader
@@ -43,6 +43,15 @@ def make_photos(folder: Path) -> None:
             image.save(folder / f"class{label}" / f"{i:04d}.jpg", quality=95)
 
 
+def recipe(image: Image.Image) -> torch.Tensor:
+    """The recipe as transforms libraries do it: resize the whole image, cut, to a tensor, normalize."""
+    scale = round(1.125 * RESOLUTION) / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (image.width - RESOLUTION) // 2, (image.height - RESOLUTION) // 2
+    image = image.crop((left, top, left + RESOLUTION, top + RESOLUTION))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255).mul(2).sub(1)
+
+
 class PlainFolder(Dataset):
     """What most training scripts do: open the file, convert, resize, crop."""
 
@@ -53,8 +62,7 @@ class PlainFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        image = Image.open(self.files[i]).convert("RGB")
-        return to_tensor([preprocess(image, RESOLUTION, 1.125, Crop())])[0], int(self.files[i].parent.name[-1])
+        return recipe(Image.open(self.files[i]).convert("RGB")), int(self.files[i].parent.name[-1])
 
 
 def interleaved(contenders: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
@@ -87,7 +95,7 @@ def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
         decoded = (
             webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "cls")
         )
-        cut = decoded.map(lambda pair: (to_tensor([preprocess(pair[0], RESOLUTION, 1.125, Crop())])[0], pair[1]))
+        cut = decoded.map(lambda pair: (recipe(pair[0]), pair[1]))
         for _ in DataLoader(cut, batch_size=BATCH):
             pass
 

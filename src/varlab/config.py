@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +41,8 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
         def job(cfg: DictConfig) -> Any:
             try:
                 return run(cfg)
+            except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
+                raise SystemExit(1) from None
             except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
@@ -50,7 +52,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
                 is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
                 log.error("varlab %s: %s", name, cause)
                 if is_sweep:  # the sweep runs its other jobs and fails at the end
-                    raise RuntimeError(str(cause)) from None
+                    raise CompactHydraException(str(cause)) from None
                 raise SystemExit(1) from None
 
         app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
