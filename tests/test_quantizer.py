@@ -85,15 +85,16 @@ def test_a_phi_ratio_of_zero_is_the_identity_without_parameters():
     assert torch.equal(q.phi(h, 0), h)
 
 
-def test_lookup_stays_in_fp32_under_autocast():
-    q = quantizer()
-    f = torch.randn(2, 6, 4, 4)
-    expected = q(f)
+@torch.no_grad()
+def test_the_residual_loop_stays_in_fp32_under_autocast():
+    q, f = quantizer(), torch.randn(2, 6, 4, 4)
+    expected, inputs = q(f), q.teacher_forcing_inputs(q.encode(f))
     with torch.autocast("cpu", torch.bfloat16):
-        output = q(f)
-    assert output.f_hat.dtype == torch.float32
-    for ours, theirs in zip(output.token_maps, expected.token_maps, strict=True):
-        assert torch.equal(ours, theirs)
+        output, token_maps = q(f), q.encode(f)
+        torch.testing.assert_close(output.f_hat, expected.f_hat)
+        torch.testing.assert_close(q.teacher_forcing_inputs(token_maps), inputs)
+    for tokens, forward, encoded in zip(expected.token_maps, output.token_maps, token_maps, strict=True):
+        assert torch.equal(tokens, forward) and torch.equal(tokens, encoded)
 
 
 def test_usage_counts_each_scale_by_its_own_hits():

@@ -147,20 +147,20 @@ def generate_tokens(
             logits = guide(cond, uncond, cfg_scale * t)
         logits = filter_logits(logits, top_k, top_p)
         tokens = draw(logits, randomness.uniform(k).to(device))
-        with torch.autocast(device.type, enabled=False):
-            codes = quantizer.codebook(tokens)
-            if smooth:
-                noise = randomness.gumbel(k, logits.shape[-1]).to(device)
-                soft = ((logits * (1 + t) + noise) / smooth_temperature(k, num_scales)).softmax(dim=-1)
+        codes = quantizer.codebook(tokens)
+        if smooth:
+            noise = randomness.gumbel(k, logits.shape[-1]).to(device)
+            soft = ((logits * (1 + t) + noise) / smooth_temperature(k, num_scales)).softmax(dim=-1)
+            with torch.autocast(device.type, enabled=False):
                 codes = soft @ quantizer.codebook.weight
-            if kept is not None:
-                mask = kept.masks[k].to(device)
-                tokens = torch.where(mask, kept.token_maps[k], tokens)
-                codes = torch.where(mask[:, None], quantizer.codebook(tokens), codes)
-            f_hat = quantizer.accumulate(f_hat, codes, k)
-            if k + 1 < num_scales:
-                inputs = quantizer.at_scale(f_hat, k + 1)
-                inputs = torch.cat([inputs, inputs]) if is_guided else inputs
+        if kept is not None:
+            mask = kept.masks[k].to(device)
+            tokens = torch.where(mask, kept.token_maps[k], tokens)
+            codes = torch.where(mask[:, None], quantizer.codebook(tokens), codes)
+        f_hat = quantizer.accumulate(f_hat, codes, k)
+        if k + 1 < num_scales:
+            inputs = quantizer.at_scale(f_hat, k + 1)
+            inputs = torch.cat([inputs, inputs]) if is_guided else inputs
         token_maps.append(tokens)
     return f_hat, token_maps
 

@@ -47,6 +47,7 @@ def quieten() -> None:
         r".*is set, but there is no last checkpoint",  # ckpt_path=last starts what was never started
         r"Found \d+ module\(s\) in eval mode",  # the frozen tokenizer
         r".*isinstance\(treespec, LeafSpec\)",
+        r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
         r".*does not have many workers",
         r"The number of training batches",
     ):

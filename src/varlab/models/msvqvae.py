@@ -99,6 +99,7 @@ class MSVQVAE(nn.Module):
             )
         return self.pre_conv(self.encoder(images))
 
+    @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> list[Int[Tensor, "B _"]]:
         """Token maps of images in [-1, 1], coarse to fine."""
         return self.quantizer.encode(self.features(images))

@@ -75,11 +75,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
         """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes swap."""
-        z, codes = z.float(), self.codebook.weight.float()
-        if self.lookup == "cosine":
-            return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
-        distances = z.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=1) - 2 * (z @ codes.T)
-        return distances.argmin(dim=-1)
+        with torch.autocast(z.device.type, enabled=False):
+            z, codes = z.float(), self.codebook.weight.float()
+            if self.lookup == "cosine":
+                return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
+            distances = z.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=1) - 2 * (z @ codes.T)
+            return distances.argmin(dim=-1)
 
     def phi(self, h: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B C H W"]:
         """Smooths the upsampled codes of scale k."""
@@ -92,8 +93,9 @@ class MultiScaleQuantizer(nn.Module):
     ) -> Float[Tensor, "B C H W"]:
         """`f_hat` with the codes of scale k added. Resizing to the same side is the identity, so the last scale is no exception."""
         h, w = self.sides[k]
-        code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
-        return f_hat + self.phi(F.interpolate(code_map, size=self.sides[-1], mode="bicubic"), k)
+        with torch.autocast(f_hat.device.type, enabled=False):  # sums of rounded codes would meet other codes
+            code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
+            return f_hat + self.phi(F.interpolate(code_map, size=self.sides[-1], mode="bicubic"), k)
 
     def at_scale(self, x: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B l C"]:
         """A map at latent resolution, area-averaged to scale k and flattened row by row."""
@@ -106,6 +108,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode(self, f: Float[Tensor, "B C H W"]) -> list[Int[Tensor, "B _"]]:
         """Token maps of `f`, coarse to fine (VAR, algorithm 1)."""
+        f = f.float()
         f_hat, token_maps = torch.zeros_like(f), []
         for k in range(self.num_scales):
             tokens = self.nearest(self.at_scale(f - f_hat, k))
@@ -137,14 +140,13 @@ class MultiScaleQuantizer(nn.Module):
     def forward(self, f: Float[Tensor, "B C H W"]) -> Quantized:
         """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
         mean over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
-        with torch.autocast(f.device.type, enabled=False):
-            f = f.float()
-            f_hat, token_maps, vq_loss = torch.zeros_like(f), [], f.new_zeros(())
-            for k in range(self.num_scales):
-                tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
-                f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
-                vq_loss = vq_loss + F.mse_loss(f_hat, f.detach()) + self.beta * F.mse_loss(f_hat.detach(), f)
-                token_maps.append(tokens)
+        f = f.float()
+        f_hat, token_maps, vq_loss = torch.zeros_like(f), [], f.new_zeros(())
+        for k in range(self.num_scales):
+            tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
+            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
+            vq_loss = vq_loss + F.mse_loss(f_hat, f.detach()) + self.beta * F.mse_loss(f_hat.detach(), f)
+            token_maps.append(tokens)
         return Quantized(f + (f_hat - f).detach(), vq_loss / self.num_scales, token_maps)
 
     @torch.no_grad()

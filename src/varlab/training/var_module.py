@@ -131,7 +131,7 @@ class VARModule(LightningModule):
 
     def logits(self, token_maps: list[Tensor], labels: Tensor) -> Tensor:
         """Logits of all tokens from the true coarser ones."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad():
             inputs = self.tokenizer.quantizer.teacher_forcing_inputs(token_maps)
         return self.net(inputs, labels)
 
