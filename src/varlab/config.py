@@ -59,9 +59,13 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
 
         @wraps(run)
         def main() -> None:
-            if {"-h", "--help"} & set(sys.argv[1:]):
-                print(examples(name))
-            app()
+            try:
+                if {"-h", "--help"} & set(sys.argv[1:]):
+                    print(examples(name))
+                app()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
 
         return main
 
