@@ -50,7 +50,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
                 while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                     cause = cause.__cause__
                 is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-                log.error("varlab %s: %s", name, cause)
+                log.error("varlab %s: %s", name, str(cause).split("\n    full_key")[0])
                 if is_sweep:  # the sweep runs its other jobs and fails at the end
                     raise CompactHydraException(str(cause)) from None
                 raise SystemExit(1) from None
