@@ -50,7 +50,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
                 while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                     cause = cause.__cause__
                 is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-                log.error("varlab %s: %s", name, str(cause).split("\n    full_key")[0])
+                log.error("varlab %s: %s", name, sentence(cause))
                 if is_sweep:  # the sweep runs its other jobs and fails at the end
                     raise CompactHydraException(str(cause)) from None
                 raise SystemExit(1) from None
@@ -70,6 +70,12 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
         return main
 
     return decorate
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line; OmegaConf's name the whole key, not only its last part."""
+    key = getattr(error, "full_key", None)
+    return f"{str(error).splitlines()[0]} (setting {key})" if key else str(error)
 
 
 def examples(name: str) -> str:
