@@ -37,6 +37,13 @@ def test_views_take_turns_over_the_epochs(token_cache):
         assert np.array_equal(row, tokens[5, (5 + epoch) % 2])
 
 
+def test_validation_sees_the_first_view_only(token_cache):
+    data = TokenDataModule(str(token_cache), global_batch_size=4)
+    data.setup()
+    seen = np.concatenate([batch.sequence[batch.weight > 0].numpy() for batch in data.val_dataloader()])
+    assert np.array_equal(seen, np.load(token_cache / "val.tokens.npy")[:, 0])
+
+
 def test_in_memory_and_memory_mapped_give_the_same_batches(token_cache):
     def sequences(in_memory):
         data = TokenDataModule(str(token_cache), global_batch_size=8, in_memory=in_memory)

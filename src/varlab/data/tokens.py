@@ -265,4 +265,4 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(
                 f"{self.path}: {split} holds {len(tokens)} rows and {len(labels)} labels, not what its manifest says"
             )
-        return TokenDataset(tokens, labels)
+        return TokenDataset(tokens if split == "train" else tokens[:, :1], labels)  # validation sees no augmentation
