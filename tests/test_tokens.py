@@ -13,7 +13,7 @@ from varlab.data import tokens as cache
 from varlab.data.imagenet import Crop, ImageDataset, to_tensor
 from varlab.data.order import Draw
 from varlab.data.shards import ShardReader
-from varlab.data.tokens import TokenDataModule, crop_of_view, views_of
+from varlab.data.tokens import TokenDataModule, TokenDataset, crop_of_view, views_of
 
 
 def test_the_cache_holds_the_tokens_of_each_view(token_cache, digits_folder, tokenizer_run):
@@ -44,13 +44,39 @@ def test_validation_sees_the_first_view_only(token_cache):
     assert np.array_equal(seen, np.load(token_cache / "val.tokens.npy")[:, 0])
 
 
-def test_in_memory_and_memory_mapped_give_the_same_batches(token_cache):
-    def sequences(in_memory):
-        data = TokenDataModule(str(token_cache), global_batch_size=8, in_memory=in_memory)
-        data.setup()
-        return [batch.sequence.tolist() for batch in data.train_dataloader()]
+@pytest.mark.parametrize("keep", ["disk", "device"])
+def test_batches_are_the_same_wherever_the_tokens_lie(keep, token_cache):
+    class Alone:
+        global_rank, world_size, accumulate_grad_batches = 0, 1, 1
 
-    assert sequences(True) == sequences(False)
+        class strategy:
+            root_device = torch.device("cpu")
+
+    def batches(keep):
+        data = TokenDataModule(str(token_cache), global_batch_size=8, keep=keep)
+        data.trainer = Alone
+        data.setup()
+        return data.train_set, [*data.train_dataloader(), *data.val_dataloader()]
+
+    rows, kept = batches(keep)
+    assert isinstance(rows.tokens, torch.Tensor if keep == "device" else np.memmap)
+    for a, b in zip(kept, batches("memory")[1], strict=True):
+        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(200, torch.uint8), (4095, torch.int16), (40_000, torch.int32)])
+def test_tokens_on_a_device_take_the_smallest_type_that_holds_them(largest, kind):
+    tokens = np.array([[[0, largest]]], dtype=np.uint16)
+    rows = TokenDataset(tokens, np.zeros(1, dtype=np.int64)).on_device(torch.device("cpu"))
+    assert rows.tokens.dtype == kind
+    assert rows.__getitems__([Draw(0, 0, True)]).sequence.tolist() == [[0, largest]]
+
+
+def test_settings_that_exclude_each_other_are_refused(token_cache):
+    with pytest.raises(ValueError, match="data.keep='ram' is unknown: choose memory, disk or device"):
+        TokenDataModule(str(token_cache), 8, keep="ram")
+    with pytest.raises(ValueError, match="data.keep=device needs data.num_workers=0, not 2"):
+        TokenDataModule(str(token_cache), 8, num_workers=2, keep="device")
 
 
 def test_random_crops_are_recorded_and_repeatable():

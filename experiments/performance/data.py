@@ -85,7 +85,7 @@ def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
     reader = ShardReader(folder / "shards", "train")
     ours = ImageDataset(reader, RESOLUTION, 1.125, random_crop=False, random_flip=False)
     plain = DataLoader(PlainFolder(folder / "photos"), batch_size=BATCH)
-    urls = [str(shard) for shard in reader.shards]
+    urls = [shard.url for shard in reader.shards]
 
     def from_shards() -> None:
         for batch in TrainBatches(Order(reader.shard_counts), BATCH):

@@ -43,8 +43,8 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
                 return run(cfg)
             except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
                 raise SystemExit(1) from None
-            except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
-                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_of_user(error):
                     raise
                 cause = error
                 while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -72,8 +72,19 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     return decorate
 
 
+def is_of_user(error: BaseException) -> bool:
+    """Whether an error lies in what a user gave. Of the RuntimeErrors, those of a data worker that died or hangs do."""
+    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader")
+
+
 def sentence(error: BaseException) -> str:
-    """What an error says, in one line; OmegaConf's name the whole key, not only its last part."""
+    """What an error says, in one line; of a data worker's traceback the last one, of OmegaConf's errors with the whole key."""
+    if str(error).startswith("Caught "):
+        return str(error).rstrip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, RuntimeError):
+        return (
+            f"a data worker died or hangs ({str(error).splitlines()[0]}): out of memory, or a file system that stalls"
+        )
     key = getattr(error, "full_key", None)
     return f"{str(error).splitlines()[0]} (setting {key})" if key else str(error)
 

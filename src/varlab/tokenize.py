@@ -12,6 +12,7 @@ def run(cfg: DictConfig) -> None:
     import os
 
     import torch
+    from hydra.utils import instantiate
 
     from varlab.checkpoints import load_tokenizer
     from varlab.data.tokens import Share, write_cache
@@ -31,6 +32,7 @@ def run(cfg: DictConfig) -> None:
         device,
         cfg.part_images,
         share,
+        instantiate(cfg.storage),
     )
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(

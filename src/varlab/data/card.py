@@ -10,17 +10,20 @@ from PIL import Image
 from varlab import pictures
 from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
 from varlab.data.shards import ShardReader, fingerprint, load_manifest
+from varlab.data.storage import Storage, is_remote
 from varlab.files import whole_file
 
 MAX_MEASURED = 2000
+MAX_ELSEWHERE = 64  # each may cost the transfer of a shard
 NUM_SHOWN = 64
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, storage: Storage | None = None) -> None:
     """Writes README.md and samples.png: counts, classes, resolutions (of at most 2,000 images), a grid of samples."""
     manifest = load_manifest(folder)
-    reader = ShardReader(folder, "train")
-    chosen = np.linspace(0, len(reader) - 1, min(len(reader), MAX_MEASURED)).astype(int)
+    reader = ShardReader(folder, "train", storage)
+    num_chosen = MAX_ELSEWHERE if any(is_remote(shard.url) for shard in reader.shards) else MAX_MEASURED
+    chosen = np.linspace(0, len(reader) - 1, min(len(reader), num_chosen)).astype(int)
     sizes: Counter[str] = Counter()
     shown: list[np.ndarray] = []
     for place, i in enumerate(chosen):

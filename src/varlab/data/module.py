@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from varlab.data.order import Order, TrainBatches, ValidationBatches
 
+LONGEST_WAIT = 1800  # seconds for one batch; a worker that hangs longer ends the run
+
 
 class OrderedDataModule(LightningDataModule):
     """Training and validation batches of two map-style data sets, in an order that survives a kill.
@@ -22,6 +24,7 @@ class OrderedDataModule(LightningDataModule):
     num_val: int
     class_names: list[str]
     data_fingerprint: str
+    pins = True  # whether batches lie in the memory of the host
 
     def __init__(
         self,
@@ -77,7 +80,8 @@ class OrderedDataModule(LightningDataModule):
             collate_fn=unchanged,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pins and torch.cuda.is_available(),
+            timeout=LONGEST_WAIT if self.num_workers else 0,
         )
 
     def train_dataloader(self) -> DataLoader:

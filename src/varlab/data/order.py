@@ -47,11 +47,24 @@ class Order:
         """Two runs with the same fingerprint see the same samples at the same positions."""
         return json_hash([list(self.shard_counts), self.seed, self.lanes, self.window])
 
+    @property
+    def is_full_shuffle(self) -> bool:
+        """Whether any sample can follow any other."""
+        return self.window is None or self.num_samples <= self.lanes * self.window
+
+    def num_shards_at_once(self) -> int:
+        """Shards from which neighboring positions may come, at most."""
+        if self.is_full_shuffle:
+            return len(self.shard_counts)
+        assert self.window is not None
+        return self.lanes * (self.window // min(self.shard_counts) + 2)
+
     def epoch(self, epoch: int) -> np.ndarray:
         """Sample numbers of an epoch, each exactly once, by position."""
         rng = np.random.default_rng([self.seed, epoch])
-        if self.window is None or self.num_samples <= self.lanes * self.window:
+        if self.is_full_shuffle:
             return rng.permutation(self.num_samples)
+        assert self.window is not None
         shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_counts)[:-1])
         row = np.concatenate([shards[s] for s in rng.permutation(len(shards))])
         order = np.empty_like(row)

@@ -5,19 +5,23 @@ missing, and several processes write at once.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.shards import FORMAT, Sample, index_shard, write_shard
+from varlab.data.shards import FORMAT, Sample, index_shard, save_index, write_shard
 from varlab.data.sources import Item, Source, reencode
-from varlab.files import save_json, sha256, whole_file
+from varlab.files import save_json, sha256
+
+T = TypeVar("T")
+R = TypeVar("R")
+TAR_OVERHEAD = 512 + 1024 + 256  # header of the image, header and block of the label, half a block of padding
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,15 @@ class Job:
 
 def write(job: Job) -> tuple[dict[str, Any], np.ndarray]:
     """The shard's entry in the manifest and its rows of the index; a shard that an earlier run finished is kept."""
-    if not (job.file.is_file() and index_shard(job.file, 0)[0] == job.keys):
+    if not (job.file.is_file() and index_shard(job.file, job.number).keys == job.keys):
         write_shard(job.file, job.samples())
-    rows = index_shard(job.file, job.number)[1]
-    entry = {
-        "name": job.file.name,
-        "num_images": len(rows),
-        "num_bytes": job.file.stat().st_size,
-        "sha256": sha256(job.file),
-    }
-    return entry, rows
+    rows = index_shard(job.file, job.number).rows
+    return entry_of(job.file.name, job.file, len(rows)), rows
+
+
+def entry_of(name: str, file: Path, num_images: int) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    return {"name": name, "num_images": num_images, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def pack(
@@ -103,24 +106,31 @@ def pack(
             )
             for number, chunk in enumerate(np.split(order, range(shard_images, len(order), shard_images)))
         ]
-        entries, rows = zip(
-            *tqdm(written(jobs, num_workers), desc=f"pack {split}", unit="shard", total=len(jobs)), strict=True
-        )
-        with whole_file(out / f"{split}.index.npy") as partial, open(partial, "wb") as file:
-            np.save(file, np.concatenate(rows))
-        manifest["splits"][split] = {"num_images": len(items), "shards": list(entries)}
+        written = tqdm(in_processes(write, jobs, num_workers), desc=f"pack {split}", unit="shard", total=len(jobs))
+        entries, rows = zip(*written, strict=True)
+        index = save_index(out, split, rows)
+        manifest["splits"][split] = {"num_images": len(items), "index": index, "shards": list(entries)}
     save_json(out / "manifest.json", manifest)
     return manifest
 
 
-def written(jobs: list[Job], num_workers: int) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Results of `write` in order, from this process or from several."""
+def images_per_shard(source: Source, megabytes: float, short_side: int | None, quality: int) -> int:
+    """How many images make a shard of about this size, from 64 of them as they would be written."""
+    items = source.splits["train"]
+    chosen = [items[i].load() for i in np.linspace(0, len(items) - 1, min(64, len(items))).astype(int)]
+    written = [image if short_side is None else reencode(image, short_side, quality)[0] for image in chosen]
+    mean = sum(map(len, written)) / len(written) + TAR_OVERHEAD
+    return max(1, round(megabytes * 1e6 / mean))
+
+
+def in_processes(function: Callable[[T], R], jobs: Sequence[T], num_workers: int) -> Iterator[R]:
+    """Results in order, from this process or from several."""
     if num_workers == 1 or len(jobs) == 1:
-        yield from map(write, jobs)
+        yield from map(function, jobs)
         return
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         try:
-            yield from pool.map(write, jobs)
+            yield from pool.map(function, jobs)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

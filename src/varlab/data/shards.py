@@ -1,27 +1,33 @@
 """The shard format: webdataset tar files (image + `.cls`), an index of where each image lies, and a manifest.
 
-    manifest.json       name, source, class names; for each split its shards with counts, bytes and sha256
+    manifest.json       name, source, class names; for each split its index and shards with counts, bytes and sha256
     train-000000.tar    00000123.png, 00000123.cls, ...     (readable by any webdataset reader)
     train.index.npy     one row an image: shard, offset, size, label, crc32
 
 Images are read by the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at once,
-any number of ranks and workers sees the same order, and a damaged byte is noticed by its checksum.
+any number of ranks and workers sees the same order, and a damaged byte is noticed by its checksum. A folder of shards may
+lie behind a URL: its shards are then fetched whole, when their first image is asked for.
 """
 
 import io
+import json
 import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
+from varlab.data.storage import RemoteFile, Storage, is_remote, join
 from varlab.files import json_hash, load_json, sha256, whole_file
 
-FORMAT = 1
+FORMAT = 2
+EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 INDEX_ROW = np.dtype([("shard", "u4"), ("offset", "u8"), ("size", "u4"), ("label", "u4"), ("crc32", "u4")])
 MAX_OPEN_SHARDS = 128
 
@@ -45,33 +51,72 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-def index_shard(path: Path, shard: int) -> tuple[list[str], np.ndarray]:
-    """Keys and index rows of a shard, read back from the file. Raises ValueError for a tar that is damaged or holds a
-    key without both image and label."""
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds: keys and index rows of its images, and what is wrong with the keys that are left out."""
+
+    keys: list[str]
+    rows: np.ndarray
+    problems: list[str]
+
+
+def index_shard(path: Path, shard: int) -> ShardIndex:
+    """Reads a shard. A key needs one image and a `.cls`; other files beside them do not matter.
+
+    Raises ValueError for a tar that is damaged or cut off.
+    """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    problems: dict[str, str] = {}
     rows = []
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 key, _, extension = info.name.partition(".")
-                if extension in members.setdefault(key, {}):
-                    raise ValueError(f"{path}: key {key!r} holds two files of type .{extension}")
-                members[key][extension] = info
+                if not info.isfile():
+                    continue
+                if extension.lower() in members.setdefault(key, {}):
+                    problems[key] = f"two files of type .{extension}"
+                members[key][extension.lower()] = info
             for key, files in members.items():
-                images = [info for extension, info in files.items() if extension != "cls"]
+                images = [info for extension, info in files.items() if extension in EXTENSIONS]
+                if key in problems:
+                    continue
                 if "cls" not in files or len(images) != 1:
-                    raise ValueError(f"{path}: key {key!r} holds {sorted(files)}, expected one image and one .cls")
+                    problems[key] = f"{sorted(files)}, expected one image and one .cls"
+                    continue
                 image, label = (tar.extractfile(info).read() for info in (images[0], files["cls"]))  # pyright: ignore[reportOptionalMemberAccess]
-                rows.append((shard, images[0].offset_data, len(image), int(label), zlib.crc32(image)))
-    except tarfile.TarError as error:
+                if not label.strip().isdigit():
+                    problems[key] = f"label {label[:20]!r}, expected a number"
+                    continue
+                rows.append((key, (shard, images[0].offset_data, len(image), int(label), zlib.crc32(image))))
+    except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    return list(members), np.array(rows, dtype=INDEX_ROW)
+    return ShardIndex(
+        keys=[key for key, _ in rows],
+        rows=np.array([row for _, row in rows], dtype=INDEX_ROW),
+        problems=[f"key {key!r} holds {problem}" for key, problem in problems.items()],
+    )
 
 
-def load_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of shards."""
-    file = Path(path) / "manifest.json"
-    manifest = load_json(file, "varlab pack")
+def save_index(out: Path, split: str, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Writes the index of a split; returns its entry in the manifest."""
+    file = out / f"{split}.index.npy"
+    with whole_file(file) as partial, open(partial, "wb") as stream:
+        np.save(stream, np.concatenate(rows))
+    return {"name": file.name, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str, Any]:
+    """The manifest of a folder of shards, here or behind a URL."""
+    file = join(path, "manifest.json")
+    if is_remote(path):
+        content = (storage or Storage()).read(file)
+        try:
+            manifest = json.loads(content)
+        except ValueError:
+            raise ValueError(f"{file} is not valid JSON: {content[:40]!r}...") from None
+    else:
+        manifest = load_json(Path(file), "varlab pack")
     if manifest.get("kind") != "shards" or manifest.get("format") != FORMAT:
         raise ValueError(
             f"{file} describes {manifest.get('kind')!r} of format {manifest.get('format')!r}, expected shards of format {FORMAT}"
@@ -87,24 +132,30 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 
 
 class ShardReader:
-    """The images of one split, by number. Checks at once that every shard is there and as long as it was written."""
+    """The images of one split, by number. Checks at once that every local shard is there and as long as it was written.
 
-    def __init__(self, path: str | Path, split: str) -> None:
-        self.path, self.manifest = Path(path), load_manifest(path)
+    `path`: folder or URL of a packed set. Files behind URLs are fetched through `storage`, checked by their content.
+    """
+
+    def __init__(self, path: str | Path, split: str, storage: Storage | None = None) -> None:
+        self.path, self.storage = str(path), storage or Storage()
+        self.manifest = load_manifest(path, self.storage)
         if split not in self.manifest["splits"]:
             raise ValueError(f"{path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
         described = self.manifest["splits"][split]
-        self.shards = [self.path / shard["name"] for shard in described["shards"]]
+        self.shards = [
+            RemoteFile(join(path, shard["name"]), shard["num_bytes"], shard["sha256"]) for shard in described["shards"]
+        ]
         self.shard_counts = [shard["num_images"] for shard in described["shards"]]
-        for file, shard in zip(self.shards, described["shards"], strict=True):
-            size = file.stat().st_size if file.is_file() else None
-            if size != shard["num_bytes"]:
-                state = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(f"shard {file} {state}, the manifest says {shard['num_bytes']} bytes: pack it again")
-        self.index = np.load(self.path / f"{split}.index.npy", mmap_mode="r")
+        for shard in self.shards:
+            if problem := problem_of_length(shard):
+                raise ValueError(f"{problem}: pack it again")
+        index = described["index"]
+        index_file = self.local(RemoteFile(join(path, index["name"]), index["num_bytes"], index["sha256"]))
+        self.index = np.load(index_file, mmap_mode=None if is_remote(path) else "r")
         if len(self.index) != described["num_images"]:
             raise ValueError(
-                f"{self.path / split}.index.npy lists {len(self.index)} images, the manifest {described['num_images']}"
+                f"{join(path, index['name'])} lists {len(self.index)} images, the manifest {described['num_images']}"
             )
         self.labels = np.asarray(self.index["label"], dtype=np.int64)
         num_classes = len(self.manifest["class_names"])
@@ -120,30 +171,89 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors stay in their process
 
+    def local(self, file: RemoteFile) -> Path:
+        """Where the file can be read now."""
+        return self.storage.fetch(file) if is_remote(file.url) else Path(file.url)
+
+    def prepare(self, samples: Sequence[int]) -> None:
+        """Fetches the shards of these samples, several at a time, where they lie elsewhere."""
+        shards = [self.shards[i] for i in np.unique(self.index["shard"][list(samples)])]
+        self.storage.fetch_all(shard for shard in shards if is_remote(shard.url))
+
     def read(self, i: int) -> bytes:
-        """The encoded image number `i`. Raises ValueError naming shard and offset when its bytes changed since packing."""
+        """The encoded image number `i`.
+
+        Raises ValueError naming shard and offset when its bytes changed since packing; OSError when they cannot be fetched.
+        """
         row = self.index[i]
         shard = int(row["shard"])
+        is_elsewhere = is_remote(self.shards[shard].url)
+        image = self.read_fetched(shard, row) if is_elsewhere else os.pread(*self.place(shard, row))
+        if zlib.crc32(image) != row["crc32"]:
+            raise ValueError(f"{self.name_of(i)} is damaged (checksum differs)")
+        return image
+
+    def place(self, shard: int, row: np.void) -> tuple[int, int, int]:
+        """(file descriptor, size, offset) of an image in a local shard; the last shards used stay open."""
         if shard not in self.open_shards:
-            self.open_shards[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            self.open_shards[shard] = os.open(self.shards[shard].url, os.O_RDONLY)
             if len(self.open_shards) > MAX_OPEN_SHARDS:
                 os.close(self.open_shards.popitem(last=False)[1])
         self.open_shards.move_to_end(shard)
-        image = os.pread(self.open_shards[shard], int(row["size"]), int(row["offset"]))
-        if zlib.crc32(image) != row["crc32"]:
-            raise ValueError(f"{self.shards[shard]}: the image at byte {row['offset']} is damaged (checksum differs)")
-        return image
+        return self.open_shards[shard], int(row["size"]), int(row["offset"])
+
+    def read_fetched(self, shard: int, row: np.void) -> bytes:
+        """Bytes of an image from the cache. No file is kept open: an open one would go on filling the disk when removed."""
+        while True:
+            try:
+                with open(self.local(self.shards[shard]), "rb") as file:
+                    return os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+            except FileNotFoundError:  # another process needed the room just now
+                continue
+
+    def name_of(self, i: int) -> str:
+        """Where image `i` lies, for messages."""
+        row = self.index[i]
+        return f"{self.shards[int(row['shard'])].url}: the image at byte {row['offset']}"
 
 
-def verify(path: str | Path) -> int:
-    """Reads every shard again; returns the number of images. Raises ValueError naming what is broken."""
-    manifest = load_manifest(path)
+def problem_of_length(shard: RemoteFile) -> str | None:
+    """What is wrong with a local shard at first sight; None when nothing is, or when it lies elsewhere."""
+    if is_remote(shard.url):
+        return None
+    size = os.path.getsize(shard.url) if os.path.isfile(shard.url) else None
+    if size == shard.num_bytes:
+        return None
+    state = "is missing" if size is None else f"has {size} bytes"
+    return f"shard {shard.url} {state}, the manifest says {shard.num_bytes} bytes"
+
+
+def verify(path: str | Path, storage: Storage | None = None) -> int:
+    """Reads every file again; returns the number of images. Raises ValueError naming everything that is broken."""
+    storage = storage or Storage()
+    manifest = load_manifest(path, storage)
     broken = []
-    for split in manifest["splits"]:
-        reader = ShardReader(path, split)
-        for shard, described in zip(reader.shards, manifest["splits"][split]["shards"], strict=True):
-            if sha256(shard) != described["sha256"]:
-                broken.append(shard.name)
+    for name, split in manifest["splits"].items():
+        entries = [split["index"], *split["shards"]]
+        files = [RemoteFile(join(path, entry["name"]), entry["num_bytes"], entry["sha256"]) for entry in entries]
+        found = [problem_of(file, storage) for file in tqdm(files, desc=f"verify {name}", unit="file")]
+        broken += [problem for problem in found if problem]
+        if not any(found):
+            described = sum(shard["num_images"] for shard in split["shards"])
+            counted = len(ShardReader(path, name, storage))
+            if described != counted:
+                broken.append(f"{name}: the shards of the manifest hold {described} images, the index lists {counted}")
     if broken:
-        raise ValueError(f"{path}: the content of {len(broken)} shards changed since packing: {', '.join(broken)}")
+        raise ValueError(f"{path}: {len(broken)} files are broken: {'; '.join(broken)}")
     return sum(split["num_images"] for split in manifest["splits"].values())
+
+
+def problem_of(file: RemoteFile, storage: Storage) -> str | None:
+    """What is wrong with a file, all of it read; None when nothing is."""
+    if problem := problem_of_length(file):
+        return problem
+    try:
+        local = storage.fetch(file) if is_remote(file.url) else Path(file.url)
+        return None if sha256(local) == file.sha256 else f"{file.url}: its content changed since packing"
+    except OSError as error:
+        return str(error)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from varlab.data.shards import EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,37 @@ class Source:
     splits: dict[str, list[Item]]
 
 
+def extension_of(file: Path) -> str:
+    """Extension of a file's name, without the dot."""
+    return file.suffix.lower().removeprefix(".")
+
+
+def split_off(items: list[Item], val_share: float, seed: int) -> dict[str, list[Item]]:
+    """A share of each class for validation (at least one image, if the class has two), the rest for training."""
+    splits: dict[str, list[Item]] = {"train": [], "val": []}
+    by_label: dict[int, list[Item]] = {}
+    for item in items:
+        by_label.setdefault(item.label, []).append(item)
+    for label in sorted(by_label):
+        members = by_label[label]
+        shuffled = np.random.default_rng(seed).permutation(len(members))
+        num_val = min(max(round(val_share * len(members)), int(val_share > 0)), len(members) - 1)
+        splits["val"] += [members[i] for i in sorted(shuffled[:num_val])]
+        splits["train"] += [members[i] for i in sorted(shuffled[num_val:])]
+    return splits
+
+
 def class_tree(folder: Path) -> dict[str, list[Path]]:
     """Image files by class folder, both sorted. Raises ValueError when there is none."""
     classes = {
-        sub.name: sorted(file for file in sub.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        sub.name: sorted(file for file in sub.rglob("*") if extension_of(file) in EXTENSIONS)
         for sub in sorted(folder.iterdir())
         if sub.is_dir() and not sub.name.startswith(".")
     }
     if not any(classes.values()):
         raise ValueError(
             f"{folder} holds no images: expected one folder for each class with files of type"
-            f" {' '.join(sorted(EXTENSIONS))}"
+            f" {' '.join(f'.{extension}' for extension in sorted(EXTENSIONS))}"
         )
     return {name: files for name, files in classes.items() if files}
 
@@ -73,27 +93,23 @@ def folder_source(path: Path, val_share: float, seed: int) -> Source:
     """
     if not path.is_dir():
         raise ValueError(f"path={path} is not a folder")
-    if (path / "train").is_dir() and (path / "val").is_dir():
-        trees = {split: class_tree(path / split) for split in ("train", "val")}
-        if unknown := sorted(trees["val"].keys() - trees["train"].keys()):
-            raise ValueError(f"{path / 'val'} has class {unknown[0]!r}, which {path / 'train'} has not")
-    else:
-        trees = {"train": {}, "val": {}}
-        for name, files in class_tree(path).items():
-            shuffled = np.random.default_rng(seed).permutation(len(files))
-            num_val = min(max(round(val_share * len(files)), int(val_share > 0)), len(files) - 1)
-            trees["val"][name] = [files[i] for i in sorted(shuffled[:num_val])]
-            trees["train"][name] = [files[i] for i in sorted(shuffled[num_val:])]
+    has_splits = (path / "train").is_dir() and (path / "val").is_dir()
+    trees = {
+        split: class_tree(path / split if has_splits else path)
+        for split in (("train", "val") if has_splits else ("train",))
+    }
     names = sorted(trees["train"])
+    if has_splits and (unknown := sorted(trees["val"].keys() - trees["train"].keys())):
+        raise ValueError(f"{path / 'val'} has class {unknown[0]!r}, which {path / 'train'} has not")
     splits = {
         split: [
-            Item(names.index(name), file.suffix.lower().removeprefix("."), file=file)
-            for name, files in tree.items()
-            for file in files
+            Item(label, extension_of(file), file=file)
+            for label, name in enumerate(names)
+            for file in tree.get(name, [])
         ]
         for split, tree in trees.items()
     }
-    return Source("folder", path.name, names, splits)
+    return Source("folder", path.name, names, splits if has_splits else split_off(splits["train"], val_share, seed))
 
 
 def mnist5k_source(val_share: float, seed: int) -> Source:

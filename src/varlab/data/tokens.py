@@ -26,6 +26,7 @@ from varlab.data.module import OrderedDataModule
 from varlab.data.order import Draw
 from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
+from varlab.data.storage import Storage
 from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
 
@@ -75,6 +76,7 @@ def write_cache(
     device: str,
     part_images: int = 4096,
     share: Share | None = None,
+    storage: Storage | None = None,
 ) -> dict[str, Any]:
     """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
 
@@ -83,7 +85,7 @@ def write_cache(
     views is kept; one that belongs to others is an error.
     """
     share = share or Share()
-    shard_manifest = load_manifest(shards)
+    shard_manifest = load_manifest(shards, storage)
     views = views_of(crops, flips, seed)
     manifest: dict[str, Any] = {
         "kind": "tokens",
@@ -106,7 +108,8 @@ def write_cache(
     tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
     files: dict[str, list[Path]] = {}
     for split in shard_manifest["splits"]:
-        images = ImageDataset(ShardReader(shards, split), side, resize_ratio, random_crop=False, random_flip=False)
+        reader = ShardReader(shards, split, storage)
+        images = ImageDataset(reader, side, resize_ratio, random_crop=False, random_flip=False)
         starts = range(0, len(images), part_images)
         files[split] = [path / f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
         own = list(zip(files[split], starts, strict=True))[share.rank :: share.num_ranks]
@@ -150,6 +153,7 @@ def write_part(
     tokens, labels, skipped = [], [], []
     for first in range(samples.start, samples.stop, batch_size):
         batch = range(first, min(first + batch_size, samples.stop))
+        images.reader.prepare(batch)
         by_view = [[images.readable(Draw(i, 0, True), crop_of_view(view, i)) for i in batch] for view in views]
         encoded = [tokenizer.encode(to_tensor([pixels for pixels, _, _ in view]).to(device)) for view in by_view]
         tokens.append(torch.stack([torch.cat(token_maps, dim=1).cpu() for token_maps in encoded], dim=1).numpy())
@@ -201,27 +205,42 @@ def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, nu
 class TokenDataset(Dataset):
     """Rows of the cache. Views take turns: sample i shows view (i + epoch) % views."""
 
-    def __init__(self, tokens: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, tokens: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> None:
         self.tokens, self.labels = tokens, labels
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def on_device(self, device: torch.device) -> "TokenDataset":
+        """The same rows in the memory of a device, in the smallest type that torch can index."""
+        assert isinstance(self.tokens, np.ndarray)
+        kind = next(kind for kind in (np.uint8, np.int16, np.int32) if self.tokens.max() <= np.iinfo(kind).max)
+        return TokenDataset(
+            *(torch.from_numpy(array).to(device) for array in (self.tokens.astype(kind), np.asarray(self.labels)))
+        )
+
     def __getitems__(self, draws: list[Draw]) -> TokenBatch:
         samples, epochs, is_real = (np.array(column) for column in zip(*draws, strict=True))
-        rows = self.tokens[samples, (samples + epochs) % self.tokens.shape[1]]
+        views = (samples + epochs) % self.tokens.shape[1]
+        weight = torch.from_numpy(is_real.astype(np.float32))
+        if isinstance(self.tokens, Tensor):
+            device = self.tokens.device
+            samples, views = (torch.from_numpy(place).to(device) for place in (samples, views))
+            return TokenBatch(self.tokens[samples, views].long(), self.labels[samples], weight.to(device))
         return TokenBatch(
-            torch.from_numpy(rows.astype(np.int64)),
+            torch.from_numpy(self.tokens[samples, views].astype(np.int64)),
             torch.from_numpy(self.labels[samples]),
-            torch.from_numpy(is_real.astype(np.float32)),
+            weight,
         )
 
 
 class TokenDataModule(OrderedDataModule):
-    """Training from a token cache (`varlab tokenize`), memory-mapped or, with `in_memory`, read at once.
+    """Training from a token cache (`varlab tokenize`).
 
-    Raises ValueError for a cache that is missing, shorter than its manifest says, or of another format. Whether it
-    belongs to the tokenizer is checked by the VARModule, which holds one.
+    `keep`: where the tokens lie while training: `memory` (read at once), `disk` (memory-mapped) or `device` (a copy on each
+    GPU: two bytes a token, 1.7 GB for a view of ImageNet at 256 px; batches then cost no transfer). Raises ValueError for a
+    cache that is missing, shorter than its manifest says, or of another format. Whether it belongs to the tokenizer is
+    checked by the VARModule, which holds one.
     """
 
     def __init__(
@@ -229,13 +248,19 @@ class TokenDataModule(OrderedDataModule):
         path: str,
         global_batch_size: int,
         num_workers: int = 0,
-        in_memory: bool = True,
+        keep: str = "memory",
         seed: int = 0,
         lanes: int = 64,
         window: int | None = None,
     ) -> None:
         super().__init__(global_batch_size, num_workers, seed, lanes, window)
-        self.path, self.in_memory = Path(path), in_memory
+        if keep not in ("memory", "disk", "device"):
+            raise ValueError(f"data.keep={keep!r} is unknown: choose memory, disk or device")
+        if keep == "device" and num_workers:
+            raise ValueError(
+                f"data.keep=device needs data.num_workers=0, not {num_workers}: rows are on the device already"
+            )
+        self.path, self.keep, self.pins = Path(path), keep, keep != "device"
 
     def setup(self, stage: str | None = None) -> None:
         self.manifest = load_json(self.path / "manifest.json", "varlab tokenize")
@@ -254,7 +279,7 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(f"{self.path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
         try:
             tokens, labels = (
-                np.load(self.path / f"{split}.{part}.npy", mmap_mode=None if self.in_memory else "r")
+                np.load(self.path / f"{split}.{part}.npy", mmap_mode="r" if self.keep == "disk" else None)
                 for part in ("tokens", "labels")
             )
         except (OSError, ValueError) as error:
@@ -265,4 +290,5 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(
                 f"{self.path}: {split} holds {len(tokens)} rows and {len(labels)} labels, not what its manifest says"
             )
-        return TokenDataset(tokens if split == "train" else tokens[:, :1], labels)  # validation sees no augmentation
+        rows = TokenDataset(tokens if split == "train" else tokens[:, :1], labels)  # validation sees no augmentation
+        return rows.on_device(self.trainer.strategy.root_device) if self.keep == "device" and self.trainer else rows

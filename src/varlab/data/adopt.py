@@ -1,0 +1,100 @@
+"""Shards that others packed, taken as they are: only an index and a manifest are written, the images stay where they lie."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from varlab.data.pack import in_processes
+from varlab.data.shards import FORMAT, index_shard, save_index
+from varlab.data.storage import RemoteFile, Storage, is_remote
+from varlab.files import json_hash, save_json, sha256, whole_file
+
+MAX_NAMED = 10
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to index; what was found goes to `part`, so that a killed call need not read it again."""
+
+    url: str
+    number: int
+    storage: Storage
+    part: Path
+
+
+def read_shard(job: Job) -> tuple[dict[str, Any], np.ndarray]:
+    """(entry of the manifest and problems, index rows) of a shard, from an earlier run if there was one."""
+    described = job.part.with_suffix(".json")
+    if not described.is_file():
+        if is_remote(job.url):
+            file, local = job.storage.fetch_new(job.url)
+        else:
+            local = Path(job.url)
+            file = RemoteFile(job.url, local.stat().st_size, sha256(local))
+        index = index_shard(local, 0)
+        with whole_file(job.part) as partial, open(partial, "wb") as stream:
+            np.save(stream, index.rows)
+        entry = {"name": file.url, "num_images": len(index.rows), "num_bytes": file.num_bytes, "sha256": file.sha256}
+        save_json(described, {"entry": entry, "problems": [f"{job.url}: {problem}" for problem in index.problems]})
+    rows = np.load(job.part)
+    rows["shard"] = job.number
+    return json.loads(described.read_text()), rows
+
+
+def adopt(
+    patterns: dict[str, str],
+    out: Path,
+    class_names: list[str] | None,
+    storage: Storage,
+    num_workers: int,
+    max_skipped_share: float,
+) -> dict[str, Any]:
+    """Indexes webdataset shards (image and `.cls` for each key) of the splits `patterns`; returns the manifest.
+
+    A pattern is a path, a glob, a brace pattern or a URL with these. Class i is called class_names[i], or "i" without
+    names. Keys without one image and one label, or with two of them, are left out and named; raises ValueError when they
+    are more than `max_skipped_share` of a split, or when a tar is damaged.
+    """
+    manifest: dict[str, Any] = {
+        "kind": "shards",
+        "format": FORMAT,
+        "name": out.name,
+        "source": "shards",
+        "reencoded": None,
+    }
+    num_classes, splits = 0, {}
+    for split, pattern in patterns.items():
+        urls = [url if is_remote(url) else str(Path(url).resolve()) for url in storage.expand(pattern)]
+        parts = out / "indexing"
+        jobs = [Job(url, number, storage, parts / f"{json_hash(url)}.npy") for number, url in enumerate(urls)]
+        found = tqdm(in_processes(read_shard, jobs, num_workers), desc=f"index {split}", unit="shard", total=len(jobs))
+        described, rows = zip(*found, strict=True)
+        problems = [problem for shard in described for problem in shard["problems"]]
+        num_images = sum(map(len, rows))
+        for problem in problems[:MAX_NAMED]:
+            log.warning("left out: %s", problem)
+        if not num_images or len(problems) > max_skipped_share * num_images:
+            raise ValueError(
+                f"{pattern}: {len(problems)} keys cannot be used beside {num_images} good ones, max_skipped_share="
+                f"{max_skipped_share} allows fewer; the first: {problems[0] if problems else 'the shards are empty'}"
+            )
+        num_classes = max(num_classes, 1 + max(int(shard["label"].max()) for shard in rows if len(shard)))
+        splits[split] = {
+            "num_images": num_images,
+            "skipped": len(problems),
+            "index": save_index(out, split, rows),
+            "shards": [shard["entry"] for shard in described],
+        }
+    if class_names is not None and len(class_names) < num_classes:
+        raise ValueError(f"label {num_classes - 1} is out of range, class_names gives {len(class_names)} names")
+    manifest |= {"class_names": class_names or [str(i) for i in range(num_classes)], "splits": splits}
+    save_json(out / "manifest.json", manifest)
+    shutil.rmtree(out / "indexing")
+    return manifest
