@@ -122,7 +122,7 @@ def test_the_cache_stays_within_its_bound(packed, storage, tmp_path):
             data.setup()
         with pytest.raises(OSError, match="cannot hold a single shard"):
             ShardReader(
-                url, "val", Storage(**{**storage.__dict__, "cache_gb": 1e-6, "cache_dir": str(tmp_path / "new")})
+                url, "val", Storage(**{**storage.__dict__, "cache_gb": 1e-7, "cache_dir": str(tmp_path / "new")})
             )
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_refused(token_cache, tmp_path):
 
 
 def test_shards_are_no_token_cache(digits_folder):
-    with pytest.raises(ValueError, match="describes 'shards' of format 1, expected tokens"):
+    with pytest.raises(ValueError, match="describes 'shards' of format 2, expected tokens"):
         TokenDataModule(str(digits_folder), global_batch_size=8).setup()
 
 

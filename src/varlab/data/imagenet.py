@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from varlab.data.order import Draw, Order
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage, is_remote
 
+LANCZOS_REACH = 3
 HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 log = logging.getLogger(__name__)
 
@@ -67,10 +69,23 @@ def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: C
         resized = F.interpolate(pixels, size=(height, width), mode="lanczos", antialias=True)[0].permute(1, 2, 0)
         cut = resized[top : top + resolution, left : left + resolution].numpy()
     else:
-        x, y = image.width / width, image.height / height  # source pixels of one resized pixel
-        box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
-        cut = np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+        cut = np.asarray(resize_part(image, (width, height), (left, top, left + resolution, top + resolution)))
     return cut[:, ::-1] if crop.is_flipped else cut
+
+
+def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int, int, int]) -> Image.Image:
+    """The part (left, top, right, bottom) of the image as it would be after resizing all of it to `size`."""
+    scales = [old / new for old, new in zip(image.size, size, strict=True)] * 2
+    box = [edge * scale for edge, scale in zip(part, scales, strict=True)]
+    reach = [
+        LANCZOS_REACH * max(1.0, scale) + 1 for scale in scales
+    ]  # source pixels that the filter sees beyond the part
+    low = [max(0, int(edge - r)) for edge, r in zip(box[:2], reach[:2], strict=True)]
+    high = [min(side, math.ceil(edge + r)) for side, edge, r in zip(image.size, box[2:], reach[2:], strict=True)]
+    seen = image.crop((*low, *high))
+    within = tuple(edge - start for edge, start in zip(box, low * 2, strict=True))
+    out = (part[2] - part[0], part[3] - part[1])
+    return seen.resize(out, Image.Resampling.LANCZOS, box=within)  # pyright: ignore[reportArgumentType]
 
 
 def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:

@@ -71,7 +71,9 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                key, _, extension = info.name.partition(".")
+                folder, slash, name = info.name.rpartition("/")
+                name, _, extension = name.partition(".")
+                key = folder + slash + name
                 if not info.isfile():
                     continue
                 if extension.lower() in members.setdefault(key, {}):
