@@ -1,5 +1,6 @@
 """A callback that ends its process the hard way."""
 
+import multiprocessing
 import os
 import signal
 from typing import Any
@@ -18,6 +19,16 @@ class Kill(Callback):
     ) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWorker(Callback):
+    """SIGKILL for one of the data workers after the second step."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
 class LossLog(Callback):

@@ -25,34 +25,70 @@ def kill_at(step):
     return ["+callbacks.kill._target_=kill.Kill", f"+callbacks.kill.step={step}"]
 
 
-@pytest.mark.parametrize("kind", ["images", "tokens", "var_on_images"])
+KINDS = ["images", "tokens", "var_on_images"]
+slow = [
+    pytest.param(kind, workers, processes, marks=pytest.mark.slow)
+    for processes in (1, 2)
+    for workers in ((0, 0, 0), (1, 1, 1), (4, 4, 4), (0, 3, 1))
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "processes"),
+    [
+        ("images", (0, 3, 0), 1),
+        ("tokens", (0, 0, 0), 1),
+        ("var_on_images", (1, 1, 1), 1),
+        ("tokens", (0, 1, 0), 2),
+        *slow,
+    ],
+)
 def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(
-    kind, tmp_path, digits_folder, tokenizer_run, var_overrides
+    kind, workers, processes, tmp_path, digits_folder, tokenizer_run, var_overrides
 ):
+    """`workers`: data workers before the first kill, between the two, and after the second."""
     if kind == "images":
         overrides = images_overrides(digits_folder)
     elif kind == "tokens":
         overrides = [*var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.9}"]
     else:
         overrides = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in var_overrides]
-        overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25", "data.num_workers=1"]
+        overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25"]
     overrides += ["data.window=3", "data.lanes=2"]
-    fit(tmp_path / "whole", *overrides, *log_to(tmp_path / "whole.log"))
-    for step in (4, 8):  # checkpoints lie at 3, 6, 9; an epoch has 6 batches
-        killed = command(
-            tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), *kill_at(step), "ckpt_path=last"
+    if processes == 2:
+        overrides += ["trainer.devices=2", "trainer.strategy=ddp"]
+
+    def run(folder, num_workers, *more):
+        settings = [*overrides, f"data.num_workers={num_workers}", *log_to(f"{folder}.log"), *more]
+        return (
+            fit(folder, *settings) if processes == 1 and not more else command(folder, *settings, processes=processes)
         )
-        assert killed.returncode == -9, killed.stderr[-2000:]
-    fit(tmp_path / "killed", *overrides, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
-    whole, killed = logged_losses(tmp_path / "whole.log"), logged_losses(tmp_path / "killed.log")
-    assert sorted(whole) == list(range(1, 10))
-    assert whole == killed
+
+    run(tmp_path / "whole", workers[0])
+    for num_workers, step in zip(workers, (4, 8), strict=False):  # checkpoints lie at 3, 6, 9; an epoch has 6 batches
+        killed = run(tmp_path / "killed", num_workers, *kill_at(step), "ckpt_path=last")
+        assert killed.returncode == (-9 if processes == 1 else 1), killed.stderr[-2000:]
+        assert "SIGKILL" in killed.stderr or processes == 1
+    run(tmp_path / "killed", workers[2], "ckpt_path=last")
+    for rank in range(processes):
+        whole, killed = (logged_losses(tmp_path / f"{name}.log", rank) for name in ("whole", "killed"))
+        assert sorted(whole) == list(range(1, 10))
+        assert whole == killed
     for (name, a), b in zip(weights(tmp_path / "whole").items(), weights(tmp_path / "killed").values(), strict=True):
         assert torch.equal(a, b), name
     rows = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("whole", "killed")]
     for key in ("images_seen", "tokens_seen", "flops_exact", "val_loss", "state", "step"):
         assert rows[0][key] == rows[1][key], key
     assert rows[0]["images_seen"] == 72
+
+
+def test_a_data_worker_that_dies_ends_the_run_with_a_sentence(tmp_path, digits_folder):
+    settings = [*images_overrides(digits_folder), "data.num_workers=2", "+callbacks.kill._target_=kill.KillWorker"]
+    answer = command(tmp_path, *settings)
+    assert answer.returncode == 1
+    assert "a data worker died or hangs" in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
 
 
 @pytest.mark.parametrize("kind", ["images", "tokens"])

@@ -6,6 +6,7 @@ scikit-learn carries (427 x 640), at ImageNet's usual size.
 """
 
 import csv
+import io
 import os
 import platform
 import statistics
@@ -22,7 +23,7 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 
 from varlab.data.imagenet import ImageDataset
-from varlab.data.order import Order, TrainBatches
+from varlab.data.order import Draw, Order, TrainBatches
 from varlab.data.pack import pack
 from varlab.data.shards import ShardReader
 from varlab.data.sources import folder_source
@@ -112,6 +113,20 @@ def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
     ]
 
 
+def measure_agreement(folder: Path) -> list[tuple[str, float, str]]:
+    """How far our pixels are from resizing the whole image with Pillow and cutting it, in levels of 255."""
+    reader = ShardReader(folder / "shards", "train")
+    ours = ImageDataset(reader, RESOLUTION, 1.125, random_crop=False, random_flip=False)
+    differences = []
+    for i in range(32):
+        exact = recipe(Image.open(io.BytesIO(reader.read(i))).convert("RGB"))
+        differences.append((ours.__getitems__([Draw(i, 0, True)]).images[0] - exact).abs() * 127.5)
+    return [
+        ("difference from the exact path, mean", float(torch.stack(differences).mean()), "levels of 255"),
+        ("difference from the exact path, largest", float(torch.stack(differences).max()), "levels of 255"),
+    ]
+
+
 def measure_tokens() -> list[tuple[str, float, str]]:
     """Sequences of 680 tokens a second, in shuffled batches of 768 from memory."""
     rows = 200_000
@@ -172,11 +187,26 @@ def measure_mixing() -> list[tuple[str, float, str]]:
     return rows
 
 
+def measure_classes() -> list[tuple[str, float, str]]:
+    """Of neighbors in the order: share of the same class, where others packed the shards class by class, and where we did."""
+    label = np.repeat(np.arange(1000), 1281)
+    mixed = np.random.default_rng(0).permutation(label)
+    rows = []
+    for name, labels in [("shards sorted by class", label), ("shards of varlab pack", mixed)]:
+        for window in (4096, None):
+            seen = labels[Order([1000] * 1281, window=window).epoch(0)]
+            per_batch = np.mean([len(np.unique(b)) for b in seen[: 200 * 768].reshape(-1, 768)])
+            where = f"{name}, window {window or 'all'}"
+            rows.append((f"same-class neighbors: {where}", 100 * float((seen[1:] == seen[:-1]).mean()), "percent"))
+            rows.append((f"different classes in a batch of 768: {where}", float(per_batch), "classes"))
+    return rows
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure_decoding(Path(folder)) + measure_resume(Path(folder))
-    rows += measure_tokens() + measure_mixing()
+        rows = measure_decoding(Path(folder)) + measure_agreement(Path(folder)) + measure_resume(Path(folder))
+    rows += measure_tokens() + measure_mixing() + measure_classes()
     about = f"{platform.machine()}, {os.cpu_count()} cores, one used; {time.strftime('%Y-%m-%d')}; torch {torch.__version__}"
     with open(RESULTS, "w", newline="") as file:
         writer = csv.writer(file)

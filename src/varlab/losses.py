@@ -49,3 +49,39 @@ def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums
 def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     """Peak signal-to-noise ratio of each image in dB; images in [-1, 1], so the peak is 2."""
     return 10 * torch.log10(4 / (images - references).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
+
+
+def discriminator_loss(
+    real: Float[Tensor, "B N"], fake: Float[Tensor, "B N"], kind: str = "hinge"
+) -> Float[Tensor, ""]:
+    """What the discriminator minimizes: high logits for real images, low ones for reconstructions."""
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if kind == "nonsaturating":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    raise ValueError(f"adversarial loss {kind!r} is unknown: choose hinge or nonsaturating")
+
+
+def generator_loss(fake: Float[Tensor, "B N"], kind: str = "hinge") -> Float[Tensor, ""]:
+    """What the tokenizer minimizes against the discriminator."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def adaptive_weight(
+    reconstruction: Float[Tensor, ""],
+    adversarial: Float[Tensor, ""],
+    last_layer: Tensor,
+    bounds: tuple[float, float] = (0.015, 1e4),
+) -> Float[Tensor, ""]:
+    """Ratio of the two losses' gradients at the decoder's last layer (VQGAN, equation 7), clamped: with it the adversarial
+    loss pulls as hard as the reconstruction loss."""
+    gradients = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
+    return (gradients[0] / (gradients[1] + 1e-6)).clamp(*bounds).detach()
+
+
+def gradient_penalty(logits: Float[Tensor, "B N"], images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+    """R1: half the squared norm of the gradient of the logits at real images (Mescheder et al. 2018), mean over images."""
+    (gradient,) = torch.autograd.grad(logits.mean(dim=1).sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean() / 2

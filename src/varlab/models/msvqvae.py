@@ -18,6 +18,7 @@ class Reconstruction(NamedTuple):
     images: Float[Tensor, "B 3 H W"]  # not clamped
     vq_loss: Float[Tensor, ""]
     token_maps: list[Int[Tensor, "B _"]]
+    vq_losses: Float[Tensor, " K"]
 
 
 class MSVQVAE(nn.Module):
@@ -41,6 +42,9 @@ class MSVQVAE(nn.Module):
         lookup: str = "l2",
         beta: float = 0.25,
         dropout: float = 0.0,
+        gradient: str = "straight_through",
+        scale_dropout: float = 0.0,
+        dropout_from: int = 3,
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
@@ -61,10 +65,13 @@ class MSVQVAE(nn.Module):
         self.downsample = 2 ** (len(channel_mult) - 1)
         self.encoder = Encoder(channels, channel_mult, num_blocks, codebook_dim, num_groups, dropout)
         self.pre_conv = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
-        self.quantizer = MultiScaleQuantizer(patch_nums, codebook_size, codebook_dim, num_phis, phi_ratio, lookup, beta)
+        self.quantizer = MultiScaleQuantizer(
+            patch_nums, codebook_size, codebook_dim, num_phis, phi_ratio, lookup, beta, gradient, scale_dropout, dropout_from
+        )
         self.post_conv = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
         self.decoder = Decoder(channels, channel_mult, num_blocks, codebook_dim, num_groups, dropout)
         self.init_weights()
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -118,5 +125,5 @@ class MSVQVAE(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Reconstruction:
         """Reconstruction for training: gradients pass the quantizer straight through."""
-        f_hat, vq_loss, token_maps = self.quantizer(self.features(images))
-        return Reconstruction(self.decoder(self.post_conv(f_hat)), vq_loss, token_maps)
+        f_hat, vq_loss, token_maps, vq_losses = self.quantizer(self.features(images))
+        return Reconstruction(self.decoder(self.post_conv(f_hat)), vq_loss, token_maps, vq_losses)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from varlab import scales
 
+MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
+
 
 def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
     """Which of `num_phis` smoothing convolutions serves each scale: the one whose tick lies nearest to t = k / (K - 1).
@@ -31,9 +33,24 @@ def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
 class Quantized(NamedTuple):
     """What a training step of the tokenizer needs of the quantizer."""
 
-    f_hat: Float[Tensor, "B C H W"]  # value of the reconstruction, gradient of f (straight-through)
+    f_hat: Float[Tensor, "B C H W"]  # value of the reconstruction, gradient of f
     vq_loss: Float[Tensor, ""]
     token_maps: list[Int[Tensor, "B _"]]
+    vq_losses: Float[Tensor, " K"]  # by scale, whose mean is vq_loss
+
+
+def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al. 2024)."""
+    with torch.no_grad():
+        f_norm, f_hat_norm = (x.norm(dim=1, keepdim=True).clamp(min=1e-6) for x in (f, f_hat))
+        f_unit, f_hat_unit = f / f_norm, f_hat / f_hat_norm
+        middle = F.normalize(f_unit + f_hat_unit, dim=1)
+
+    def along(x: Tensor, unit: Tensor) -> Tensor:
+        return (x * unit).sum(dim=1, keepdim=True)
+
+    turned = f - 2 * along(f, middle) * middle + 2 * along(f, f_unit) * f_hat_unit
+    return f_hat_norm / f_norm * turned
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -41,7 +58,9 @@ class MultiScaleQuantizer(nn.Module):
 
     `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one a
     scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
-    "cosine" (released name: znorm); the vector added is the raw codebook row in both.
+    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `gradient`: how the encoder learns
+    through the lookup, "straight_through" or "rotation". `scale_dropout`: while training, share of the images that stop after
+    some scale from `dropout_from` on, so that coarse maps must serve on their own.
     """
 
     hits: Tensor
@@ -56,10 +75,18 @@ class MultiScaleQuantizer(nn.Module):
         phi_ratio: float = 0.5,
         lookup: str = "l2",
         beta: float = 0.25,
+        gradient: str = "straight_through",
+        scale_dropout: float = 0.0,
+        dropout_from: int = 3,
     ) -> None:
         super().__init__()
         if lookup not in ("l2", "cosine"):
             raise ValueError(f"lookup={lookup!r}: choose 'l2' or 'cosine'")
+        if gradient not in ("straight_through", "rotation"):
+            raise ValueError(f"gradient={gradient!r}: choose 'straight_through' or 'rotation'")
+        if not 0 <= scale_dropout <= 1:
+            raise ValueError(f"scale_dropout={scale_dropout}: give a share of the images between 0 and 1")
+        self.gradient, self.scale_dropout, self.dropout_from = gradient, scale_dropout, dropout_from
         self.sides = scales.sides(patch_nums)
         self.num_scales = len(self.sides)
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
@@ -79,8 +106,10 @@ class MultiScaleQuantizer(nn.Module):
             z, codes = z.float(), self.codebook.weight.float()
             if self.lookup == "cosine":
                 return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
-            distances = z.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=1) - 2 * (z @ codes.T)
-            return distances.argmin(dim=-1)
+            norms = codes.square().sum(dim=1)  # the squared length of z is the same for all codes
+            chunks = z.flatten(0, 1).split(max(1, MAX_DISTANCES // len(codes)))
+            found = [torch.addmm(norms, chunk, codes.T, alpha=-2).argmin(dim=1) for chunk in chunks]
+            return torch.cat(found).view(z.shape[:2])
 
     def phi(self, h: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B C H W"]:
         """Smooths the upsampled codes of scale k."""
@@ -91,15 +120,19 @@ class MultiScaleQuantizer(nn.Module):
     def accumulate(
         self, f_hat: Float[Tensor, "B C H W"], codes: Float[Tensor, "B l C"], k: int
     ) -> Float[Tensor, "B C H W"]:
-        """`f_hat` with the codes of scale k added. Resizing to the same side is the identity, so the last scale is no exception."""
+        """`f_hat` with the codes of scale k added."""
         h, w = self.sides[k]
         with torch.autocast(f_hat.device.type, enabled=False):  # sums of rounded codes would meet other codes
             code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
-            return f_hat + self.phi(F.interpolate(code_map, size=self.sides[-1], mode="bicubic"), k)
+            if (h, w) != self.sides[-1]:
+                code_map = F.interpolate(code_map, size=self.sides[-1], mode="bicubic")
+            return f_hat + self.phi(code_map, k)
 
     def at_scale(self, x: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B l C"]:
         """A map at latent resolution, area-averaged to scale k and flattened row by row."""
-        return rearrange(F.interpolate(x, size=self.sides[k], mode="area"), "B C h w -> B (h w) C")
+        if self.sides[k] != self.sides[-1]:
+            x = F.interpolate(x, size=self.sides[k], mode="area")
+        return rearrange(x, "B C h w -> B (h w) C")
 
     def empty(self, batch_size: int) -> Float[Tensor, "B C H W"]:
         """The `f_hat` that every pyramid starts from."""
@@ -141,13 +174,27 @@ class MultiScaleQuantizer(nn.Module):
         """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
         mean over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
         f = f.float()
-        f_hat, token_maps, vq_loss = torch.zeros_like(f), [], f.new_zeros(())
+        f_hat, token_maps, vq_losses = torch.zeros_like(f), [], []
+        last = self.last_scales(len(f), f.device)
         for k in range(self.num_scales):
             tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
-            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
-            vq_loss = vq_loss + F.mse_loss(f_hat, f.detach()) + self.beta * F.mse_loss(f_hat.detach(), f)
+            after = self.accumulate(f_hat, self.codebook(tokens), k)
+            goes_on = None if last is None else (last >= k)[:, None, None, None]
+            f_hat = after if goes_on is None else torch.where(goes_on, after, f_hat)
+            error = (f_hat - f.detach()).square() + self.beta * (f_hat.detach() - f).square()
+            vq_losses.append(error.mean() if goes_on is None else (error * goes_on).mean())
             token_maps.append(tokens)
-        return Quantized(f + (f_hat - f).detach(), vq_loss / self.num_scales, token_maps)
+        by_scale = torch.stack(vq_losses)
+        through = f + (f_hat - f).detach() if self.gradient == "straight_through" else rotated(f, f_hat.detach())
+        return Quantized(through, by_scale.mean(), token_maps, by_scale)
+
+    def last_scales(self, batch_size: int, device: torch.device) -> Int[Tensor, " B"] | None:
+        """The last scale of each image in this training step; None where all are used."""
+        if not self.training or self.scale_dropout == 0:
+            return None
+        whole = self.num_scales - 1
+        stop = torch.randint(min(self.dropout_from, whole), whole + 1, (batch_size,), device=device)
+        return torch.where(torch.rand(batch_size, device=device) < self.scale_dropout, stop, whole)
 
     @torch.no_grad()
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
@@ -160,6 +207,20 @@ class MultiScaleQuantizer(nn.Module):
         momentum = 0.0 if self.num_updates == 0 else 0.9 if self.num_updates < 100 else 0.99
         self.hits.mul_(momentum).add_(counts, alpha=1 - momentum)
         self.num_updates += 1
+
+    def residuals(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
+        """What is looked up at each scale while coding `f`."""
+        f = f.float()
+        f_hat, looked_up = torch.zeros_like(f), []
+        for k in range(self.num_scales):
+            looked_up.append(self.at_scale(f - f_hat, k))
+            f_hat = self.accumulate(f_hat, self.codebook(self.nearest(looked_up[-1])), k)
+        return looked_up
+
+    def perplexity(self) -> Float[Tensor, " K"]:
+        """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V."""
+        share = self.hits / self.hits.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(dim=1))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
         """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would give."""

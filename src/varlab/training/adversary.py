@@ -1,0 +1,143 @@
+"""The discriminator's side of tokenizer training: when it learns, when it counts, and its optimizer.
+
+It stands outside of the LightningModule, which knows one optimizer only: so steps are counted once, gradients are accumulated
+and clipped, and DDP sees one network. What the discriminator needs of this it does itself, in this file.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from varlab import losses
+from varlab.models.discriminator import DiffAugment
+from varlab.training.optim import Schedule, parameter_groups
+
+
+class Adversary:
+    """A discriminator with optimizer, schedule and place in the run.
+
+    `trains_from`: share of the run after which the discriminator learns. `counts_from`: share after which the tokenizer hears
+    of it, rising over `warmup` (a share). `weight`: of the adversarial loss, times the adaptive ratio within `bounds` (fixed
+    to 1 with is_adaptive=False). `loss`: hinge or nonsaturating. `r1_weight`: gradient penalty at real images, every
+    `r1_every` steps, weighted so much the more. `lecam_weight`: keeps logits near the moving average of the other side
+    (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a schedule that begins with the discriminator.
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        schedule: Schedule,
+        augment: DiffAugment | None = None,
+        loss: str = "hinge",
+        weight: float = 0.4,
+        is_adaptive: bool = True,
+        bounds: tuple[float, float] = (0.015, 1e4),
+        trains_from: float = 0.18,
+        counts_from: float = 0.2,
+        warmup: float = 0.02,
+        r1_weight: float = 0.0,
+        r1_every: int = 16,
+        lecam_weight: float = 0.0,
+        base_lr: float = 1e-4,
+        betas: tuple[float, float] = (0.5, 0.9),
+        weight_decay: float = 5e-4,
+        clip: float = 10.0,
+    ) -> None:
+        if not 0 <= trains_from <= counts_from < 1:
+            raise ValueError(
+                f"adversarial.trains_from={trains_from} and counts_from={counts_from}: the discriminator must learn before it"
+                " counts, both as shares of the run below 1"
+            )
+        if loss not in ("hinge", "nonsaturating"):
+            raise ValueError(f"adversarial.loss={loss!r} is unknown: choose hinge or nonsaturating")
+        self.net, self.schedule, self.augment = discriminator, schedule, augment or nn.Identity()
+        self.loss, self.weight, self.is_adaptive, self.bounds = loss, weight, is_adaptive, (bounds[0], bounds[1])
+        self.trains_from, self.counts_from, self.warmup = trains_from, counts_from, warmup
+        self.r1_weight, self.r1_every, self.lecam_weight = r1_weight, r1_every, lecam_weight
+        self.base_lr, self.weight_decay, self.clip = base_lr, weight_decay, clip
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.net), lr=base_lr, betas=(betas[0], betas[1]))
+        self.logit_means = torch.zeros(2)  # moving averages, real and fake
+        self.num_steps = 0
+
+    def to(self, device: torch.device) -> None:
+        """Moves network, optimizer state and averages."""
+        self.net.to(device)
+        self.logit_means = self.logit_means.to(device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves its state to where the weights are
+
+    def learns(self, progress: float) -> bool:
+        """Whether the discriminator is trained at this share of the run."""
+        return progress >= self.trains_from
+
+    def share(self, progress: float) -> float:
+        """What of the adversarial weight is in force at this share of the run."""
+        if progress < self.counts_from:
+            return 0.0
+        return min(1.0, (progress - self.counts_from) / self.warmup) if self.warmup > 0 else 1.0
+
+    def against(self, fake: Tensor) -> Tensor:
+        """The generator's loss for reconstructions; the discriminator's weights get no gradient."""
+        self.net.eval().requires_grad_(False)
+        logits = self.net(self.augment(fake))
+        self.net.train().requires_grad_(True)
+        return losses.generator_loss(logits, self.loss)
+
+    def accumulate(self, real: Tensor, fake: Tensor, share: float) -> dict[str, Tensor]:
+        """Adds the gradient of one batch, `share` of it; returns what is worth logging."""
+        is_penalized = self.r1_weight > 0 and self.num_steps % self.r1_every == 0
+        shown = self.augment(real.detach().requires_grad_(is_penalized)), self.augment(fake.detach())
+        real_logits, fake_logits = (self.net(images) for images in shown)
+        loss = own = losses.discriminator_loss(real_logits, fake_logits, self.loss)
+        if is_penalized:
+            loss = loss + self.r1_weight * self.r1_every * losses.gradient_penalty(real_logits, shown[0])
+        if self.lecam_weight > 0:
+            real_mean, fake_mean = self.logit_means
+            gap = (real_logits - fake_mean).relu().square().mean() + (real_mean - fake_logits).relu().square().mean()
+            loss = loss + self.lecam_weight * gap
+            means = torch.stack([real_logits.detach().float().mean(), fake_logits.detach().float().mean()])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(means)
+                means /= dist.get_world_size()
+            self.logit_means.lerp_(means, 0.1)
+        (share * loss).backward()
+        right = (real_logits > 0).float().mean() / 2 + (fake_logits < 0).float().mean() / 2
+        return {
+            "train/discriminator_loss": own.detach(),
+            "train/logits_real": real_logits.detach().mean(),
+            "train/logits_fake": fake_logits.detach().mean(),
+            "train/discriminator_right": 100 * right.detach(),
+        }
+
+    def step(self, progress: float, total_steps: int, global_batch_size: int) -> None:
+        """One optimizer step; gradients are averaged over ranks first."""
+        parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
+        if dist.is_available() and dist.is_initialized():
+            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # pyright: ignore[reportOptionalMemberAccess]
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        first = int(self.trains_from * total_steps)
+        step, peak_lr = round(progress * total_steps) - first, self.base_lr * global_batch_size / 256
+        decay = (self.weight_decay, self.weight_decay)
+        self.schedule.apply(self.optimizer, max(step, 0), total_steps - first, peak_lr, decay)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "logit_means": self.logit_means,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.net.load_state_dict(state_dict["net"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.logit_means.copy_(state_dict["logit_means"])
+        self.num_steps = state_dict["num_steps"]
