@@ -26,7 +26,11 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (width_in, width) in enumerate(zip(widths, widths[1:], strict=False)):
             stride = 2 if i < num_layers - 1 else 1
-            layers += [nn.Conv2d(width_in, width, 4, stride, 1), nn.GroupNorm(min(32, width // 4), width), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(width_in, width, 4, stride, 1),
+                nn.GroupNorm(min(32, width // 4), width),
+                nn.LeakyReLU(0.2),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -75,7 +79,9 @@ class DINO(nn.Module):
                 )
             path = locate(DINO_FILE, weights)
             fill_exactly(self, read_state_dict(path), str(path))
-            for block in self.blocks:  # the bias of the keys shifts all scores alike; the original discriminator zeroes it
+            for (
+                block
+            ) in self.blocks:  # the bias of the keys shifts all scores alike; the original discriminator zeroes it
                 block.attn["qkv"].bias.data[self.width : 2 * self.width] = 0  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)

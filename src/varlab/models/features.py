@@ -50,7 +50,9 @@ class VGG16(nn.Module):
         super().__init__()
         layers: dict[str, nn.Module] = {}
         index, width_in = 0, 3
-        for block in self.WIDTHS:  # numbers as in the weight file: a ReLU after each convolution, a pooling after each block
+        for (
+            block
+        ) in self.WIDTHS:  # numbers as in the weight file: a ReLU after each convolution, a pooling after each block
             for width in block:
                 layers[str(index)] = nn.Conv2d(width_in, width, 3, padding=1)
                 index, width_in = index + 2, width
@@ -190,7 +192,9 @@ class LPIPS(nn.Module):
 
     def forward(self, a: Float[Tensor, "B 3 H W"], b: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
         pairs = zip(self.heads, self.trunk.maps(a), self.trunk.maps(b), strict=True)
-        layers = [F.conv2d((unit_length(x) - unit_length(y)).square(), head).mean(dim=(1, 2, 3)) for head, x, y in pairs]
+        layers = [
+            F.conv2d((unit_length(x) - unit_length(y)).square(), head).mean(dim=(1, 2, 3)) for head, x, y in pairs
+        ]
         return torch.stack(layers).sum(dim=0)
 
 

@@ -66,7 +66,16 @@ class MSVQVAE(nn.Module):
         self.encoder = Encoder(channels, channel_mult, num_blocks, codebook_dim, num_groups, dropout)
         self.pre_conv = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
         self.quantizer = MultiScaleQuantizer(
-            patch_nums, codebook_size, codebook_dim, num_phis, phi_ratio, lookup, beta, gradient, scale_dropout, dropout_from
+            patch_nums,
+            codebook_size,
+            codebook_dim,
+            num_phis,
+            phi_ratio,
+            lookup,
+            beta,
+            gradient,
+            scale_dropout,
+            dropout_from,
         )
         self.post_conv = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
         self.decoder = Decoder(channels, channel_mult, num_blocks, codebook_dim, num_groups, dropout)

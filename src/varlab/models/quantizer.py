@@ -39,6 +39,19 @@ class Quantized(NamedTuple):
     vq_losses: Float[Tensor, " K"]  # by scale, whose mean is vq_loss
 
 
+class CodebookHealth(NamedTuple):
+    """How evenly codes are used."""
+
+    usage: Float[Tensor, ""]  # percent of the codebook
+    perplexity: Float[Tensor, ""]  # 1 to V
+
+
+def perplexity(hits: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
+    """Exponential of the entropy of hit counts."""
+    share = hits / hits.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(dim=-1))
+
+
 def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al. 2024)."""
     with torch.no_grad():
@@ -219,8 +232,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def perplexity(self) -> Float[Tensor, " K"]:
         """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V."""
-        share = self.hits / self.hits.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(dim=1))
+        return perplexity(self.hits)
+
+    def overall(self) -> CodebookHealth:
+        """Usage and perplexity of all scales together; a code counts as used when it has 0.08 times the mean of all hits."""
+        hits = self.hits.sum(dim=0)
+        return CodebookHealth(100 * (hits >= 0.08 * hits.mean()).float().mean() * (hits.sum() > 0), perplexity(hits))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
         """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would give."""

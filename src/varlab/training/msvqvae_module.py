@@ -1,26 +1,31 @@
-"""Training of the tokenizer: reconstruction and VQ loss."""
+"""Training of the tokenizer: reconstruction, perceptual, adversarial and VQ loss."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from varlab import checkpoints, compute, losses, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.models.msvqvae import MSVQVAE
+from varlab.training.adversary import Adversary
 from varlab.training.optim import Schedule, parameter_groups
+
+log = logging.getLogger(__name__)
 
 
 class MSVQVAEModule(LightningModule):
-    """Weighted L1 and L2 reconstruction on the unclamped output, plus the VQ loss.
+    """Weighted L1 and L2 reconstruction on the unclamped output, perceptual and adversarial loss, plus the VQ loss.
 
     Weights and optimizer are those of the VAR authors' single-scale tokenizer; the recipe of the released one was never
-    published. Perceptual and adversarial terms are added to `reconstruction_loss`. The peak learning rate is
-    base_lr * global batch / 256.
+    published. The peak learning rate is base_lr * global batch / 256. `perceptual`: a distance of image pairs, one a pair
+    (models/features.py); `adversary`: the discriminator's side (training/adversary.py). Both lie outside of the module: the
+    frozen network is not saved, the discriminator saves itself.
     """
 
     def __init__(
@@ -30,10 +35,14 @@ class MSVQVAEModule(LightningModule):
         l1_weight: float = 0.2,
         l2_weight: float = 1.0,
         vq_weight: float = 1.0,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 1.0,
+        adversary: Adversary | None = None,
         base_lr: float = 1e-4,
         betas: Sequence[float] = (0.5, 0.9),
         weight_decay: float = 0.005,
         init_from: str | None = None,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
@@ -48,7 +57,17 @@ class MSVQVAEModule(LightningModule):
             weight_decay,
         )
         self.l1_weight, self.l2_weight, self.vq_weight = l1_weight, l2_weight, vq_weight
+        self.outside, self.perceptual_weight = (perceptual,), perceptual_weight  # a tuple: not part of the state dict
+        self.adversary = adversary
+        self.pair: tuple[Tensor, Tensor] | None = None  # images and reconstructions that the discriminator learns from
+        self.is_compiled = is_compiled
         self.val_loss, self.val_psnr = MeanMetric(), MeanMetric()
+        self.val_perceptual = MeanMetric()
+
+    @property
+    def perceptual(self) -> nn.Module | None:
+        """The perceptual distance, if there is one."""
+        return self.outside[0]
 
     def setup(self, stage: str) -> None:
         resolution = self.trainer.datamodule.resolution  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +88,40 @@ class MSVQVAEModule(LightningModule):
         groups[1]["params"].append(codebook)
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=self.betas, fused=self.device.type == "cuda")
 
-    def reconstruction_loss(self, output: Tensor, images: Tensor) -> Tensor:
-        """Distance of the unclamped output to the images."""
-        return self.l1_weight * F.l1_loss(output, images) + self.l2_weight * F.mse_loss(output, images)
+    def on_fit_start(self) -> None:
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
+        elif self.trainer.is_global_zero:
+            log.warning("perceptual=none: L1 and L2 alone reward blur; reconstructions will be soft")
+        if self.adversary is not None:
+            if self.trainer.precision == "16-mixed":
+                raise ValueError("trainer.precision=16-mixed scales one loss only: with a discriminator use bf16-mixed")
+            self.adversary.to(self.device)
+        if self.is_compiled:
+            self.net.compile()
+            if self.adversary is not None:
+                self.adversary.net.compile()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        return self.global_step / int(self.trainer.estimated_stepping_batches)
+
+    def reconstruction_losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Distances of the unclamped output to the images, weighted."""
+        found = {"l1": self.l1_weight * F.l1_loss(output, images), "l2": self.l2_weight * F.mse_loss(output, images)}
+        if self.perceptual is not None:
+            found["perceptual"] = self.perceptual_weight * self.perceptual(output, images).mean()
+        return found
+
+    def adversarial_loss(self, fake: Tensor, reconstruction: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
+        """(the adversarial loss with its weights, the adaptive ratio among them)."""
+        against = adversary.against(fake)
+        ratio = torch.ones_like(against)
+        if adversary.is_adaptive:
+            last_layer = self.net.decoder.conv_out.weight
+            ratio = losses.adaptive_weight(reconstruction, against, last_layer, adversary.bounds)
+        return adversary.weight * adversary.share(self.progress) * ratio * against, ratio
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -81,31 +131,76 @@ class MSVQVAEModule(LightningModule):
             optimizer, self.global_step, total, self.peak_lr, (self.weight_decay, self.weight_decay)
         )
 
+    @property
+    def is_logged(self) -> bool:
+        """Whether this step goes to the log."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         output = self.net(batch.images)
-        reconstruction = self.reconstruction_loss(output.images, batch.images)
+        parts = self.reconstruction_losses(output.images, batch.images)
+        reconstruction = torch.stack(list(parts.values())).sum()
         loss = reconstruction + self.vq_weight * output.vq_loss
+        if self.adversary is not None:
+            if self.adversary.share(self.progress) > 0:
+                adversarial, ratio = self.adversarial_loss(output.images, reconstruction, self.adversary)
+                loss = loss + adversarial
+                if self.is_logged:
+                    self.log_dict({"train/adversarial_loss": adversarial, "train/adaptive_weight": ratio})
+            if self.adversary.learns(self.progress):
+                self.pair = batch.images, output.images.detach()
         self.net.quantizer.update_hits(output.token_maps)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            usage = self.net.quantizer.codebook_usage(len(batch.images) * self.trainer.world_size)
+        if self.is_logged:
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/reconstruction_loss", reconstruction)
+            self.log_dict({f"train/{name}_loss": part for name, part in parts.items()})
             self.log("train/vq_loss", output.vq_loss)
-            self.log_dict({f"train/codebook_usage_scale_{k:02d}": share for k, share in enumerate(usage)})
+            self.log_dict({f"train/vq_loss_scale_{k:02d}": part for k, part in enumerate(output.vq_losses)})
+            self.log_codebook(len(batch.images) * self.trainer.world_size)
             self.log("lr", self.lr)
         return loss
+
+    def log_codebook(self, global_batch_size: int) -> None:
+        """Usage (percent) and perplexity (codes) by scale and of all scales together."""
+        quantizer = self.net.quantizer
+        by_scale = zip(quantizer.codebook_usage(global_batch_size), quantizer.perplexity(), strict=True)
+        for k, (usage, perplexity) in enumerate(by_scale):
+            self.log_dict({f"train/codebook_usage_scale_{k:02d}": usage, f"train/perplexity_scale_{k:02d}": perplexity})
+        overall = quantizer.overall()
+        self.log_dict({"train/codebook_usage": overall.usage, "train/perplexity": overall.perplexity})
+
+    def on_after_backward(self) -> None:
+        """The discriminator learns from the same batch, after the tokenizer's gradient is there."""
+        if self.adversary is None or self.pair is None:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            facts = self.adversary.accumulate(*self.pair, share=1 / self.trainer.accumulate_grad_batches)
+        self.pair = None
+        if self.is_logged:
+            self.log_dict(facts)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The tokenizer's step, then the discriminator's: one step in the count of the run."""
+        progress, total = self.progress, int(self.trainer.estimated_stepping_batches)
+        super().optimizer_step(*args, **kwargs)
+        if self.adversary is not None and self.adversary.learns(progress):
+            self.adversary.step(progress, total, self.trainer.datamodule.global_batch_size)  # pyright: ignore[reportAttributeAccessIssue]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         output = self.net.decode(self.net.encode(batch.images))
         error = (output - batch.images).square().mean(dim=(1, 2, 3))
         self.val_loss.update(error, batch.weight)
         self.val_psnr.update(losses.psnr(output, batch.images), batch.weight)
+        if self.perceptual is not None:
+            self.val_perceptual.update(self.perceptual(output, batch.images), batch.weight)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute())
         self.log("val/psnr", self.val_psnr.compute(), prog_bar=True)
-        self.val_loss.reset()
-        self.val_psnr.reset()
+        if self.perceptual is not None:
+            self.log("val/perceptual", self.val_perceptual.compute())
+        for metric in (self.val_loss, self.val_psnr, self.val_perceptual):
+            metric.reset()
 
     def run_facts(self) -> dict[str, Any]:
         """What a row of the table of runs says about the network and its cost for one image."""
@@ -124,6 +219,15 @@ class MSVQVAEModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["varlab"] = checkpoints.networks_entry(self.net)
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check_same_networks(checkpoint, self.net, None)
+        if self.adversary is not None:
+            if "adversary" not in checkpoint:
+                raise ValueError(
+                    "the checkpoint was made without a discriminator: continue with adversarial=none, or start a new run"
+                    " with module.init_from=CHECKPOINT"
+                )
+            self.adversary.load_state_dict(checkpoint["adversary"])
