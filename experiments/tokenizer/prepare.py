@@ -146,7 +146,9 @@ def main() -> None:
     source = folder_source(folder / "images", val_share=0.1, seed=0)
     pack(source, folder / "shards", shard_images=2000, seed=0, num_workers=usable_cores())
     write_card(folder / "shards")
-    print(f"{folder / 'shards'}: {counts['train']} train, {counts['val']} val images, {len(set(by_concept.values()))} classes")
+    print(
+        f"{folder / 'shards'}: {counts['train']} train, {counts['val']} val images, {len(set(by_concept.values()))} classes"
+    )
 
 
 if __name__ == "__main__":

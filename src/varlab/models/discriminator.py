@@ -3,6 +3,7 @@ real ones. Group norm stands in for the batch norm of the originals: no statisti
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i, (width_in, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (width_in, width) in enumerate(pairwise(widths)):
             stride = 2 if i < num_layers - 1 else 1
             layers += [
                 nn.Conv2d(width_in, width, 4, stride, 1),
@@ -61,6 +62,8 @@ class ViTBlock(nn.Module):
 class DINO(nn.Module):
     """ViT-S/16 trained by self-distillation (Caron et al. 2021), frozen. Gives tokens after patch embedding and some blocks."""
 
+    mean: Tensor
+    std: Tensor
     width, side, patch = 384, 224, 16
     READOUTS = (2, 5, 8, 11)
 
@@ -80,9 +83,11 @@ class DINO(nn.Module):
             path = locate(DINO_FILE, weights)
             fill_exactly(self, read_state_dict(path), str(path))
             for (
-                block
-            ) in self.blocks:  # the bias of the keys shifts all scores alike; the original discriminator zeroes it
-                block.attn["qkv"].bias.data[self.width : 2 * self.width] = 0  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+                name,
+                bias,
+            ) in self.named_parameters():  # the keys' bias shifts all scores alike; it is zeroed as by the authors
+                if name.endswith("qkv.bias"):
+                    bias.data[self.width : 2 * self.width] = 0
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         frozen(self)

@@ -44,6 +44,8 @@ def fill_exactly(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
 class VGG16(nn.Module):
     """The convolutions of VGG16 (Simonyan & Zisserman 2014) up to relu5_3; maps of the last ReLU of each of five blocks."""
 
+    mean: Tensor
+    std: Tensor
     WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self, weights: str | None = None) -> None:

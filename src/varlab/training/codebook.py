@@ -1,0 +1,171 @@
+"""The codebook's health while a tokenizer trains: an alarm when a scale collapses, and two remedies, off by default.
+
+The other remedies are settings of the network: model.lookup=cosine (codes on the unit sphere), model.gradient=rotation,
+model.scale_dropout.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from varlab.data.imagenet import ImageBatch
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.training.callbacks import EMA
+
+MAX_VECTORS_A_CODE = 64
+log = logging.getLogger(__name__)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of all ranks, the same on each; every rank gives as many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def drawn_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
+    """Rows of `x` by chance; each at most once, unless there are fewer than asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    return x[order.repeat(-(-num_rows // len(x)))[:num_rows].to(x.device)]
+
+
+@torch.no_grad()
+def looked_up(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
+    """Vectors that the lookup meets on these images, of all scales and all ranks, (N, C); many enough for the codebook."""
+    vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.residuals(net.features(images))])
+    return gathered(drawn_rows(vectors, min(len(vectors), MAX_VECTORS_A_CODE * net.quantizer.codebook_size), seed))
+
+
+class ReviveCodes(Callback):
+    """Every `every` steps moves codes that are hardly used to vectors that the lookup meets now.
+
+    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks choose alike.
+    """
+
+    def __init__(self, every: int = 200, min_share: float = 0.02, seed: int = 0) -> None:
+        if every < 1 or not 0 < min_share < 1:
+            raise ValueError(f"every={every} must be positive and min_share={min_share} lie between 0 and 1")
+        self.every, self.min_share, self.seed = every, min_share, seed
+        self.last_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = state_dict["last_step"]
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ImageBatch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self.last_step or step % self.every:
+            return
+        self.last_step = step
+        net = pl_module.net
+        assert isinstance(net, MSVQVAE)
+        hits = net.quantizer.hits.sum(dim=0)
+        dead = (hits < self.min_share * hits.mean()).nonzero().flatten()
+        pl_module.log("train/codes_revived", float(len(dead)))
+        if len(dead) == 0:
+            return
+        vectors = drawn_rows(looked_up(net, batch.images, self.seed + step), len(dead), self.seed + step)
+        codebook = net.quantizer.codebook.weight
+        codebook[dead] = vectors.to(codebook.dtype)
+        net.quantizer.hits[:, dead] = net.quantizer.hits.mean(dim=1, keepdim=True)  # they get their time
+        for optimizer in trainer.optimizers:
+            for value in optimizer.state.get(codebook, {}).values():
+                if isinstance(value, Tensor) and value.shape == codebook.shape:
+                    value[dead] = 0
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, EMA):
+                callback.average["net.quantizer.codebook.weight"][dead] = codebook[dead]
+
+
+class KMeansInit(Callback):
+    """Before the first step puts the codes at centers of what the lookup meets on the first batch.
+
+    Two rounds of `num_iterations`: the finer scales meet what the codes of the first round leave over.
+    """
+
+    def __init__(self, num_iterations: int = 10, seed: int = 0) -> None:
+        self.num_iterations, self.seed = num_iterations, seed
+
+    @torch.no_grad()
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
+    ) -> None:
+        if trainer.global_step or batch_idx:
+            return
+        net = pl_module.net
+        assert isinstance(net, MSVQVAE)
+        for round_ in range(2):
+            vectors = looked_up(net, batch.images, self.seed + round_)
+            if len(vectors) < net.quantizer.codebook_size:
+                log.warning(
+                    "the first batch gives %d vectors for %d codes: some codes begin at the same place",
+                    len(vectors),
+                    net.quantizer.codebook_size,
+                )
+            fit_codes(net.quantizer, vectors, self.num_iterations, self.seed)
+
+
+@torch.no_grad()
+def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: int, seed: int) -> None:
+    """k-means (Lloyd) with the quantizer's own lookup; a center without vectors moves to one of them."""
+    codebook = quantizer.codebook.weight
+    codebook.copy_(drawn_rows(vectors, len(codebook), seed))
+    for i in range(num_iterations):
+        nearest = quantizer.nearest(vectors[None])[0]
+        counts = torch.bincount(nearest, minlength=len(codebook))
+        sums = torch.zeros_like(codebook).index_add_(0, nearest, vectors.to(codebook.dtype))
+        empty = counts == 0
+        codebook.copy_(sums / counts.clamp(min=1)[:, None])
+        if empty.any():
+            codebook[empty] = drawn_rows(vectors, int(empty.sum()), seed + i + 1).to(codebook.dtype)
+
+
+class CollapseAlarm(Callback):
+    """Warns, once for each scale, when its perplexity falls below 1/`factor` of what it was at best, or below `minimum`
+    codes, after `patience` steps; and says when it has recovered."""
+
+    def __init__(self, factor: float = 4.0, minimum: float = 2.0, patience: int = 100) -> None:
+        self.factor, self.minimum, self.patience = factor, minimum, patience
+        self.best: Tensor | None = None
+        self.collapsed: set[int] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "collapsed": sorted(self.collapsed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.collapsed = state_dict["best"], set(state_dict["collapsed"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        net, step = pl_module.net, trainer.global_step
+        if not isinstance(net, MSVQVAE) or step < self.patience or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        perplexity = net.quantizer.perplexity().cpu()
+        self.best = perplexity if self.best is None else torch.maximum(self.best, perplexity)
+        is_low = (perplexity < self.minimum) | (perplexity < self.best / self.factor)
+        low = set(is_low.nonzero().flatten().tolist())
+        pl_module.log("train/collapsed_scales", float(len(low)))
+        if trainer.is_global_zero:
+            for k in sorted(low - self.collapsed):
+                log.warning(
+                    "step %d: the codebook collapses at scale %d (%s): %.1f codes in use, %.1f at best. Remedies: callbacks.revive,"
+                    " callbacks.kmeans, model.gradient=rotation, model.lookup=cosine, model.scale_dropout=0.1",
+                    *(step, k, net.patch_nums[k], perplexity[k], self.best[k]),
+                )
+            for k in sorted(self.collapsed - low):
+                log.warning("step %d: scale %d has recovered: %.1f codes in use", step, k, perplexity[k])
+        self.collapsed = low
