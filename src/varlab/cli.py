@@ -5,8 +5,9 @@ import sys
 
 VERBS = {
     "pack": "images -> webdataset shards with a manifest",
-    "train": "fit a tokenizer or a VAR: experiment=tokenizer_16px, experiment=var_d16, ...",
+    "train": "fit a tokenizer or a VAR: experiment=tokenizer_f8_64, experiment=var_d16, ...",
     "tokenize": "shards -> token cache, encoded once for all transformers",
+    "evaluate": "tokenizer + shards -> PSNR, SSIM, perceptual and Frechet distance, by scale",
     "sample": "checkpoint -> class grid, filmstrip of scales, PNG images",
     "scaling": "runs -> table, power laws with intervals, figure",
 }

@@ -82,10 +82,10 @@ def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int,
     ]  # source pixels that the filter sees beyond the part
     low = [max(0, int(edge - r)) for edge, r in zip(box[:2], reach[:2], strict=True)]
     high = [min(side, math.ceil(edge + r)) for side, edge, r in zip(image.size, box[2:], reach[2:], strict=True)]
-    seen = image.crop((*low, *high))
-    within = tuple(edge - start for edge, start in zip(box, low * 2, strict=True))
+    seen = image.crop((low[0], low[1], high[0], high[1]))
+    within = (box[0] - low[0], box[1] - low[1], box[2] - low[0], box[3] - low[1])
     out = (part[2] - part[0], part[3] - part[1])
-    return seen.resize(out, Image.Resampling.LANCZOS, box=within)  # pyright: ignore[reportArgumentType]
+    return seen.resize(out, Image.Resampling.LANCZOS, box=within)
 
 
 def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:

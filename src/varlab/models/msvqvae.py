@@ -117,7 +117,9 @@ class MSVQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> list[Int[Tensor, "B _"]]:
-        """Token maps of images in [-1, 1], coarse to fine."""
+        """Token maps of images in [-1, 1], coarse to fine. Raises ValueError for NaN or infinite values."""
+        if not torch.isfinite(images).all():
+            raise ValueError("the images hold NaN or infinite values, which no code stands for")
         return self.quantizer.encode(self.features(images))
 
     def decode_features(self, f_hat: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:

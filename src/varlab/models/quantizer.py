@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from varlab import scales
 
+MIN_NORM = 1e-4  # of a vector that has a direction
 MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
 
 
@@ -55,15 +56,17 @@ def perplexity(hits: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
 def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al. 2024)."""
     with torch.no_grad():
-        f_norm, f_hat_norm = (x.norm(dim=1, keepdim=True).clamp(min=1e-6) for x in (f, f_hat))
-        f_unit, f_hat_unit = f / f_norm, f_hat / f_hat_norm
+        f_norm, f_hat_norm = (x.norm(dim=1, keepdim=True) for x in (f, f_hat))
+        has_direction = (f_norm > MIN_NORM) & (f_hat_norm > MIN_NORM)
+        f_unit, f_hat_unit = f / f_norm.clamp(min=MIN_NORM), f_hat / f_hat_norm.clamp(min=MIN_NORM)
         middle = F.normalize(f_unit + f_hat_unit, dim=1)
+        ratio = f_hat_norm / f_norm.clamp(min=MIN_NORM)
 
     def along(x: Tensor, unit: Tensor) -> Tensor:
         return (x * unit).sum(dim=1, keepdim=True)
 
     turned = f - 2 * along(f, middle) * middle + 2 * along(f, f_unit) * f_hat_unit
-    return f_hat_norm / f_norm * turned
+    return torch.where(has_direction, ratio * turned, f + (f_hat - f).detach())
 
 
 class MultiScaleQuantizer(nn.Module):

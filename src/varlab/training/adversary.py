@@ -4,6 +4,7 @@ It stands outside of the LightningModule, which knows one optimizer only: so ste
 and clipped, and DDP sees one network. What the discriminator needs of this it does itself, in this file.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Adversary:
         loss: str = "hinge",
         weight: float = 0.4,
         is_adaptive: bool = True,
-        bounds: tuple[float, float] = (0.015, 1e4),
+        bounds: Sequence[float] = (0.015, 1e4),
         trains_from: float = 0.18,
         counts_from: float = 0.2,
         warmup: float = 0.02,
@@ -41,7 +42,7 @@ class Adversary:
         r1_every: int = 16,
         lecam_weight: float = 0.0,
         base_lr: float = 1e-4,
-        betas: tuple[float, float] = (0.5, 0.9),
+        betas: Sequence[float] = (0.5, 0.9),
         weight_decay: float = 5e-4,
         clip: float = 10.0,
     ) -> None:

@@ -154,18 +154,26 @@ class CollapseAlarm(Callback):
         net, step = pl_module.net, trainer.global_step
         if not isinstance(net, MSVQVAE) or step < self.patience or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        perplexity = net.quantizer.perplexity().cpu()
+        messages = self.judge(net.quantizer.perplexity().cpu(), step, net.patch_nums)
+        pl_module.log("train/collapsed_scales", float(len(self.collapsed)))
+        if trainer.is_global_zero:
+            for message in messages:
+                log.warning(message)
+
+    def judge(self, perplexity: Tensor, step: int, patch_nums: list) -> list[str]:
+        """What is to be said about the perplexities (K) of this step."""
         self.best = perplexity if self.best is None else torch.maximum(self.best, perplexity)
         is_low = (perplexity < self.minimum) | (perplexity < self.best / self.factor)
         low = set(is_low.nonzero().flatten().tolist())
-        pl_module.log("train/collapsed_scales", float(len(low)))
-        if trainer.is_global_zero:
-            for k in sorted(low - self.collapsed):
-                log.warning(
-                    "step %d: the codebook collapses at scale %d (%s): %.1f codes in use, %.1f at best. Remedies: callbacks.revive,"
-                    " callbacks.kmeans, model.gradient=rotation, model.lookup=cosine, model.scale_dropout=0.1",
-                    *(step, k, net.patch_nums[k], perplexity[k], self.best[k]),
-                )
-            for k in sorted(self.collapsed - low):
-                log.warning("step %d: scale %d has recovered: %.1f codes in use", step, k, perplexity[k])
+        messages = [
+            f"step {step}: the codebook collapses at scale {k} ({patch_nums[k]}): {perplexity[k]:.1f} codes in use,"
+            f" {self.best[k]:.1f} at best. Remedies: callbacks.revive, callbacks.kmeans, model.gradient=rotation,"
+            " model.lookup=cosine, model.scale_dropout=0.1"
+            for k in sorted(low - self.collapsed)
+        ]
+        messages += [
+            f"step {step}: scale {k} ({patch_nums[k]}) has recovered: {perplexity[k]:.1f} codes in use"
+            for k in sorted(self.collapsed - low)
+        ]
         self.collapsed = low
+        return messages
