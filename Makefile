@@ -46,7 +46,7 @@ tokens: $(INSTALLED) ## shards -> token cache: ARGS="tokenizer=FILE shards=data/
 	$(BIN)/varlab tokenize $(ARGS)
 
 train-tokenizer: $(INSTALLED) ## 256 px tokenizer: ARGS="data.path=data/mine trainer=ddp"
-	$(BIN)/varlab train experiment=tokenizer_256px $(ARGS)
+	$(BIN)/varlab train experiment=tokenizer_f16 $(ARGS)
 
 train-d12 train-d16 train-d20 train-d24: $(INSTALLED)
 	$(BIN)/varlab train experiment=$(subst train-,var_,$@) trainer=ddp $(ARGS)

@@ -40,7 +40,8 @@ def test_every_experiment_composes_with_the_right_types_and_builds_its_network(n
 
 @pytest.mark.parametrize("name", names("resolution"))
 def test_every_pyramid_fits_its_resolution_and_the_released_ones_are_exact(name, tmp_path):
-    cfg = compose_experiment(tmp_path, f"tokenizer_{name}")
+    named = {"16px": "tiny", "64px": "f8_64", "256px": "f16", "512px": "f16_512"}.get(name, name)
+    cfg = compose_experiment(tmp_path, f"tokenizer_{named}")
     with torch.device("meta"):
         tokenizer = instantiate(cfg.model, _convert_="all")
     assert tokenizer.image_size == (cfg.resolution, cfg.resolution) == (int(name[:-2]), int(name[:-2]))
@@ -81,8 +82,17 @@ def test_every_size_builds_with_width_and_heads_from_depth(name, tmp_path):
     assert (var.depth, var.width, var.num_heads) == (depth, 64 * depth, depth)
 
 
-@pytest.mark.parametrize("verb", ["pack", "tokenize", "sample", "scaling"])
+@pytest.mark.parametrize("verb", ["pack", "tokenize", "evaluate", "sample", "scaling"])
 def test_every_verb_composes(verb):
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         assert compose(verb)
     assert (CONF / f"{verb}.yaml").read_text().startswith(f"# varlab {verb}")
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g in ("perceptual", "adversarial") for n in names(g) if n != "recipe"]
+)
+def test_every_choice_of_losses_composes_with_the_right_types(group, name, tmp_path):
+    cfg = compose_experiment(tmp_path, "tokenizer_f8_64", f"{group}={name}")
+    check_types(cfg)
+    assert (cfg[group] is None) == (name == "none")

@@ -44,7 +44,10 @@ def test_help_shows_settings_and_examples(verb, setting):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("pack", "source=nothing", "out=x"), "source='nothing' is unknown: choose folder, ilsvrc2012 or mnist5k"),
+        (
+            ("pack", "source=nothing", "out=x"),
+            "source='nothing' is unknown: choose folder, ilsvrc2012, parquet, shards or mnist5k",
+        ),
         (("pack", "source=folder", "path=nowhere", "out=x"), "path=nowhere is not a folder"),
         (("pack", "source=mnist5k"), "out"),
         (("pack", "sorce=mnist5k", "out=x"), "sorce"),

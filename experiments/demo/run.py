@@ -60,7 +60,7 @@ def main() -> None:
     step(
         "2/7 Train a tokenizer: a digit becomes 30 tokens on maps of 1x1, 2x2, 3x3, 4x4",
         finished(OUT / "tokenizer"),
-        "train", "experiment=tokenizer_16px", "name=demo/tokenizer", f"data.path={SHARDS}", "ckpt_path=last",
+        "train", "experiment=tokenizer_tiny", "name=demo/tokenizer", f"data.path={SHARDS}", "ckpt_path=last",
     )  # fmt: skip
     step(
         "3/7 Encode every digit once, so that all transformers train on the same tokens",
