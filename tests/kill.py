@@ -1,5 +1,6 @@
 """A callback that ends its process the hard way."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,18 @@ class KillWorker(Callback):
     ) -> None:
         if trainer.global_step == 2:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+class CodebookLog(Callback):
+    """Writes the hash of the codebook at the end, one file a rank."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        content = pl_module.net.quantizer.codebook.weight.detach().numpy().tobytes()
+        with open(f"{self.file}.{trainer.global_rank}", "w") as log:
+            log.write(hashlib.sha256(content).hexdigest())
 
 
 class LossLog(Callback):

@@ -55,7 +55,7 @@ def command(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -183,3 +183,18 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, digits_folder):
         fit(tmp_path, *overrides, *SMALL, "steps=12", "ckpt_path=last")
     with pytest.raises(Exception, match="counts_from=0.1: the discriminator must learn before it counts"):
         fit(tmp_path / "x", *overrides, *SMALL, "adversarial.counts_from=0.1")
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_losses(tmp_path, digits_folder):
+    settings = [*images_overrides(digits_folder), *SMALL]
+    for name, is_compiled in (("plain", "false"), ("compiled", "true")):  # in a process without the tests' type checks
+        run = command(
+            tmp_path / name, *settings, f"module.is_compiled={is_compiled}", *log_to(tmp_path / f"{name}.log")
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+    plain, compiled = (
+        [float.fromhex(loss) for loss in logged_losses(tmp_path / f"{name}.log").values()]
+        for name in ("plain", "compiled")
+    )
+    assert compiled == pytest.approx(plain, rel=1e-2)

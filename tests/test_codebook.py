@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_tokenizer
-from runs import fit
+from runs import command, fit
 from test_training import images_overrides
 
 from varlab.models.quantizer import perplexity, rotated
@@ -115,6 +115,21 @@ def test_dead_codes_are_revived(tmp_path, digits_folder):
     assert moved.sum() > 10
     near = both[1]["ema"][name] - both[1]["state_dict"][name]
     assert near[moved].abs().max() < 0.02  # the averaged codes moved along
+
+
+def test_remedies_choose_alike_on_all_ranks(tmp_path, digits_folder):
+    remedies = [
+        f"callbacks.revive={{_target_: {ReviveCodes.__module__}.ReviveCodes, every: 2, min_share: 0.5}}",
+        f"callbacks.kmeans={{_target_: {KMeansInit.__module__}.KMeansInit}}",
+        "model.gradient=rotation",
+        "model.scale_dropout=0.3",
+    ]
+    logs = ["+callbacks.codebook._target_=kill.CodebookLog", f"+callbacks.codebook.file={tmp_path / 'hash'}"]
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "model.codebook_size=64"]
+    finished = command(tmp_path, *images_overrides(digits_folder), *remedies, *logs, *ddp, processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert sum(logged(tmp_path, "train/codes_revived")) > 0
+    assert (tmp_path / "hash.0").read_text() == (tmp_path / "hash.1").read_text()
 
 
 def test_the_alarm_rings_once_for_a_scale_and_says_when_it_is_over():

@@ -1,7 +1,7 @@
 """What does each loss of a tokenizer buy, and what do remedies for the codebook do? Trains and scores one tokenizer an arm on
 emoji64, at a size for two CPU cores. Steps that are done are not repeated; a killed run continues.
 
-    python experiments/tokenizer/prepare.py && python experiments/tokenizer/run.py        (about two hours)
+    python experiments/tokenizer/prepare.py && python experiments/tokenizer/run.py        (about an hour)
     python experiments/tokenizer/run.py plain perceptual                                   (these arms only)
 
 At full size on a GPU, for one arm (150 epochs of 13,398 images, batch 256):
@@ -34,14 +34,13 @@ ARMS = {
     "plain": [],
     "perceptual": PERCEPTUAL,
     "perceptual_adversarial": PERCEPTUAL + ADVERSARIAL,
-    "adversarial": ADVERSARIAL,
+    "perceptual_adversarial_r1": [*PERCEPTUAL, *ADVERSARIAL, "adversarial.r1_weight=1.0"],
     "kmeans_revive": [
         "callbacks.kmeans={_target_: varlab.training.codebook.KMeansInit}",
         "callbacks.revive={_target_: varlab.training.codebook.ReviveCodes, every: 100}",
     ],
     "rotation": ["model.gradient=rotation"],
     "scale_dropout": ["model.scale_dropout=0.1"],
-    "cosine": ["model.lookup=cosine"],
 }
 SCORES = ["psnr", "ssim", "efficientnet_lite0", "frechet_distance/efficientnet_lite0", "usage", "perplexity"]
 FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"

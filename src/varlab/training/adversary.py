@@ -89,7 +89,8 @@ class Adversary:
         """Adds the gradient of one batch, `share` of it; returns what is worth logging."""
         is_penalized = self.r1_weight > 0 and self.num_steps % self.r1_every == 0
         shown = self.augment(real.detach().requires_grad_(is_penalized)), self.augment(fake.detach())
-        real_logits, fake_logits = (self.net(images) for images in shown)
+        judge = self.net.forward if is_penalized else self.net  # a compiled network has no second derivative
+        real_logits, fake_logits = (judge(images) for images in shown)
         loss = own = losses.discriminator_loss(real_logits, fake_logits, self.loss)
         if is_penalized:
             loss = loss + self.r1_weight * self.r1_every * losses.gradient_penalty(real_logits, shown[0])

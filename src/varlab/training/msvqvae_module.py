@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -98,9 +99,20 @@ class MSVQVAEModule(LightningModule):
                 raise ValueError("trainer.precision=16-mixed scales one loss only: with a discriminator use bf16-mixed")
             self.adversary.to(self.device)
         if self.is_compiled:
-            self.net.compile()
-            if self.adversary is not None:
-                self.adversary.net.compile()
+            self.compile_networks()
+
+    def compile_networks(self) -> None:
+        """Compiles the levels of encoder and decoder, where the work is, and the discriminator.
+
+        The quantizer stays as it is: it is under 1 % of the work and resizes in ways that compilers stumble over. So does the
+        decoder's last layer: the adaptive weight asks for the gradient there, which must not run through all of the decoder.
+        """
+        for half in (self.net.encoder, self.net.decoder):
+            for part in (*half.levels, half.middle):
+                part.compile()
+        if self.adversary is not None:
+            functorch_config.donated_buffer = False  # its backward runs twice: for the adaptive weight and for the loss
+            self.adversary.net.compile()
 
     @property
     def progress(self) -> float:
