@@ -10,7 +10,9 @@ from PIL import Image
 from runs import config
 
 from varlab import evaluate, losses
-from varlab.metrics.reconstruction import evenly, reconstruction_scores, ssim
+from varlab.data.imagenet import CenterCrops
+from varlab.data.shards import ShardReader
+from varlab.metrics.reconstruction import reconstruction_scores, ssim
 
 
 def test_ssim_is_one_for_the_same_image_and_falls_with_noise():
@@ -39,9 +41,12 @@ def test_scores_by_scale_end_at_the_score_and_do_not_depend_on_batches():
     assert one["usage"] == pytest.approx(100 * len(torch.cat([t.flatten() for t in token_maps]).unique()) / 12)
 
 
-def test_samples_are_spread_evenly():
-    assert evenly(10, None) == evenly(10, 20) == list(range(10))
-    assert evenly(10, 4) == [0, 3, 6, 9]
+def test_images_are_spread_evenly_over_the_split(digits_folder):
+    reader = ShardReader(digits_folder, "val")
+    assert CenterCrops(reader, 16, 1.0, None, 4, torch.device("cpu")).samples == list(range(11))
+    few = CenterCrops(reader, 16, 1.0, 3, 2, torch.device("cpu"))
+    assert few.samples == [0, 5, 10] and [len(batch) for batch in few] == [2, 1] and len(few) == 2
+    assert torch.equal(torch.cat(list(few)), few.read([0, 5, 10]))
 
 
 @pytest.mark.parametrize("network", ["efficientnet_lite0", "inception"])

@@ -90,6 +90,15 @@ def test_what_is_not_there_is_not_asked_for_again(packed, storage, tmp_path):
         ShardReader("ftq://host/x", "train", storage)
 
 
+def test_a_missing_package_is_named(packed, storage, monkeypatch):
+    def url_to_fs(url, **options):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(remote.fsspec.core, "url_to_fs", url_to_fs)
+    with pytest.raises(ValueError, match=r"gs://bucket/x/manifest.json cannot be opened: pip install 'varlab\[gcs\]'"):
+        ShardReader("gs://bucket/x", "train", storage)
+
+
 def test_another_content_than_the_manifest_says_is_refused(packed, storage, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(packed, other)
@@ -233,6 +242,7 @@ def test_shards_of_others_are_used_where_they_lie(pattern, bucket, packed, tmp_p
     reader = ShardReader(tmp_path / "set", "train", Storage(cache_dir=str(tmp_path / "cache"), options=bucket))
     assert images(reader) == images(ShardReader(packed, "train"))
     assert reader.manifest["class_names"][3] == "digit 3"
+    assert verify(tmp_path / "set", reader.storage) == 59
     assert not list((tmp_path / "set").glob("*.tar")) and not (tmp_path / "set/indexing").exists()
     assert "| train | 48 | 3 |" in (tmp_path / "set/README.md").read_text()
     described = [load_manifest(folder)["splits"]["train"]["shards"] for folder in (tmp_path / "set", packed)]

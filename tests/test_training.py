@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from golden_rule import golden
+from hydra.utils import instantiate
 from kill import LossLog
 from runs import SHORT, TOKENIZER, command, config, fit, logged_losses, weights
 
 from varlab import checkpoints, tokenize
 from varlab.data import imagenet
+from varlab.published import to_released
 from varlab.sampling import generate
 
 
@@ -222,6 +224,23 @@ def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
     assert torch.equal(
         checkpoints.load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name]
     )
+
+
+def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
+    wide = [*images_overrides(digits_folder), "model.channels=32", "model.num_groups=32"]
+    released = instantiate(config(tmp_path, *wide).model)
+    torch.save(to_released(released), tmp_path / "released.pth")
+    tuned = [*wide, f"module.init_from={tmp_path / 'released.pth'}", "model.dropout=0.1"]
+    fit(tmp_path / "still", *tuned, "module.base_lr=0.0")
+    for name, value in released.state_dict().items():
+        if "hits" not in name and "num_updates" not in name:
+            assert torch.equal(weights(tmp_path / "still")[f"net.{name}"], value), name
+    fit(tmp_path / "tuned", *tuned)
+    assert not torch.equal(weights(tmp_path / "tuned")["net.decoder.conv_out.weight"], released.decoder.conv_out.weight)
+    with pytest.raises(
+        Exception, match=r"released.pth holds a tokenizer with codebook_size=12, this run has codebook_size=16"
+    ):
+        fit(tmp_path / "other", *tuned, "model.codebook_size=16")
 
 
 def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -151,6 +152,43 @@ class ImageDataset(Dataset):
         images, labels, replaced = zip(*(self.readable(draw) for draw in draws), strict=True)
         weight = torch.tensor([float(draw.is_real) for draw in draws])
         return ImageBatch(to_tensor(list(images)), torch.tensor(labels), weight, torch.tensor(replaced).long())
+
+
+class CenterCrops:
+    """Center crops of images of a split for scores: batches in [-1, 1] on `device`, as often as they are asked for.
+
+    `num_images`: spread evenly over the split; None takes all.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        resolution: int,
+        resize_ratio: float,
+        num_images: int | None,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.images = ImageDataset(reader, resolution, resize_ratio, random_crop=False, random_flip=False)
+        num = min(len(reader), len(reader) if num_images is None else num_images)
+        self.samples: list[int] = np.linspace(0, len(reader) - 1, num).round().astype(int).tolist()
+        self.batch_size, self.device = batch_size, device
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
+        for first in range(0, len(self.samples), self.batch_size):
+            yield self.read(self.samples[first : first + self.batch_size])
+
+    def read(self, samples: list[int]) -> Float[Tensor, "B 3 H W"]:
+        """These images."""
+        self.images.reader.prepare(samples)
+        return to_tensor([self.images.readable(Draw(i, 0, True), Crop())[0] for i in samples]).to(self.device)
+
+    def few(self, num: int) -> Float[Tensor, "B 3 H W"]:
+        """Some images, for a picture."""
+        return self.read(self.samples[:: max(1, len(self.samples) // num)][:num])
 
 
 class ImageNetDataModule(OrderedDataModule):

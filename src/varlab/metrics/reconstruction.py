@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -111,10 +110,3 @@ def reconstruction_distance(
         "num_images": len(real),
         "num_other": len(other),
     }
-
-
-def evenly(num_all: int, num: int | None) -> list[int]:
-    """Numbers of `num` samples spread over all; all of them without a number."""
-    if num is None or num >= num_all:
-        return list(range(num_all))
-    return np.linspace(0, num_all - 1, num).round().astype(int).tolist()
