@@ -22,6 +22,17 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Poison(Callback):
+    """Makes a gradient infinite in some steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step + 1 in self.steps:
+            next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+
+
 class KillWorker(Callback):
     """SIGKILL for one of the data workers after the second step."""
 

@@ -226,6 +226,40 @@ def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
     )
 
 
+def poison(steps):
+    return ["+callbacks.poison._target_=kill.Poison", f"+callbacks.poison.steps={steps}", "callbacks.ema=null"]
+
+
+def test_a_step_with_an_infinite_gradient_is_skipped_and_counted(tmp_path, var_overrides):
+    constant = [*var_overrides, "module.schedule.shape=constant", "module.schedule.warmup=0.0", "model.drop_path=0.0"]
+    fit(tmp_path / "before", *constant, "callbacks.ema=null", "steps=2")
+    fit(tmp_path / "skipped", *constant, *poison([3]), "steps=3")
+    saved = torch.load(tmp_path / "skipped/checkpoints/last.ckpt", weights_only=True)
+    assert saved["callbacks"]["Health"] == {"num_skipped": 1, "in_row": 1} and saved["global_step"] == 3
+    for (name, a), b in zip(weights(tmp_path / "before").items(), weights(tmp_path / "skipped").values(), strict=True):
+        assert torch.equal(a, b), name  # the third step changed nothing
+
+
+def test_skipped_steps_in_a_row_end_the_run_which_goes_on_from_before(tmp_path, var_overrides):
+    with pytest.raises(ValueError, match="not finite 3 steps in a row, the last at step 6: lower module.base_lr"):
+        fit(tmp_path, *var_overrides, *poison([4, 5, 6]), "callbacks.health.max_in_row=3")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+    fit(tmp_path, *var_overrides, "ckpt_path=last")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_checkpoint_every_few_minutes_serves_as_well(tmp_path, var_overrides):
+    """An interval of nothing: after every step."""
+    timed = [*var_overrides, "save_every=1000", "callbacks.timed.train_time_interval.minutes=0"]
+    fit(tmp_path / "whole", *timed, *log_to(tmp_path / "whole.log"))
+    killed = command(tmp_path / "killed", *timed, *log_to(tmp_path / "killed.log"), *kill_at(5), "ckpt_path=last")
+    assert killed.returncode == -9
+    assert torch.load(tmp_path / "killed/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    fit(tmp_path / "killed", *timed, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
+    assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "killed.log")
+    assert sorted(file.name for file in (tmp_path / "killed/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
     wide = [*images_overrides(digits_folder), "model.channels=32", "model.num_groups=32"]
     released = instantiate(config(tmp_path, *wide).model)

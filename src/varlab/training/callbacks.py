@@ -1,5 +1,6 @@
-"""What happens around training: random state, counters and the run's row, averaged weights, pictures."""
+"""What happens around training: random state, health, counters and the run's row, averaged weights, pictures."""
 
+import logging
 import subprocess
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling import generate_tokens
 from varlab.training.loggers import run_id
+
+log = logging.getLogger(__name__)
 
 
 class Reseed(Callback):
@@ -89,6 +92,49 @@ class EMA(Callback):
         self.average, self.num_updates = checkpoint.get("ema", {}), checkpoint.get("ema_updates", 0)
 
 
+class Health(Callback):
+    """Skips optimizer steps whose gradient is not finite, and ends the run when too many come in a row.
+
+    A skipped step leaves weights, decay and moments as they are, on all ranks alike: gradients are averaged before. Counted as
+    `train/steps_skipped`. The checkpoints of the run are from before, for no step since was taken.
+    """
+
+    def __init__(self, max_in_row: int = 10) -> None:
+        self.max_in_row, self.num_skipped, self.in_row = max_in_row, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped, "in_row": self.in_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_skipped, self.in_row = state_dict["num_skipped"], state_dict["in_row"]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        norm = gradient_norm(pl_module)
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            pl_module.log_dict({"train/grad_norm": norm, "train/steps_skipped": float(self.num_skipped)})
+        if torch.isfinite(norm):
+            self.in_row = 0
+            return
+        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone
+        self.num_skipped, self.in_row = self.num_skipped + 1, self.in_row + 1
+        if trainer.is_global_zero:
+            log.warning("step %d: the gradient's norm is %s; the step is skipped", trainer.global_step + 1, float(norm))
+        if self.in_row >= self.max_in_row:
+            raise ValueError(
+                f"the gradient was not finite {self.in_row} steps in a row, the last at step {trainer.global_step + 1}: lower"
+                " module.base_lr or look at the data, and continue with ckpt_path=last (no step was taken since)"
+            )
+
+
+def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
+    """Euclidean norm of all gradients together, over all shards."""
+    gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 class RunRecord(Callback):
     """Counts what a run costs and writes its row, `run.json`, at each validation and at the end.
 
@@ -153,14 +199,6 @@ class RunRecord(Callback):
         skipped = float(trainer.datamodule.skipped)  # pyright: ignore[reportAttributeAccessIssue]
         pl_module.log("data/skipped", skipped, sync_dist=True, reduce_fx="sum")
         self.logged_time, self.logged_images, self.logged_flops = now, self.counters["images_seen"], self.total_flops()
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation_start = time.perf_counter()

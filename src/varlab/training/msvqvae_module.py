@@ -163,11 +163,6 @@ class MSVQVAEModule(LightningModule):
                 self.pair = batch.images, output.images.detach()
         self.net.quantizer.update_hits(output.token_maps)
         if self.is_logged:
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {float(loss)} at step {self.global_step + 1}: look at the last curves, lower module.base_lr,"
-                    " and continue from a checkpoint before"
-                )
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/reconstruction_loss", reconstruction)
             self.log_dict({f"train/{name}_loss": part for name, part in parts.items()})
