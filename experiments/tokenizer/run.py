@@ -1,7 +1,7 @@
 """What does each loss of a tokenizer buy, and what do remedies for the codebook do? Trains and scores one tokenizer an arm on
 emoji64, at a size for two CPU cores. Steps that are done are not repeated; a killed run continues.
 
-    python experiments/tokenizer/prepare.py && python experiments/tokenizer/run.py        (about an hour)
+    python experiments/tokenizer/prepare.py && python experiments/tokenizer/run.py        (about two hours)
     python experiments/tokenizer/run.py plain perceptual                                   (these arms only)
 
 At full size on a GPU, for one arm (150 epochs of 13,398 images, batch 256):
