@@ -40,14 +40,14 @@ def fit(folder: Path, *overrides: str) -> float | None:
     return train.run(config(folder, *overrides))
 
 
-def command(folder: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+def command(folder: Path, *overrides: str, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     """The same as a user would start it, in processes of its own."""
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "varlab.train"]
     else:
         start += ["varlab.cli", "train"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline", **variables}
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
     return subprocess.run(
         [*start, *hydra, *overrides],
@@ -57,6 +57,14 @@ def command(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Com
         check=False,
         timeout=300,
     )
+
+
+def log_to(file: Path) -> list[str]:
+    return ["+callbacks.losses._target_=kill.LossLog", f"+callbacks.losses.file={file}"]
+
+
+def kill_at(step: int) -> list[str]:
+    return ["+callbacks.kill._target_=kill.Kill", f"+callbacks.kill.step={step}"]
 
 
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:

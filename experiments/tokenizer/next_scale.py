@@ -1,7 +1,7 @@
 """Does a tokenizer trained with scale dropout make the next-scale model's work easier? Trains the same small VAR on the tokens
 of two tokenizers of run.py, draws as many samples as there are validation images, with their labels, and compares.
 
-    python experiments/tokenizer/next_scale.py        (after run.py; about a quarter of an hour on two CPU cores)
+    python experiments/tokenizer/next_scale.py        (after run.py; ten minutes on two CPU cores)
 
 Losses over different tokens do not compare; distances of images do.
 """

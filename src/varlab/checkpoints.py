@@ -1,11 +1,14 @@
 """Networks on disk: training checkpoints and the released files -> tokenizer, VAR.
 
 A training checkpoint holds, under `varlab`, the kind and sizes of its networks as plain values, so it loads anywhere
-with weights_only=True, without Lightning or Hydra.
+with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves a folder: weights, averages and optimizer
+in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 """
 
 import hashlib
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from varlab.models.var import VAR
 from varlab.published import tokenizer_from_released
 
 FORMAT = 1
+REST = "meta.pt"  # of a sharded checkpoint, by Lightning's name
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
@@ -42,9 +46,82 @@ def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list
     }
 
 
+def sides(path: Path) -> tuple[Path, Path]:
+    """Where a folder is written before it takes the name `path`, and where its predecessor waits meanwhile."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+
+
+def replace_folder(partial: Path, path: Path, old: Path) -> None:
+    """`partial` takes the name `path`. Between the two renames only `old` exists, which `newest` then gives."""
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that a run in `folder` continues from; None where there is none."""
+    path = folder / "last.ckpt"
+    _, old = sides(path)
+    if not path.exists() and old.exists():
+        old.rename(path)
+    return path if path.exists() else None
+
+
+def by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
+    """An optimizer's state dict with parameters named, as sharded checkpoints hold it, in place of numbered."""
+    names = [name for group in groups for name in group]
+    return {
+        "state": {names[i]: value for i, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": named} for group, named in zip(state["param_groups"], groups, strict=True)
+        ],
+    }
+
+
+def by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """The way back: parameters numbered in the order of the groups, as a plain optimizer wants them."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: i for i, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: value for name, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def consolidated(folder: Path) -> dict[str, Any]:
+    """A sharded checkpoint as an unsharded one. Raises ValueError naming the folder when it is incomplete."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    for name in (".metadata", REST):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no checkpoint: {name} is missing")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as place:
+        try:
+            dcp_to_torch_save(folder, Path(place) / "whole.pt")
+        except Exception as error:  # torch wraps what its threads raise in exceptions of its own
+            raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
+        sharded = read(Path(place) / "whole.pt")  # mapped into memory, so it outlives the file's name
+    optimizers = [key for key in sorted(sharded) if key.startswith("optimizer_")]
+    return {
+        **read(folder / REST),
+        "state_dict": sharded["state_dict"],
+        **({"ema": sharded["ema"]} if sharded.get("ema") else {}),
+        "optimizer_states": [by_number(sharded[key]) for key in optimizers],
+    }
+
+
 def read(path: str | Path) -> dict[str, Any]:
-    """A file of tensors and plain values, never unpickling anything else. Raises ValueError naming file and reason."""
+    """A file of tensors and plain values, never unpickling anything else, or a sharded checkpoint's folder.
+
+    Raises ValueError naming file and reason.
+    """
     path = Path(path)
+    if path.is_dir():
+        return consolidated(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:

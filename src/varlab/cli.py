@@ -9,6 +9,7 @@ VERBS = {
     "tokenize": "shards -> token cache, encoded once for all transformers",
     "evaluate": "tokenizer + shards -> PSNR, SSIM, perceptual and Frechet distance, by scale",
     "sample": "checkpoint -> class grid, filmstrip of scales, PNG images",
+    "sweep": "status, resume, retry-failed, table of a multirun",
     "scaling": "runs -> table, power laws with intervals, figure",
 }
 MODULES = {"scaling": "scaling_law"}

@@ -4,7 +4,8 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from itertools import takewhile
 from pathlib import Path
@@ -39,21 +40,8 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     def decorate(run: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(run)
         def job(cfg: DictConfig) -> Any:
-            try:
+            with said(name):
                 return run(cfg)
-            except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
-                raise SystemExit(1) from None
-            except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
-                if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_of_user(error):
-                    raise
-                cause = error
-                while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-                    cause = cause.__cause__
-                is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-                log.error("varlab %s: %s", name, sentence(cause))
-                if is_sweep:  # the sweep runs its other jobs and fails at the end
-                    raise CompactHydraException(str(cause)) from None
-                raise SystemExit(1) from None
 
         app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
 
@@ -70,6 +58,30 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
         return main
 
     return decorate
+
+
+def is_sweep() -> bool:
+    """Whether this is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@contextmanager
+def said(name: str) -> Iterator[None]:
+    """Errors of the user's, told in a sentence."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
+        raise SystemExit(1) from None
+    except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_of_user(error):
+            raise
+        cause = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        log.error("varlab %s: %s", name, sentence(cause))
+        if is_sweep():  # the sweep runs its other jobs and fails at the end
+            raise CompactHydraException(str(cause)) from None
+        raise SystemExit(1) from None
 
 
 def is_of_user(error: BaseException) -> bool:

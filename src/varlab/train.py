@@ -5,46 +5,79 @@ import sys
 import warnings
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from varlab.config import check_types, verb
+from varlab.config import check_types, is_sweep, said, verb
+from varlab.jobs import STOPPED, run_job
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Seed, build, fit; returns the last validation loss, so that a sweeper can minimize it."""
+    """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a sweeper
+    can minimize it."""
+    if cfg.plan:
+        from varlab.planning import plan
+
+        return plan(cfg)
+    return run_job(cfg, "varlab.train") if is_sweep() else fit(cfg)
+
+
+def fit(cfg: DictConfig) -> float | None:
+    """Seed, build, fit."""
     from hydra.utils import instantiate
     from lightning import seed_everything
+
+    from varlab import checkpoints
+    from varlab.training.record import summary
 
     quieten()
     check_types(cfg)
     if cfg.epochs < 0 and cfg.steps < 0:
         raise ValueError("the run has no end: give epochs=N or steps=N")
-    check_fresh(Path(cfg.run_dir) / "checkpoints", cfg.ckpt_path)
+    folder = Path(cfg.run_dir) / "checkpoints"
+    check_fresh(folder, cfg.ckpt_path)
+    start = checkpoints.newest(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    callbacks = {name: instantiate(callback) for name, callback in cfg.callbacks.items() if callback is not None}
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
-    trainer = instantiate(cfg.trainer, _convert_="all", callbacks=callbacks, logger=loggers)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    trainer = make_trainer(cfg, list(callbacks.values()), loggers)
     try:
-        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks):
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        if getattr(callbacks.get("signals"), "has_stopped", False):
+            raise SystemExit(STOPPED)
+        if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks.values()):
             trainer.validate(module, data, verbose=False)
         if trainer.global_step % cfg.save_every:
-            trainer.save_checkpoint(Path(cfg.run_dir) / "checkpoints" / "last.ckpt")
+            trainer.save_checkpoint(folder / "last.ckpt")
     finally:
-        if "wandb" in sys.modules:  # the next job of a sweep starts a run of its own
+        if "wandb" in sys.modules:  # the next run in this process starts one of its own
             sys.modules["wandb"].finish(exit_code=1 if sys.exc_info()[0] else 0)
-    if trainer.is_global_zero:
-        print(f"run: {cfg.run_dir}  (metrics.csv, run.json, pictures/, checkpoints/)")
+        if trainer.is_global_zero and (Path(cfg.run_dir) / "run.json").is_file():
+            print(summary(Path(cfg.run_dir)))
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
+
+
+def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
+    """The Trainer of the config, with our own way of writing files and, for bf16-true, of holding weights."""
+    from hydra.utils import instantiate
+
+    from varlab.training.strategies import BF16Weights, WholeFiles
+
+    plugins, precision = [WholeFiles()], cfg.trainer.precision
+    if precision == "bf16-true":
+        plugins, precision = [*plugins, BF16Weights("cpu" if cfg.trainer.accelerator == "cpu" else "cuda")], None
+    return instantiate(
+        cfg.trainer, _convert_="all", callbacks=callbacks, logger=loggers, plugins=plugins, precision=precision
+    )
 
 
 def quieten() -> None:
     """Turns off what Lightning says about things that are as they should be here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
-        r".*is set, but there is no last checkpoint",  # ckpt_path=last starts what was never started
         r"Found \d+ module\(s\) in eval mode",  # the frozen tokenizer
         r".*isinstance\(treespec, LeafSpec\)",
         r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
@@ -66,5 +99,15 @@ def check_fresh(folder: Path, ckpt_path: str | None) -> None:
 
 main = verb("train")(run)
 
+
+def main_of_job(file: str) -> None:
+    """A job of a sweep (see `jobs.run_job`), and each process that it starts, from its composed config."""
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(levelname)s] %(message)s", stream=sys.stdout)
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    with said("train"):
+        fit(config)
+
+
 if __name__ == "__main__":
-    main()
+    main_of_job(sys.argv[2]) if sys.argv[1:2] == ["--job"] else main()

@@ -220,7 +220,7 @@ class ImageNetDataModule(OrderedDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         train, val = (ShardReader(self.path, split, self.storage) for split in ("train", "val"))
-        self.shard_counts, self.num_val = train.shard_counts, len(val)
+        self.shard_counts, self.num_val, self.manifest = train.shard_counts, len(val), train.manifest
         self.class_names, self.data_fingerprint = train.manifest["class_names"], fingerprint(train.manifest)
         self.train_set = ImageDataset(
             train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed

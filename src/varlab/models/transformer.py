@@ -2,12 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+COSTLY = [  # what selective recomputation keeps: matrix products and attention
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+RECOMPUTES = ("none", "selective", "all")
 
 
 def modulate(
@@ -121,7 +135,12 @@ class AdaLNBlock(nn.Module):
 
     With `shared_adaln` the six vectors come from one network for all blocks, given in place of `cond`, and this block
     only adds a learnt offset; otherwise the block has a Linear of its own.
+
+    `recompute` trades time for memory in the backward pass: `none` keeps all activations, `selective` those of matrix
+    products and attention, `all` only the block's input.
     """
+
+    recompute = "none"
 
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, shared_adaln: bool, qk_norm: bool
@@ -148,6 +167,21 @@ class AdaLNBlock(nn.Module):
         mask: Bool[Tensor, "l l"] | None = None,
         cache: BlockCache | None = None,
     ) -> Float[Tensor, "B l D"]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.transform(x, cond, mask, cache)
+        if self.recompute == "all":
+            return checkpoint(self.transform, x, cond, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        keeps = partial(create_selective_checkpoint_contexts, COSTLY)
+        return checkpoint(self.transform, x, cond, mask, use_reentrant=False, context_fn=keeps)  # pyright: ignore[reportReturnType]
+
+    def transform(
+        self,
+        x: Float[Tensor, "B l D"],
+        cond: Float[Tensor, "B *six D"],
+        mask: Bool[Tensor, "l l"] | None = None,
+        cache: BlockCache | None = None,
+    ) -> Float[Tensor, "B l D"]:
+        """The block itself."""
         modulation = cache.modulation if cache is not None and cache.modulation is not None else self.modulate_by(cond)
         if cache is not None:
             cache.modulation = modulation

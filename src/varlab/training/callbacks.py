@@ -1,25 +1,20 @@
-"""What happens around training: random state, health, counters and the run's row, averaged weights, pictures."""
+"""What happens around a training step: random state, averaged weights, health, signals."""
 
 import logging
+import math
+import os
+import shutil
+import signal
 import subprocess
-import time
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.loggers import WandbLogger
-from PIL import Image
-from torch.distributed.tensor import DTensor
-
-from varlab import pictures
-from varlab.data.imagenet import ImageBatch
-from varlab.files import save_json
-from varlab.models.msvqvae import MSVQVAE
-from varlab.models.var import VAR
-from varlab.sampling import generate_tokens
-from varlab.training.loggers import run_id
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +34,30 @@ class Reseed(Callback):
 class EMA(Callback):
     """Exponential moving average of the trainable weights of `net`, used in validation and saved beside the raw ones.
 
-    The decay rises as (1 + n) / (10 + n) up to `decay`, n being the number of updates.
+    The decay rises as (1 + n) / (10 + n) up to `decay`, n being the number of updates. With `is_raw_validated` the raw
+    weights are validated as well, as `val_raw/...`.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, is_raw_validated: bool = False) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"EMA decay={decay}: must lie between 0 and 1")
-        self.decay, self.num_updates = decay, 0
+        self.decay, self.is_raw_validated, self.num_updates = decay, is_raw_validated, 0
         self.average: dict[str, torch.Tensor] = {}
         self.raw: dict[str, torch.Tensor] = {}
 
     def weights(self, pl_module: LightningModule) -> dict[str, torch.Tensor]:
-        """The trained parameters by name."""
+        """The trained parameters by name; of sharded ones this rank's share."""
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after validation the outermost one is left whole
         return {name: parameter.data for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = self.weights(pl_module)
-        self.average = {name: self.average.get(name, value).to(value).clone() for name, value in weights.items()}
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in self.weights(pl_module).items():
+            start = self.average.get(name, value)
+            if isinstance(value, DTensor) and not isinstance(start, DTensor):  # from a checkpoint of an unsharded run
+                start = distribute_tensor(start.to(value.device), value.device_mesh, value.placements)
+            self.average[name] = start.to(value).clone()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,6 +79,15 @@ class EMA(Callback):
             self.copy(self.raw, pl_module)
             self.raw = {}
 
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self.raw and self.is_raw_validated:
+            self.copy(self.raw, pl_module)
+            with trainer.precision_plugin.forward_context():
+                pl_module.validation_step_raw(batch)  # pyright: ignore[reportCallIssue]
+            self.copy(self.average, pl_module)
+
     def copy(self, source: dict[str, torch.Tensor], pl_module: LightningModule) -> None:
         """Puts weights into the module."""
         for name, value in self.weights(pl_module).items():
@@ -96,35 +107,70 @@ class Health(Callback):
     """Skips optimizer steps whose gradient is not finite, and ends the run when too many come in a row.
 
     A skipped step leaves weights, decay and moments as they are, on all ranks alike: gradients are averaged before. Counted as
-    `train/steps_skipped`. The checkpoints of the run are from before, for no step since was taken.
+    `train/steps_skipped`. The checkpoints of the run are from before, for no step since was taken. A norm above `spike` times
+    its running mean is counted as `train/grad_norm_spikes` and named in the log; the loss scale of 16-mixed ends the run
+    before it reaches zero.
     """
 
-    def __init__(self, max_in_row: int = 10) -> None:
-        self.max_in_row, self.num_skipped, self.in_row = max_in_row, 0, 0
+    STATE = ("num_skipped", "in_row", "num_spikes", "usual_norm")
+    SMALLEST_LOSS_SCALE = 2.0**-10
+
+    def __init__(self, max_in_row: int = 10, spike: float = 10.0) -> None:
+        self.max_in_row, self.spike = max_in_row, spike
+        self.num_skipped = self.in_row = self.num_spikes = 0
+        self.usual_norm = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_skipped": self.num_skipped, "in_row": self.in_row}
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.num_skipped, self.in_row = state_dict["num_skipped"], state_dict["in_row"]
+        for name in self.STATE:
+            setattr(self, name, state_dict[name])
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        norm = gradient_norm(pl_module)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            pl_module.log_dict({"train/grad_norm": norm, "train/steps_skipped": float(self.num_skipped)})
-        if torch.isfinite(norm):
+        norm, step = float(gradient_norm(pl_module)), trainer.global_step + 1
+        self.check_loss_scale(trainer, pl_module)
+        if math.isfinite(norm):
             self.in_row = 0
+            self.note_spike(norm, step, trainer.is_global_zero)
+        if step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            counts = {"steps_skipped": self.num_skipped, "grad_norm_spikes": self.num_spikes}
+            pl_module.log_dict({"train/grad_norm": norm, **{f"train/{key}": float(n) for key, n in counts.items()}})
+        if math.isfinite(norm):
             return
         optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone
         self.num_skipped, self.in_row = self.num_skipped + 1, self.in_row + 1
         if trainer.is_global_zero:
-            log.warning("step %d: the gradient's norm is %s; the step is skipped", trainer.global_step + 1, float(norm))
+            log.warning("step %d: the gradient's norm is %s; the step is skipped", step, norm)
         if self.in_row >= self.max_in_row:
             raise ValueError(
-                f"the gradient was not finite {self.in_row} steps in a row, the last at step {trainer.global_step + 1}: lower"
+                f"the gradient was not finite {self.in_row} steps in a row, the last at step {step}: lower"
                 " module.base_lr or look at the data, and continue with ckpt_path=last (no step was taken since)"
+            )
+
+    def note_spike(self, norm: float, step: int, is_told: bool) -> None:
+        """Compares a norm to the mean of about a hundred before, which it then joins at no more than the spike's height."""
+        limit = self.spike * self.usual_norm
+        if self.usual_norm and norm > limit:
+            self.num_spikes += 1
+            if is_told:
+                log.warning("step %d: the gradient's norm is %.3g, usually %.3g", step, norm, self.usual_norm)
+            norm = limit
+        self.usual_norm = norm if not self.usual_norm else 0.99 * self.usual_norm + 0.01 * norm
+
+    def check_loss_scale(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the loss scale of 16-mixed. Raises ValueError when it has fallen so far that gradients vanish."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return
+        scale = scaler.get_scale()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            pl_module.log("train/loss_scale", scale)
+        if scale < self.SMALLEST_LOSS_SCALE:
+            raise ValueError(
+                f"the loss scale of 16-mixed fell to {scale:.3g}: gradients overflow whatever it is; use trainer.precision=bf16-mixed"
             )
 
 
@@ -135,168 +181,61 @@ def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class RunRecord(Callback):
-    """Counts what a run costs and writes its row, `run.json`, at each validation and at the end.
 
-    Counters (images, tokens, FLOPs, device seconds) are part of the checkpoint, so they survive a restart.
+
+class StopOnSignal(Callback):
+    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, stop; `ckpt_path=last` goes on from there. A second one kills.
+
+    One rank that is signalled stops all, within `check_every` steps. On SIGUSR1, sent by SLURM before the time runs out
+    (`#SBATCH --signal=USR1@120`), the job is put back into the queue.
     """
 
-    COUNTERS = ("images_seen", "tokens_seen", "flops_exact", "flops_6nd", "flops_tokenizer", "device_seconds")
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, folder: str, seed: int) -> None:
-        self.folder, self.seed = Path(folder), seed
-        self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
-        self.facts: dict[str, Any] = {}
-        self.validated_step = self.total_steps = -1
-        self.state = "running"
-        self.logged_time = self.batch_time = self.validation_start = 0.0
-        self.logged_images = self.logged_flops = 0.0
-        self.peak_flops: float | None = None
-        self.scores: dict[str, float] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counters": dict(self.counters), "total_steps": self.total_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.counters, self.total_steps = dict(state_dict["counters"]), state_dict["total_steps"]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.facts = pl_module.run_facts()  # pyright: ignore[reportCallIssue]
-        self.peak_flops = (
-            get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
-        )
+    def __init__(self, folder: str, check_every: int = 10) -> None:
+        self.folder, self.check_every = Path(folder), check_every
+        self.received: int | None = None
+        self.has_stopped = False
+        self.previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.total_steps = int(trainer.estimated_stepping_batches)
-        self.batch_time = self.logged_time = time.perf_counter()
-        self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
+        if threading.current_thread() is threading.main_thread():  # after Lightning's own handlers, in their place
+            self.previous = {number: signal.signal(number, self.note) for number in self.SIGNALS}
 
-    def total_flops(self) -> int | float:
-        """FLOPs so far, network and tokenizer."""
-        return self.counters["flops_exact"] + self.counters["flops_tokenizer"]
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remembers the signal; the next of its kind has its default effect."""
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        log.warning("%s received: saving after this step, then stopping", signal.Signals(number).name)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        images, now = len(batch.labels) * trainer.world_size, time.perf_counter()
-        self.counters["images_seen"] += images
-        self.counters["tokens_seen"] += images * self.facts["tokens_per_image"]
-        for key in ("flops_exact", "flops_6nd", "flops_tokenizer"):
-            self.counters[key] += images * self.facts.get(f"{key}_per_image", 0)
-        self.counters["device_seconds"] += (now - self.batch_time) * trainer.world_size
-        self.batch_time = now
-        if trainer.global_step % trainer.log_every_n_steps or trainer.global_step == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        seconds = max(now - self.logged_time, 1e-9)
-        flops_per_second = (self.total_flops() - self.logged_flops) / seconds
-        pl_module.log_dict({f"count/{key}": float(value) for key, value in self.counters.items()})
-        pl_module.log(
-            "speed/images_per_second", (self.counters["images_seen"] - self.logged_images) / seconds, prog_bar=True
-        )
-        pl_module.log("speed/flops_per_second", flops_per_second)
-        if self.peak_flops:
-            pl_module.log("speed/mfu", flops_per_second / trainer.world_size / self.peak_flops, prog_bar=True)
-        skipped = float(trainer.datamodule.skipped)  # pyright: ignore[reportAttributeAccessIssue]
-        pl_module.log("data/skipped", skipped, sync_dist=True, reduce_fx="sum")
-        self.logged_time, self.logged_images, self.logged_flops = now, self.counters["images_seen"], self.total_flops()
+        wants_stop = self.received is not None
+        if trainer.world_size > 1:
+            if trainer.global_step % self.check_every:
+                return
+            wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)
+        if wants_stop:
+            trainer.save_checkpoint(self.folder / "checkpoints/last.ckpt")
+            trainer.should_stop = self.has_stopped = True
+            if self.received == signal.SIGUSR1:
+                requeue()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validation_start = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batch_time = time.perf_counter()  # validation is not training time
-        self.logged_time += self.batch_time - self.validation_start
-        if trainer.sanity_checking:
-            return
-        self.validated_step = trainer.global_step
-        self.scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        self.write(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = "stopped"  # unless it is finished
-        self.write(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.state = "failed"
-        self.write(trainer, pl_module)
-
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the run's row; units in the README of `experiments/`."""
-        if not trainer.is_global_zero or not self.facts:
-            return
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        unique = sum(data.shard_counts)
-        row = {
-            "run_id": run_id(self.folder),
-            "name": self.folder.name,
-            "state": "finished" if trainer.global_step == self.total_steps else self.state,
-            **{key: value for key, value in self.facts.items() if not key.endswith("_per_image")},
-            **self.counters,
-            "step": trainer.global_step,
-            "unique_images": unique,
-            "epochs": self.counters["images_seen"] / unique,
-            "batch": data.global_batch_size,
-            "dataset_id": data.data_fingerprint,
-            "class_names": len(data.class_names),
-            "seed": self.seed,
-            "device": torch.cuda.get_device_name(pl_module.device)
-            if pl_module.device.type == "cuda"
-            else pl_module.device.type,
-            "num_devices": trainer.world_size,
-            "precision": str(trainer.precision),
-            "torch": torch.__version__,
-            "val_images": data.num_val,
-            **{key.replace("val/", "val_"): value for key, value in self.scores.items()},
-            "git_commit": git_commit(),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        save_json(self.folder / "run.json", row)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
 
 
-def git_commit() -> str | None:
-    """Commit of the code that runs, None outside a checkout."""
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None
-
-
-class Pictures(Callback):
-    """After each validation: reconstructions scale by scale of a tokenizer, or samples of a VAR by class, as PNG in
-    `folder` and in W&B. A VAR whose weights are sharded (FSDP2) draws none: rank 0 alone cannot run it."""
-
-    def __init__(self, folder: str, num_images: int = 8, cfg_scale: float = 1.5, seed: int = 0) -> None:
-        self.folder, self.num_images, self.cfg_scale, self.seed = Path(folder), num_images, cfg_scale, seed
-        self.images: torch.Tensor | None = None
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx == 0 and isinstance(batch, ImageBatch):
-            self.images = batch.images[: self.num_images]
-
-    @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking:
-            return
-        net = pl_module.net
-        if isinstance(net, MSVQVAE) and self.images is not None:
-            strip = net.filmstrip(net.encode(self.images))
-            shown = pictures.columns_of(self.images / 2 + 0.5, *(strip / 2 + 0.5))
-            self.show(trainer, "reconstructions", pictures.grid(shown, columns=1 + len(strip)))
-        elif isinstance(net, VAR) and pl_module.device_mesh is None:
-            tokenizer = pl_module.tokenizer
-            assert isinstance(tokenizer, MSVQVAE)
-            labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
-            was_training = net.training
-            _, token_maps = generate_tokens(net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed)
-            net.train(was_training)
-            strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
-            self.show(trainer, "samples", pictures.grid(pictures.columns_of(*strip), columns=len(strip)))
-
-    def show(self, trainer: Trainer, name: str, picture: Image.Image) -> None:
-        """Saves a picture and mirrors it to W&B."""
-        pictures.save(picture, self.folder / f"{name}-{trainer.global_step:07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(name, [picture])
+def requeue() -> None:
+    """Puts this SLURM job back into the queue; does nothing outside of SLURM, or where submitit does it."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or "SUBMITIT_EXECUTOR" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0":
+        return
+    if shutil.which("scontrol") is None:
+        log.error("job %s cannot be put back into the queue: there is no scontrol here", job)
+        return
+    subprocess.run(["scontrol", "requeue", job], check=False)

@@ -9,13 +9,13 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from varlab import checkpoints, compute, losses, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.models.msvqvae import MSVQVAE
 from varlab.training.adversary import Adversary
 from varlab.training.optim import Schedule, parameter_groups
+from varlab.training.scores import ImageMean
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class MSVQVAEModule(LightningModule):
         self.adversary = adversary
         self.pair: tuple[Tensor, Tensor] | None = None  # images and reconstructions that the discriminator learns from
         self.is_compiled = is_compiled
-        self.val_loss, self.val_psnr = MeanMetric(), MeanMetric()
-        self.val_perceptual = MeanMetric()
+        self.val_scores, self.val_scores_raw = ImageMean(3), ImageMean(3)
 
     @property
     def perceptual(self) -> nn.Module | None:
@@ -71,6 +70,8 @@ class MSVQVAEModule(LightningModule):
         return self.outside[0]
 
     def setup(self, stage: str) -> None:
+        if self.trainer.precision == "bf16-true":
+            raise ValueError("trainer.precision=bf16-true is for a VAR; train a tokenizer with bf16-mixed")
         resolution = self.trainer.datamodule.resolution  # pyright: ignore[reportAttributeAccessIssue]
         if (resolution, resolution) != self.net.image_size:
             raise ValueError(
@@ -199,20 +200,29 @@ class MSVQVAEModule(LightningModule):
             self.adversary.step(progress, total, self.trainer.datamodule.global_batch_size)  # pyright: ignore[reportAttributeAccessIssue]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.score(batch, self.val_scores)
+
+    def validation_step_raw(self, batch: ImageBatch) -> None:
+        """The same for the weights as trained, where an average of them is validated (see `EMA`)."""
+        self.score(batch, self.val_scores_raw)
+
+    def score(self, batch: ImageBatch, scores: ImageMean) -> None:
+        """Adds squared error, PSNR and perceptual distance of a batch's reconstructions."""
         output = self.net.decode(self.net.encode(batch.images))
         error = (output - batch.images).square().mean(dim=(1, 2, 3))
-        self.val_loss.update(error, batch.weight)
-        self.val_psnr.update(losses.psnr(output, batch.images), batch.weight)
-        if self.perceptual is not None:
-            self.val_perceptual.update(self.perceptual(output, batch.images), batch.weight)
+        distance = torch.zeros_like(error) if self.perceptual is None else self.perceptual(output, batch.images)
+        scores.update(torch.stack([error, losses.psnr(output, batch.images), distance], dim=1), batch.weight)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/loss", self.val_loss.compute())
-        self.log("val/psnr", self.val_psnr.compute(), prog_bar=True)
-        if self.perceptual is not None:
-            self.log("val/perceptual", self.val_perceptual.compute())
-        for metric in (self.val_loss, self.val_psnr, self.val_perceptual):
-            metric.reset()
+        for split, scores in [("val", self.val_scores), ("val_raw", self.val_scores_raw)]:
+            if not scores.update_called:
+                continue
+            error, psnr, distance = scores.compute()
+            self.log(f"{split}/loss", error)
+            self.log(f"{split}/psnr", psnr, prog_bar=True)
+            if self.perceptual is not None:
+                self.log(f"{split}/perceptual", distance)
+            scores.reset()
 
     def run_facts(self) -> dict[str, Any]:
         """What a row of the table of runs says about the network and its cost for one image."""
@@ -228,6 +238,10 @@ class MSVQVAEModule(LightningModule):
             "warmup": self.schedule.warmup,
             "weight_decay": self.weight_decay,
         }
+
+    def step_facts(self) -> dict[str, int]:
+        """What of `run_facts` was different in this step: nothing."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["varlab"] = checkpoints.networks_entry(self.net)

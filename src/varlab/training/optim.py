@@ -1,7 +1,8 @@
 """Parameter groups and schedules. Both are pure functions, so a resumed run needs no scheduler state."""
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -77,9 +78,13 @@ class Schedule:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: give a share of the run between 0 and 1")
 
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of the warm-up."""
+        return round(self.warmup * total_steps)
+
     def lr_share(self, step: int, total_steps: int) -> float:
         """Share of the peak learning rate at this step."""
-        warmup_steps = round(self.warmup * total_steps)
+        warmup_steps = self.warmup_steps(total_steps)
         if step < warmup_steps:
             return self.warmup_start + (1 - self.warmup_start) * step / warmup_steps
         q = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
@@ -99,3 +104,46 @@ class Schedule:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay(step, total_steps, *decay) if group["is_decayed"] else 0.0
         return lr
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Training that begins with the coarse scales and takes in one finer scale after the other (released trainer).
+
+    The first `first_scales + 1` scales are trained during the warm-up, all of them after `share` of the run. A scale that
+    enters counts little at first: its weight rises to 1 within 1/300 of the run. Each token keeps its weight 1/L, so the
+    loss grows with every scale. The authors offer it as a speed-up that costs quality.
+    """
+
+    share: float = 0.5
+    first_scales: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"progressive.share={self.share}: give a share of the run between 0 and 1")
+        if self.first_scales < 0:
+            raise ValueError(f"progressive.first_scales={self.first_scales}: cannot be negative")
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """The released schedule for it: lin<share>."""
+        return replace(schedule, shape=f"lin{self.share}")
+
+    def last_scale(self, step: int, total_steps: int, warmup_steps: int, num_scales: int) -> int:
+        """The finest scale trained at this step."""
+        last, first = num_scales - 1, min(self.first_scales, num_scales - 1)
+        if step <= warmup_steps:
+            return first
+        if step >= self.share * total_steps:
+            return last
+        done = (step - warmup_steps) / (self.share * total_steps - warmup_steps)
+        return first + round((last - first) * done)  # half to even, as released
+
+    def stage(self, step: int, total_steps: int, warmup_steps: int, num_scales: int) -> tuple[int, float]:
+        """(number of scales trained, weight of the finest). A pure function of the step, so that a run resumes into it."""
+        scale = self.last_scale(step, total_steps, warmup_steps, num_scales)
+        entered = bisect_left(
+            range(step), scale, key=lambda i: self.last_scale(i, total_steps, warmup_steps, num_scales)
+        )
+        if entered == 0:
+            return scale + 1, 1.0
+        return scale + 1, min(max((step - entered) / (total_steps / 300), 0.01), 1.0)

@@ -1,21 +1,139 @@
-"""Ways of sharing a model out over devices that Lightning does not name itself."""
+"""What Lightning leaves open about devices and files: FSDP2 and HSDP, checkpoints that are whole or absent."""
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+from varlab import checkpoints
+from varlab.files import whole_file
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoint files that take their name once they are complete. Loads folders of sharded runs as well."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        target = Path(path)
+        with whole_file(target) as partial:
+            if target.is_dir():  # a sharded run goes on unsharded
+                shutil.rmtree(target)
+            torch.save(checkpoint, partial)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return checkpoints.read(path)
+
+
+class BF16Weights(MixedPrecision):
+    """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), half the memory.
+
+    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all. A
+    bf16 weight does not feel an update below 1/512 of itself: for the full recipe take bf16-mixed.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__("bf16-mixed", device_type)
+        self.precision = "bf16-true"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
 
 class FSDP2(ModelParallelStrategy):
-    """Every block of the transformer sharded over all devices of all nodes (`fully_shard`, see `VARModule`).
+    """Every block of the transformer sharded over devices (`fully_shard`, see `VARModule`).
 
-    Checkpoints are folders with one file a rank, or, without `save_distributed_checkpoint`, one ordinary file.
+    `num_replicas`: groups of devices that hold all weights together (HSDP): 1 shards over all devices of all nodes, the
+    number of nodes shards within each node and averages gradients across. Checkpoints are folders with one file a rank,
+    or, without `save_distributed_checkpoint`, one ordinary file. Either kind is resumed, on any number of devices.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        num_replicas: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
         )
+        self.num_replicas = num_replicas
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" counts nodes only
+        world_size = self.num_nodes * self.num_processes
+        if world_size % self.num_replicas:
+            raise ValueError(f"num_replicas={self.num_replicas} does not divide the {world_size} devices")
+        self._data_parallel_size = world_size  # Lightning's "auto" counts nodes only
         super().setup_environment()
+        if self.num_replicas > 1:
+            shape = (self.num_replicas, world_size // self.num_replicas)
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+            assert self.lightning_module is not None
+            self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        is_whole = not self._save_distributed_checkpoint
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=is_whole, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        return checkpoints.by_number(state) if is_whole and state else state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if not self._save_distributed_checkpoint:
+            if "ema" in checkpoint:
+                checkpoint["ema"] = {name: value.full_tensor().cpu() for name, value in checkpoint["ema"].items()}
+            return super().save_checkpoint(checkpoint, path)
+        sharded = {"state_dict": checkpoint.pop("state_dict"), "ema": checkpoint.pop("ema", {})}
+        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            sharded[f"optimizer_{i}"] = state
+        partial, old = checkpoints.sides(path)
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        dcp.save(sharded, checkpoint_id=partial)
+        if self.is_global_zero:
+            torch.save(checkpoint, partial / checkpoints.REST)
+            checkpoints.replace_folder(partial, path, old)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        assert self.model is not None and self.lightning_module is not None
+        if not path.is_dir():
+            return self.load_file(path)
+        rest = super().load_checkpoint(path, weights_only=True)
+        if "ema_updates" in rest:
+            weights = self.lightning_module.named_parameters()
+            rest["ema"] = {name: torch.empty_like(p.data) for name, p in weights if p.requires_grad}
+            dcp.load({"ema": rest["ema"]}, checkpoint_id=path)
+        return rest
+
+    def load_file(self, path: Path) -> dict[str, Any]:
+        """Weights and optimizer of an unsharded run, each rank taking its part."""
+        checkpoint, whole = checkpoints.read(path), StateDictOptions(full_state_dict=True)
+        assert self.model is not None
+        if self.optimizers:
+            (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+            set_optimizer_state_dict(self.model, optimizer, checkpoints.by_name(state, groups), options=whole)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        return checkpoint

@@ -6,35 +6,15 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torchmetrics import Metric
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from varlab import checkpoints, compute, losses, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.data.tokens import TokenBatch, TokenDataModule
+from varlab.models.transformer import RECOMPUTES, AdaLNBlock
 from varlab.models.var import VAR
-from varlab.training.optim import Schedule, parameter_groups
-
-
-class ImageMean(Metric):
-    """Mean of `num` figures over all images of all ranks; images of weight 0 (padding) do not count."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, num: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(num), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, figures: Tensor, weight: Tensor) -> None:
-        """Adds figures (B num) of a batch with weights (B)."""
-        self.total += weight @ figures
-        self.count += weight.sum()
-
-    def compute(self) -> Tensor:
-        """The means (num)."""
-        return self.total / self.count
+from varlab.training.optim import Progressive, Schedule, parameter_groups
+from varlab.training.scores import ImageMean
 
 
 class VARModule(LightningModule):
@@ -43,6 +23,7 @@ class VARModule(LightningModule):
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
     in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
     the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
+    `recompute`: see `AdaLNBlock`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
     """
 
     net: VAR
@@ -58,15 +39,24 @@ class VARModule(LightningModule):
         weight_decay_end: float | None = None,
         label_smoothing: float = 0.0,
         lr_reference_depth: int | None = None,
+        recompute: str = "none",
+        is_compiled: bool = False,
+        progressive: Progressive | None = None,
     ) -> None:
         super().__init__()
-        self.make_net = net
+        if recompute not in RECOMPUTES:
+            raise ValueError(f"module.recompute={recompute!r}: choose one of {', '.join(RECOMPUTES)}")
+        self.make_net, self.recompute, self.is_compiled = net, recompute, is_compiled
+        self.tokenizer_path = tokenizer
         self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
-        self.schedule, self.base_lr, self.betas = schedule, base_lr, (betas[0], betas[1])
+        self.progressive = progressive
+        self.schedule = schedule if progressive is None else progressive.schedule(schedule)
+        self.base_lr, self.betas = base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
         self.label_smoothing, self.lr_reference_depth = label_smoothing, lr_reference_depth
-        self.val_scores = ImageMean(2 * len(self.tokenizer.patch_nums) + 1)
+        self.trained_scales = num_scales = len(self.tokenizer.patch_nums)
+        self.val_scores, self.val_scores_raw = ImageMean(2 * num_scales + 1), ImageMean(2 * num_scales + 1)
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):
@@ -81,17 +71,30 @@ class VARModule(LightningModule):
             codebook_dim=sizes["codebook_dim"],
             num_classes=data.num_classes,
         )
+        if self.trainer.precision == "bf16-true":
+            self.net.to(torch.bfloat16)
+        for block in self.net.blocks:
+            assert isinstance(block, AdaLNBlock)
+            block.recompute = self.recompute
+            if self.is_compiled:
+                block.forward = torch.compile(block.forward)
         if self.device_mesh is not None:
-            for block in self.net.blocks:
-                fully_shard(block, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            self.shard()
+
+    def shard(self) -> None:
+        """FSDP2, or HSDP on a mesh of two dimensions. Blocks are gathered in bf16 where they compute in bf16 anyway."""
+        assert self.device_mesh is not None
+        is_hybrid = self.device_mesh.ndim == 2 and "replicate" in (self.device_mesh.mesh_dim_names or ())
+        mesh = self.device_mesh if is_hybrid else self.device_mesh["data_parallel"]
+        policy = MixedPrecisionPolicy()
+        if self.trainer.precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.net, mesh=mesh)
+        register_fsdp_forward_method(self.net, "predict_scale")  # sampling for pictures
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} would round the frozen tokenizer too, which changes its tokens:"
-                " use bf16-mixed"
-            )
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, TokenDataModule):
             if data.manifest["patch_nums"] != self.tokenizer.patch_nums:
@@ -143,34 +146,64 @@ class VARModule(LightningModule):
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         sequence, token_maps = self.tokens(batch)
-        logits = self.logits(token_maps, batch.labels)
-        loss = losses.cross_entropy(logits, sequence, self.label_smoothing).mean()
+        num_scales, newest_weight = self.active_scales()
+        self.trained_scales = num_scales
+        active = scales.spans(self.net.patch_nums)[num_scales - 1][1]
+        logits = self.logits(token_maps[:num_scales], batch.labels)
+        by_token = losses.cross_entropy(logits, sequence[:, :active], self.label_smoothing)
+        if newest_weight != 1:
+            newest = scales.lengths(self.net.patch_nums)[num_scales - 1]
+            by_token = torch.cat([by_token[:, :-newest], newest_weight * by_token[:, -newest:]], dim=1)
+        loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # each token 1/L, however many are active
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            scores = losses.token_scores(logits, sequence, self.net.patch_nums)
+            scores = losses.token_scores(logits, sequence[:, :active], self.net.patch_nums[:num_scales])
             self.log_scores("train", scores.loss.mean(dim=0), scores.error.mean(dim=0))
             self.log("lr", self.lr)
+            if self.progressive is not None:
+                self.log("train/num_scales", float(num_scales))
         return loss
 
+    def active_scales(self) -> tuple[int, float]:
+        """(number of scales that this step trains, weight of the finest of them): all and 1 but in progressive training."""
+        num_scales = len(self.net.patch_nums)
+        if self.progressive is None:
+            return num_scales, 1.0
+        total = int(self.trainer.estimated_stepping_batches)
+        return self.progressive.stage(self.global_step, total, self.schedule.warmup_steps(total), num_scales)
+
     def log_scores(self, split: str, loss: Tensor, error: Tensor) -> None:
-        """Loss (nats a token) and error (percent): over all tokens, of the last scale, of each scale."""
+        """Loss (nats a token) and error (percent): over all (active) tokens, of the last scale, of each scale."""
+        patch_nums = self.net.patch_nums[: len(loss)]
         for name, by_scale in [("loss", loss), ("err", error)]:
-            self.log(f"{split}/{name}", losses.over_tokens(by_scale, self.net.patch_nums), prog_bar=True)
+            self.log(f"{split}/{name}", losses.over_tokens(by_scale, patch_nums), prog_bar=True)
             self.log(f"{split}/{name}_last", by_scale[-1])
             self.log_dict({f"{split}/{name}_scale_{k:02d}": value for k, value in enumerate(by_scale)})
 
     def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
+        self.score(batch, self.val_scores)
+
+    def validation_step_raw(self, batch: ImageBatch | TokenBatch) -> None:
+        """The same for the weights as trained, where an average of them is validated (see `EMA`)."""
+        self.score(batch, self.val_scores_raw)
+
+    def score(self, batch: ImageBatch | TokenBatch, scores: ImageMean) -> None:
+        """Adds loss and error of a batch, by scale, and the square of the loss."""
         sequence, token_maps = self.tokens(batch)
-        scores = losses.token_scores(self.logits(token_maps, batch.labels), sequence, self.net.patch_nums)
-        square = losses.over_tokens(scores.loss, self.net.patch_nums).square()
-        self.val_scores.update(torch.cat([scores.loss, scores.error, square[:, None]], dim=1), batch.weight)
+        found = losses.token_scores(self.logits(token_maps, batch.labels), sequence, self.net.patch_nums)
+        square = losses.over_tokens(found.loss, self.net.patch_nums).square()
+        scores.update(torch.cat([found.loss, found.error, square[:, None]], dim=1), batch.weight)
 
     def on_validation_epoch_end(self) -> None:
-        loss, error, square = self.val_scores.compute().tensor_split([num := len(self.net.patch_nums), 2 * num])
-        self.log_scores("val", loss, error)
-        variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
-        num_images = self.trainer.datamodule.num_val  # pyright: ignore[reportAttributeAccessIssue]
-        self.log("val/loss_se", (variance.clamp(min=0) / num_images).sqrt())
-        self.val_scores.reset()
+        num = len(self.net.patch_nums)
+        for split, scores in [("val", self.val_scores), ("val_raw", self.val_scores_raw)]:
+            if not scores.update_called:
+                continue
+            loss, error, square = scores.compute().tensor_split([num, 2 * num])
+            self.log_scores(split, loss, error)
+            variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
+            num_images = self.trainer.datamodule.num_val  # pyright: ignore[reportAttributeAccessIssue]
+            self.log(f"{split}/loss_se", (variance.clamp(min=0) / num_images).sqrt())
+            scores.reset()
 
     def run_facts(self) -> dict[str, Any]:
         """What a row of the table of runs says about the network and its cost for one image."""
@@ -180,9 +213,7 @@ class VARModule(LightningModule):
             "depth": self.net.depth,
             "width": self.net.width,
             **compute.parameter_counts(self.net.sizes),
-            "tokens_per_image": scales.num_tokens(self.net.patch_nums),
-            "flops_exact_per_image": compute.training_flops(self.net.sizes),
-            "flops_6nd_per_image": compute.six_nd(self.net.sizes),
+            **self.facts_per_image(len(self.net.patch_nums)),
             "flops_tokenizer_per_image": compute.tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
             "tokenizer_id": self.tokenizer_fingerprint,
             "patch_nums": self.net.patch_nums,
@@ -192,6 +223,19 @@ class VARModule(LightningModule):
             "warmup": self.schedule.warmup,
             "weight_decay": self.weight_decay[0],
         }
+
+    def facts_per_image(self, num_scales: int) -> dict[str, int]:
+        """Tokens and FLOPs of one image of which `num_scales` scales are trained."""
+        sizes = {**self.net.sizes, "patch_nums": self.net.patch_nums[:num_scales]}
+        return {
+            "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
+            "flops_exact_per_image": compute.training_flops(sizes),
+            "flops_6nd_per_image": compute.six_nd(sizes),
+        }
+
+    def step_facts(self) -> dict[str, int]:
+        """What of `run_facts` was different in this step."""
+        return {} if self.progressive is None else self.facts_per_image(self.trained_scales)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["varlab"] = checkpoints.networks_entry(self.tokenizer, self.net, self.class_names)

@@ -1,0 +1,69 @@
+"""`varlab sweep`: what became of a multirun, from its ledger; goes on with it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from varlab.files import load_json
+
+USAGE = """varlab sweep ACTION FOLDER: a multirun's ledger
+  status         how many jobs are finished, running, failed, stopped, pending; each failure with its log
+  resume         continue stopped jobs and start pending ones
+  retry-failed   run failed jobs again, from their last checkpoint
+  table          one row a job, as CSV: FOLDER/runs.csv"""
+
+
+def status(folder: Path) -> None:
+    """Prints the ledger."""
+    from varlab.jobs import report
+
+    print(report(folder))
+
+
+def again(folder: Path, choice: str) -> None:
+    """The sweep's own command, limited to some jobs."""
+    from varlab.jobs import CHOICE
+
+    plan = load_json(folder / "sweep.json", "varlab train --multirun")
+    command = [sys.executable, "-m", "varlab.train", *plan["argv"]]
+    answer = subprocess.run(command, cwd=plan["cwd"], env={**os.environ, CHOICE: choice}, check=False)
+    raise SystemExit(answer.returncode)
+
+
+def table(folder: Path) -> None:
+    """Writes one row a job: its state beside what its run wrote down."""
+    from varlab.jobs import states
+    from varlab.scaling.runs import write_csv
+
+    rows = []
+    for overrides, state, known in states(folder):
+        file = Path(known.get("folder", "")) / "run.json"
+        row = load_json(file, "varlab train") if known and file.is_file() else {}
+        rows.append({"job": " ".join(overrides), "job_state": state, **row})
+    write_csv(rows, folder / "runs.csv")
+    print(f"{len(rows)} jobs: {folder / 'runs.csv'}")
+
+
+def main() -> None:
+    """Runs one action on one folder."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    actions = {
+        "status": status,
+        "resume": lambda folder: again(folder, "resume"),
+        "retry-failed": lambda folder: again(folder, "retry-failed"),
+        "table": table,
+    }
+    if len(arguments) != 2 or arguments[0] not in actions:
+        sys.exit(f"varlab sweep: {' '.join(arguments)!r} is not ACTION FOLDER\n\n{USAGE}")
+    try:
+        actions[arguments[0]](Path(arguments[1]))
+    except ValueError as error:
+        sys.exit(f"varlab sweep: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What a run leaves behind: its row in the table of runs, its progress on the screen, its last words."""
+
+import csv
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import ProgressBar
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from varlab.files import save_json, whole_file
+from varlab.training.loggers import run_id
+
+
+class RunRecord(Callback):
+    """Counts what a run costs and writes its row, `run.json`, at each validation and at the end.
+
+    Counters (images, tokens, FLOPs, device seconds) are part of the checkpoint, so they survive a restart.
+    """
+
+    COUNTERS = ("images_seen", "tokens_seen", "flops_exact", "flops_6nd", "flops_tokenizer", "device_seconds")
+
+    def __init__(self, folder: str, seed: int) -> None:
+        self.folder, self.seed = Path(folder), seed
+        self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
+        self.facts: dict[str, Any] = {}
+        self.validated_step = self.total_steps = -1
+        self.state = "running"
+        self.logged_time = self.batch_time = self.validation_start = 0.0
+        self.logged_images = self.logged_flops = 0.0
+        self.peak_flops: float | None = None
+        self.scores: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counters": dict(self.counters), "total_steps": self.total_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counters, self.total_steps = dict(state_dict["counters"]), state_dict["total_steps"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.facts = pl_module.run_facts()  # pyright: ignore[reportCallIssue]
+        self.peak_flops = (
+            get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.total_steps = int(trainer.estimated_stepping_batches)
+        self.batch_time = self.logged_time = time.perf_counter()
+        self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
+
+    def total_flops(self) -> int | float:
+        """FLOPs so far, network and tokenizer."""
+        return self.counters["flops_exact"] + self.counters["flops_tokenizer"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        images, now = len(batch.labels) * trainer.world_size, time.perf_counter()
+        facts = {**self.facts, **pl_module.step_facts()}  # pyright: ignore[reportCallIssue]
+        self.counters["images_seen"] += images
+        self.counters["tokens_seen"] += images * facts["tokens_per_image"]
+        for key in ("flops_exact", "flops_6nd", "flops_tokenizer"):
+            self.counters[key] += images * facts.get(f"{key}_per_image", 0)
+        self.counters["device_seconds"] += (now - self.batch_time) * trainer.world_size
+        self.batch_time = now
+        if trainer.global_step % trainer.log_every_n_steps or trainer.global_step == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        seconds = max(now - self.logged_time, 1e-9)
+        flops_per_second = (self.total_flops() - self.logged_flops) / seconds
+        pl_module.log_dict({f"count/{key}": float(value) for key, value in self.counters.items()})
+        pl_module.log(
+            "speed/images_per_second", (self.counters["images_seen"] - self.logged_images) / seconds, prog_bar=True
+        )
+        pl_module.log("speed/flops_per_second", flops_per_second)
+        if self.peak_flops:
+            pl_module.log("speed/mfu", flops_per_second / trainer.world_size / self.peak_flops, prog_bar=True)
+        skipped = float(trainer.datamodule.skipped)  # pyright: ignore[reportAttributeAccessIssue]
+        pl_module.log("data/skipped", skipped, sync_dist=True, reduce_fx="sum")
+        self.logged_time, self.logged_images, self.logged_flops = now, self.counters["images_seen"], self.total_flops()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.batch_time = time.perf_counter()  # validation is not training time
+        self.logged_time += self.batch_time - self.validation_start
+        if trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        self.scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+        self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state = "stopped"  # unless it is finished
+        self.write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.state = "failed"
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the run's row; units in the README of `experiments/`."""
+        if not trainer.is_global_zero or not self.facts:
+            return
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        unique = sum(data.shard_counts)
+        row = {
+            "run_id": run_id(self.folder),
+            "name": self.folder.name,
+            "state": "finished" if trainer.global_step == self.total_steps else self.state,
+            **{key: value for key, value in self.facts.items() if not key.endswith("_per_image")},
+            **self.counters,
+            "step": trainer.global_step,
+            "unique_images": unique,
+            "epochs": self.counters["images_seen"] / unique,
+            "batch": data.global_batch_size,
+            "dataset_id": data.data_fingerprint,
+            "class_names": len(data.class_names),
+            "seed": self.seed,
+            "device": torch.cuda.get_device_name(pl_module.device)
+            if pl_module.device.type == "cuda"
+            else pl_module.device.type,
+            "num_devices": trainer.world_size,
+            "precision": str(trainer.precision),
+            "torch": torch.__version__,
+            "val_images": data.num_val,
+            **{key.replace("/", "_"): value for key, value in self.scores.items()},
+            "git_commit": git_commit(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        save_json(self.folder / "run.json", row)
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, None outside a checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None
+
+
+class Progress(ProgressBar):
+    """One bar over the whole run: loss, error, images a second, MFU where the device's peak is known; the time that is left
+    is the run's, not the epoch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar: tqdm | None = None
+
+    def disable(self) -> None:
+        self.close()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            total = int(trainer.estimated_stepping_batches)
+            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is None:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            shown = {name.split("/")[-1]: value for name, value in trainer.progress_bar_metrics.items()}
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar on the screen as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def summary(folder: Path) -> str:
+    """What a run came to and where its results lie; draws `curves.png` beside them."""
+    row = json.loads((folder / "run.json").read_text())
+    scores = [f"{key} {row[key]:.4g}" for key in ("val_loss", "val_loss_last", "val_err", "val_psnr") if key in row]
+    seconds, devices = row["device_seconds"], row["num_devices"]
+    saved = sorted((folder / "checkpoints").glob("[!.]*"))
+    lines = [
+        f"{folder}: {row['state']} at step {row['step']:,}, {row['images_seen']:,} images ({row['epochs']:.3g} epochs),"
+        f" {seconds / devices / 60:.1f} minutes of training on {devices} x {row['device']}",
+        f"  {', '.join(scores) or 'not validated'}",
+        f"  checkpoints: {', '.join(str(path) for path in saved)}",
+    ]
+    if draw_curves(folder):
+        lines.append(f"  curves: {folder / 'curves.png'} (figures: {folder / 'metrics.csv'})")
+    return "\n".join(lines)
+
+
+def read_curves(file: Path) -> dict[str, dict[int, float]]:
+    """metrics.csv as {name: {step: value}}. A step that was repeated after a restart counts as it was the last time."""
+    curves: dict[str, dict[int, float]] = {}
+    if file.is_file():
+        with open(file, newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and row["step"] and name not in ("step", "epoch"):
+                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def draw_curves(folder: Path) -> bool:
+    """Loss, error or PSNR, gradient norm and speed against the step; False where nothing was logged."""
+    curves = read_curves(folder / "metrics.csv")
+    panels = [
+        {name: curves[name] for name in names if name in curves}
+        for names in (
+            ("train/loss", "val/loss", "val_raw/loss"),
+            ("train/err", "val/err", "val/psnr"),
+            ("train/grad_norm",),
+            ("speed/images_per_second",),
+        )
+    ]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return False
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, curve in panel.items():
+            axes.plot(list(curve), list(curve.values()), label=name, marker="o" if len(curve) < 20 else None, ms=3)
+        axes.set(xlabel="step")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    with whole_file(folder / "curves.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    return True

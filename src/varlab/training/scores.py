@@ -1,0 +1,26 @@
+"""Means over the validation images."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ImageMean(Metric):
+    """Mean of `num` figures over all images of all ranks; images of weight 0 (padding) do not count."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(num), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, figures: Tensor, weight: Tensor) -> None:
+        """Adds figures (B num) of a batch with weights (B)."""
+        self.total += weight @ figures
+        self.count += weight.sum()
+
+    def compute(self) -> Tensor:
+        """The means (num)."""
+        return self.total / self.count

@@ -1,0 +1,290 @@
+"""Ways of training that change nothing about the result: sharded, recomputed, compiled, in bf16, stopped and moved."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PATCH_NUMS, make_var
+from lightning.pytorch.plugins import Precision
+from runs import command, fit, kill_at, log_to, logged_losses, weights
+
+from varlab import checkpoints
+from varlab.training.optim import Progressive, Schedule
+
+CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
+EMA = ["callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9}"]
+
+
+@pytest.fixture
+def still(var_overrides):
+    """Nothing that draws other numbers on other ranks."""
+    return [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
+
+
+def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
+    """Weights, averages and moments of two runs' checkpoints."""
+    a, b = (checkpoints.read(folder / "checkpoints/last.ckpt") for folder in (a, b))
+    for part in ("state_dict", "ema"):
+        assert a.get(part, {}).keys() == b.get(part, {}).keys()
+        for name, value in a.get(part, {}).items():
+            torch.testing.assert_close(b[part][name], value, rtol=rtol, atol=1e-5, msg=f"{part} {name}")
+    a, b = a["optimizer_states"][0], b["optimizer_states"][0]
+    assert [group["params"] for group in a["param_groups"]] == [group["params"] for group in b["param_groups"]]
+    for i, moments in a["state"].items():
+        for key, value in moments.items():
+            torch.testing.assert_close(b["state"][i][key], value, rtol=1e-2, atol=1e-5, msg=f"{key} of {i}")
+
+
+def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
+    """FSDP2 on two processes until step 3, one process until 6, FSDP2 again: all as in one process throughout."""
+    fit(tmp_path / "whole", *still, *EMA, *log_to(tmp_path / "whole.log"))
+    moved = [tmp_path / "moved", *still, *EMA, *log_to(tmp_path / "moved.log"), "ckpt_path=last"]
+    command(*moved, *FSDP, *kill_at(5), processes=2)
+    assert (tmp_path / "moved/checkpoints/last.ckpt/.metadata").is_file()
+    command(*moved, *kill_at(7))
+    assert (tmp_path / "moved/checkpoints/last.ckpt").is_file()
+    finished = command(*moved, *FSDP, processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    same(tmp_path / "whole", tmp_path / "moved")
+    assert list((tmp_path / "moved/pictures").glob("samples-*.png"))
+    tokenizer, var, _ = checkpoints.load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
+    assert torch.equal(var.head.weight, checkpoints.read(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"])
+
+
+def test_a_sharded_run_can_write_one_file(tmp_path, still):
+    fit(tmp_path / "whole", *still, *EMA)
+    one_file = [*still, *EMA, *FSDP, "trainer.strategy.save_distributed_checkpoint=false"]
+    finished = command(tmp_path / "file", *one_file, processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (tmp_path / "file/checkpoints/last.ckpt").is_file()
+    same(tmp_path / "whole", tmp_path / "file")
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_replicas_of_shards_train_as_one_process(processes, tmp_path, still):
+    hsdp = [*still, "trainer=hsdp", *CPU, f"trainer.devices={processes}", "trainer.strategy.num_replicas=2"]
+    hsdp += ["trainer.strategy.process_group_backend=gloo"]
+    fit(tmp_path / "whole", *still)
+    finished = command(tmp_path / "hsdp", *hsdp, processes=processes)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    same(tmp_path / "whole", tmp_path / "hsdp")
+
+
+def test_two_nodes_train_as_one_process(tmp_path, still):
+    """Two torchrun agents of one process each, meeting on the loopback address."""
+    fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
+    settings = [*still, "trainer=multinode", *CPU, "trainer.devices=1", "nodes=2", *log_to(tmp_path / "two.log")]
+    folder = [f"run_dir={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'two'}", "name=two"]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port=29517"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={node}", "-m", "varlab.train"]
+            + [*folder, *settings],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    said = [agent.communicate(timeout=200)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:]
+    one = [float.fromhex(loss) for loss in logged_losses(tmp_path / "whole.log").values()]
+    ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "two.log", rank).values()] for rank in (0, 1)]
+    assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-4)
+
+
+def test_bf16_weights_leave_the_tokenizer_and_its_tokens_alone(tmp_path, still, digits_folder):
+    images = ["data=images", "resolution=16px", "data.resize_ratio=1.0", "data.random_crop=false", "data.num_workers=0"]
+    images = [*still, *images, f"data.path={digits_folder}"]
+    for name, precision in [("fp32", "32-true"), ("bf16", "bf16-true")]:
+        fit(tmp_path / name, *images, f"trainer.precision={precision}", *log_to(tmp_path / f"{name}.log"))
+    fp32, bf16 = (weights(tmp_path / name) for name in ("fp32", "bf16"))
+    for name, value in bf16.items():
+        assert value.dtype == (torch.bfloat16 if name.startswith("net.") and value.is_floating_point() else fp32[name].dtype)
+        if name.startswith("tokenizer."):
+            assert torch.equal(value, fp32[name]), name
+    fp32, bf16 = (list(logged_losses(tmp_path / f"{name}.log").values()) for name in ("fp32", "bf16"))
+    assert [float.fromhex(x) for x in bf16] == pytest.approx([float.fromhex(x) for x in fp32], rel=5e-3)
+    assert bf16 != fp32
+    assert json.loads((tmp_path / "bf16/run.json").read_text())["precision"] == "bf16-true"
+
+
+def saved_bytes(recompute: str) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that the backward pass of a VAR waits with, and its gradients."""
+    torch.manual_seed(0)
+    var, kept = make_var(drop_path=0.3).train(), {}
+    for block in var.blocks:
+        block.recompute = recompute
+    inputs, labels = torch.randn(4, 29, 6), torch.tensor([0, 1, 2, 0])
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = var(inputs, labels).square().mean()
+    loss.backward()
+    return sum(kept.values()), [p.grad for p in var.parameters() if p.grad is not None]
+
+
+def test_recomputed_activations_give_the_same_gradients_from_less_memory():
+    everything, expected = saved_bytes("none")
+    selective, few = saved_bytes("selective"), saved_bytes("all")
+    assert few[0] < 0.5 * everything
+    for gradients in (selective[1], few[1]):
+        for a, b in zip(expected, gradients, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiled_blocks_train_the_same_without_recompiling(tmp_path, still):
+    """Ten blocks with ten rates of drop path, validation in between: graphs are made once, not once a block."""
+    deep = [*still, "model.depth=10", "model.drop_path=0.0", "val_every=3"]
+    answers = [
+        command(tmp_path / name, *deep, f"module.is_compiled={name == 'compiled'}", *log_to(tmp_path / f"{name}.log"), *extra)
+        for name, extra in [
+            ("eager", []),
+            ("compiled", ["+callbacks.graphs._target_=kill.GraphLog", f"+callbacks.graphs.file={tmp_path / 'graphs'}"]),
+        ]
+    ]
+    assert [answer.returncode for answer in answers] == [0, 0], answers[1].stderr[-3000:]
+    eager, compiled = (
+        [float.fromhex(loss) for loss in logged_losses(tmp_path / f"{name}.log").values()] for name in ("eager", "compiled")
+    )
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    graphs = [int(line) for line in (tmp_path / "graphs").read_text().split()]
+    assert 0 < graphs[0] <= 3 and graphs[5] == graphs[-1]
+
+
+def test_drop_path_rates_do_not_make_a_graph_for_each_block(tmp_path, var_overrides):
+    settings = [*var_overrides, "model.depth=10", "model.drop_path=0.3", "module.is_compiled=true", "val_every=3"]
+    graphs = ["+callbacks.graphs._target_=kill.GraphLog", f"+callbacks.graphs.file={tmp_path / 'graphs'}"]
+    answer = command(tmp_path / "run", *settings, *graphs)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    made = [int(line) for line in (tmp_path / "graphs").read_text().split()]
+    assert made[0] <= 4 and made[5] == made[-1]
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, still):
+    fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
+    again = [tmp_path / "killed", *still, *log_to(tmp_path / "killed.log"), "ckpt_path=last"]
+    killed = command(*again, "+callbacks.kill._target_=kill.KillWhileSaving", "+callbacks.kill.nth=2")
+    assert killed.returncode == -9
+    assert torch.load(tmp_path / "killed/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    fit(*again)
+    assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "killed.log")
+
+
+def test_the_best_checkpoints_are_kept_by_validation_loss(tmp_path, still):
+    fit(tmp_path, *still, "val_every=2", "callbacks.best.save_top_k=3")
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best-0000004.ckpt", "best-0000006.ckpt", "best-0000008.ckpt", "last.ckpt"]  # the loss falls
+
+
+def test_raw_weights_are_validated_beside_their_average(tmp_path, still):
+    beside = "callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9, is_raw_validated: true}"
+    fit(tmp_path / "both", *still, beside)
+    fit(tmp_path / "average", *still, *EMA)
+    fit(tmp_path / "raw", *still)
+    both, average, raw = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "average", "raw"))
+    assert both["val_loss"] == average["val_loss"] != raw["val_loss"] == both["val_raw_loss"]
+    assert both["val_raw_err_last"] == raw["val_err_last"]
+    for (name, a), b in zip(weights(tmp_path / "both").items(), weights(tmp_path / "raw").values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_path, still):
+    fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp"] if processes == 2 else []
+    again = [tmp_path / "stopped", *still, *ddp, "save_every=1000", "callbacks.signals.check_every=1", "ckpt_path=last"]
+    stopped = command(*again, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGTERM}", *log_to(tmp_path / "log"))
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
+    assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    assert json.loads((tmp_path / "stopped/run.json").read_text())["state"] == "stopped"
+    assert "stopped at step 5" in stopped.stdout
+    finished = command(*again, *log_to(tmp_path / "log"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    if processes == 1:
+        assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "log")
+    same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_signal_before_the_time_limit_puts_a_slurm_job_back_into_the_queue(tmp_path, still):
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path / 'said'}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    warned = [*still, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGUSR1}"]
+    queue = {"SLURM_JOB_ID": "4711", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert command(tmp_path / "run", *warned, **queue).returncode == 75
+    assert (tmp_path / "said").read_text() == "requeue 4711\n"
+
+
+PROGRESSIVE = Progressive(share=0.5, first_scales=1)
+
+
+def test_scales_enter_one_by_one_as_released():
+    """Against the rule as the specification writes it, step by step."""
+    total, warmup, num_scales = 1000, 20, 10
+    progressive, in_stage, before = Progressive(share=0.4, first_scales=4), 0, None
+    seen = []
+    for step in range(total):
+        stage = 4 + round((9 - 4) * (step - warmup) / (0.4 * total - warmup))
+        stage = 4 if step <= warmup else 9 if step >= 0.4 * total else stage
+        in_stage = in_stage + 1 if stage == before else 0
+        before = stage
+        weight = 1.0 if stage == 4 else min(max(in_stage / (total / 300), 0.01), 1.0)
+        assert progressive.stage(step, total, warmup, num_scales) == (stage + 1, pytest.approx(weight)), step
+        seen.append(stage)
+    assert seen[0] == 4 and sorted(set(seen)) == [4, 5, 6, 7, 8, 9]
+
+
+def test_progressive_training_takes_the_released_schedule():
+    assert PROGRESSIVE.schedule(Schedule("cos")).shape == "lin0.5"
+    with pytest.raises(ValueError, match=r"progressive.share=1.5: give a share of the run between 0 and 1"):
+        Progressive(share=1.5)
+
+
+def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, still):
+    """The first step sees 1 + 4 of 30 tokens, each with weight 1/30, and costs the FLOPs of those."""
+    gradual = "module.progressive={_target_: varlab.training.optim.Progressive, share: 0.5, first_scales: 1}"
+    fit(tmp_path / "gradual", *still, gradual, *log_to(tmp_path / "gradual.log"))
+    fit(tmp_path / "plain", *still, *log_to(tmp_path / "plain.log"))
+    first, plain = (float.fromhex(logged_losses(tmp_path / f"{name}.log")[1]) for name in ("gradual", "plain"))
+    assert first == pytest.approx(plain * 5 / 30, rel=0.02)  # all tokens cost ln V at the start
+    rows = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("gradual", "plain")]
+    assert rows[0]["tokens_seen"] < rows[1]["tokens_seen"] and rows[0]["flops_exact"] < rows[1]["flops_exact"]
+    seen = [PROGRESSIVE.stage(step, 9, 0, len(PATCH_NUMS))[0] for step in range(9)]
+    assert rows[0]["tokens_seen"] == 8 * sum(sum(pn * pn for pn in PATCH_NUMS[:n]) for n in seen)
+    killed = command(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), *kill_at(4), "ckpt_path=last")
+    assert killed.returncode == -9
+    fit(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
+    assert logged_losses(tmp_path / "gradual.log") == logged_losses(tmp_path / "killed.log")
+
+
+def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
+    spike = "+callbacks.poison={_target_: kill.Grow, step: 7, factor: 1000.0}"
+    fit(tmp_path, *still, spike)
+    assert any("step 7: the gradient's norm is" in record.message and "usually" in record.message for record in caplog.records)
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Health"]
+    assert saved["num_spikes"] == 1
+
+
+def test_a_loss_scale_that_vanishes_ends_the_run(tmp_path, still, monkeypatch):
+    """16-mixed needs a GPU: here a scaler is put beside the precision of a CPU run."""
+    scale = [1024.0]
+    monkeypatch.setattr(Precision, "scaler", SimpleNamespace(get_scale=lambda: scale[0]), raising=False)
+    fit(tmp_path / "fine", *still)
+    rows = list(csv.DictReader((tmp_path / "fine/metrics.csv").open()))
+    assert {row["train/loss_scale"] for row in rows} - {""} == {"1024.0"}
+    scale[0] = 1e-6
+    with pytest.raises(ValueError, match="the loss scale of 16-mixed fell to 1e-06"):
+        fit(tmp_path / "vanished", *still)
