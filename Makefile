@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth scaling sample bench-data
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample bench-data
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ train-d16: ## VAR at the paper's sizes (d12 d16 d20 d24; d30 d36 with FSDP2): AR
 
 sweep-depth: $(INSTALLED) ## sweep over depth: ARGS="tokenizer=FILE data.path=data/mine_tokens steps=N"
 	$(BIN)/varlab train --multirun experiment=depth_scaling model=var_d2,var_d3,var_d4,var_d6,var_d8 $(ARGS)
+
+sweep-wandb: $(INSTALLED) ## the same grid as a W&B sweep, for agents on many machines (needs `wandb login`)
+	$(BIN)/wandb sweep $(ARGS) experiments/depth_scaling/sweep.yaml
 
 scaling: $(INSTALLED) ## runs -> power laws and figure: ARGS="source=runs/depth_scaling out=runs/depth_scaling/fit"
 	$(BIN)/varlab scaling $(ARGS)

@@ -69,8 +69,9 @@ def slurm_script(config: DictConfig) -> str | None:
 
     settings: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # pyright: ignore[reportAssignmentType]
     own = {"_target_", "submitit_folder", "max_num_timeout"}
-    given = SlurmExecutor._convert_parameters({key: value for key, value in settings.items() if key not in own})
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in settings.items() if key not in own and value is not None}
+    executor = object.__new__(SlurmExecutor)  # its constructor wants to see srun
+    given = executor._convert_parameters(given)
     command = f"{sys.executable} -m submitit.core._submit {settings['submitit_folder']}"
     return _make_sbatch_string(command=command, folder=settings["submitit_folder"], **given)
 
@@ -87,7 +88,8 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
     known = entry(folder)
     if known and known["fingerprint"] != fingerprint:
         raise CompactHydraException(
-            f"{folder} holds a job with other settings ({', '.join(changed(folder, config))}): choose another name=..."
+            f"{folder} holds a job with other settings ({', '.join(changed(folder, config))}): choose another name=..., or, where"
+            " jobs of one sweep meet in a folder, hydra.sweep.subdir='${hydra:job.override_dirname}'"
         )
     if known and is_alive(known):
         raise CompactHydraException(f"{folder} is being run by process {known['pid']} on {known['host']}")

@@ -15,11 +15,11 @@ from varlab.files import whole_file
 
 
 def run_id(folder: str | Path) -> str:
-    """The identity of a run, kept in its folder so that a resumed run stays one run."""
+    """The identity of a run, kept in its folder so that a resumed run stays one run. An agent of a W&B sweep gives its own."""
     file = Path(folder) / "run_id"
     if not file.is_file():
         with whole_file(file) as partial:
-            partial.write_text(secrets.token_hex(4))
+            partial.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     return file.read_text().strip()
 
 
