@@ -48,6 +48,7 @@ def command(folder: Path, *overrides: str, processes: int = 1, **variables: str)
     else:
         start += ["varlab.cli", "train"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline", **variables}
+    environment.pop("WANDB_SERVICE", None)  # of the tests' own process
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
     return subprocess.run(
         [*start, *hydra, *overrides],

@@ -47,7 +47,10 @@ def test_two_jobs_of_two_ranks_each_and_again_without_repeating(tmp_path, sweep)
     jobs = ledger(tmp_path)
     assert [job["state"] for job in jobs.values()] == ["finished"] * 2
     rows = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/sweep/*/run.json"))]
-    assert [(row["depth"], row["num_devices"], row["state"]) for row in rows] == [(1, 2, "finished"), (2, 2, "finished")]
+    assert [(row["depth"], row["num_devices"], row["state"]) for row in rows] == [
+        (1, 2, "finished"),
+        (2, 2, "finished"),
+    ]
     assert [job["value"] for job in jobs.values()] == [row["val_loss"] for row in rows]
     assert "sweep runs/sweep: 2 finished" in said
     code, said = sweep(*settings)
@@ -111,7 +114,9 @@ def test_joblib_runs_jobs_side_by_side(tmp_path, sweep):
 def test_submitit_puts_a_warned_job_back_into_its_queue(tmp_path, sweep):
     """USR2, the warning before the time limit, goes to submitit's process: the run saves, the job is started anew and ends."""
     warn = ["+callbacks.warn={_target_: kill.Signal, step: 4, name: SIGUSR2, to_parent: true}", "save_every=1000"]
-    code, said = sweep(*sweep.settings, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60", *warn, "model.depth=1,2")
+    code, said = sweep(
+        *sweep.settings, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60", *warn, "model.depth=1,2"
+    )
     logs = "".join(path.read_text() for path in tmp_path.rglob("*_log.*"))
     assert code == 0, said[-2000:] + logs[-3000:]
     assert [job["state"] for job in ledger(tmp_path).values()] == ["finished"] * 2
@@ -121,10 +126,17 @@ def test_submitit_puts_a_warned_job_back_into_its_queue(tmp_path, sweep):
 
 
 def test_a_dry_run_shows_the_jobs_and_the_script_for_slurm(tmp_path, sweep):
-    code, said = sweep(*sweep.settings, "model.depth=1,2", "hydra/launcher=slurm", "nodes=4", "trainer=multinode", "dry_run=true")
+    code, said = sweep(
+        *sweep.settings, "model.depth=1,2", "hydra/launcher=slurm", "nodes=4", "trainer=multinode", "dry_run=true"
+    )
     assert code == 0, said[-2000:]
     assert "2 jobs in runs/sweep" in said and "model.depth=2" in said
-    for line in ("#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8", "#SBATCH --signal=USR2@300"):
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --signal=USR2@300",
+    ):
         assert line in said, said
     assert not (tmp_path / "runs").exists()
 

@@ -67,12 +67,16 @@ def test_the_plan_of_the_paper_says_what_the_run_will_count(tmp_path, capsys):
 def test_the_plan_counts_with_the_tokenizer_and_data_given(tmp_path, capsys, var_overrides):
     train.run(config(tmp_path, *var_overrides, "plan=true"))
     said = capsys.readouterr().out
-    assert "30 tokens an image on maps of 1, 2, 3, 4" in said and "9 steps of 8 images" in said and "assumed" not in said
+    assert (
+        "30 tokens an image on maps of 1, 2, 3, 4" in said and "9 steps of 8 images" in said and "assumed" not in said
+    )
 
 
 def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
     alone = ["experiment=var_d30", "trainer=gpu", "plan=true"]
-    with pytest.raises(ValueError, match=r"needs [\d.]+ GB of 77.0 on each h100 .*: the cheapest layout that fits is trainer=gpu"):
+    with pytest.raises(
+        ValueError, match=r"needs [\d.]+ GB of 77.0 on each h100 .*: the cheapest layout that fits is trainer=gpu"
+    ):
         train.run(config(tmp_path, *alone))
     with pytest.raises(ValueError, match="does not fit 1 x h100 .80 GB. in any layout: take more devices"):
         train.run(config(tmp_path, *alone, "model.depth=60"))
@@ -83,7 +87,9 @@ def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
 def test_sharding_divides_what_ddp_repeats(tmp_path):
     sizes = VAR(depth=2, **SIZES).sizes
     cfg = config(tmp_path, "experiment=var_d16", "trainer=ddp", "data.global_batch_size=64")
-    copied, sharded = (memory(cfg, Facts(sizes, 1000, 0, []), Setup(8, is_sharded, "none", 1)) for is_sharded in (False, True))
+    copied, sharded = (
+        memory(cfg, Facts(sizes, 1000, 0, []), Setup(8, is_sharded, "none", 1)) for is_sharded in (False, True)
+    )
     for part in ("weights", "gradients", "Adam's moments"):
         assert copied[part] == pytest.approx(8 * sharded[part])
     assert copied["weights"] == pytest.approx(4 * compute.parameter_counts(sizes)["params_total"] / 1e9)

@@ -54,8 +54,10 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
     assert finished.returncode == 0, finished.stderr[-3000:]
     same(tmp_path / "whole", tmp_path / "moved")
     assert list((tmp_path / "moved/pictures").glob("samples-*.png"))
-    tokenizer, var, _ = checkpoints.load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
-    assert torch.equal(var.head.weight, checkpoints.read(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"])
+    _, var, _ = checkpoints.load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
+    assert torch.equal(
+        var.head.weight, checkpoints.read(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
+    )
 
 
 def test_a_sharded_run_can_write_one_file(tmp_path, still):
@@ -84,10 +86,10 @@ def test_two_nodes_train_as_one_process(tmp_path, still):
     folder = [f"run_dir={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'two'}", "name=two"]
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port=29517"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    run = ["-m", "varlab.train", *folder, *settings]
     agents = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={node}", "-m", "varlab.train"]
-            + [*folder, *settings],
+            [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={node}", *run],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -109,7 +111,9 @@ def test_bf16_weights_leave_the_tokenizer_and_its_tokens_alone(tmp_path, still, 
         fit(tmp_path / name, *images, f"trainer.precision={precision}", *log_to(tmp_path / f"{name}.log"))
     fp32, bf16 = (weights(tmp_path / name) for name in ("fp32", "bf16"))
     for name, value in bf16.items():
-        assert value.dtype == (torch.bfloat16 if name.startswith("net.") and value.is_floating_point() else fp32[name].dtype)
+        assert value.dtype == (
+            torch.bfloat16 if name.startswith("net.") and value.is_floating_point() else fp32[name].dtype
+        )
         if name.startswith("tokenizer."):
             assert torch.equal(value, fp32[name]), name
     fp32, bf16 = (list(logged_losses(tmp_path / f"{name}.log").values()) for name in ("fp32", "bf16"))
@@ -150,7 +154,13 @@ def test_compiled_blocks_train_the_same_without_recompiling(tmp_path, still):
     """Ten blocks with ten rates of drop path, validation in between: graphs are made once, not once a block."""
     deep = [*still, "model.depth=10", "model.drop_path=0.0", "val_every=3"]
     answers = [
-        command(tmp_path / name, *deep, f"module.is_compiled={name == 'compiled'}", *log_to(tmp_path / f"{name}.log"), *extra)
+        command(
+            tmp_path / name,
+            *deep,
+            f"module.is_compiled={name == 'compiled'}",
+            *log_to(tmp_path / f"{name}.log"),
+            *extra,
+        )
         for name, extra in [
             ("eager", []),
             ("compiled", ["+callbacks.graphs._target_=kill.GraphLog", f"+callbacks.graphs.file={tmp_path / 'graphs'}"]),
@@ -158,7 +168,8 @@ def test_compiled_blocks_train_the_same_without_recompiling(tmp_path, still):
     ]
     assert [answer.returncode for answer in answers] == [0, 0], answers[1].stderr[-3000:]
     eager, compiled = (
-        [float.fromhex(loss) for loss in logged_losses(tmp_path / f"{name}.log").values()] for name in ("eager", "compiled")
+        [float.fromhex(loss) for loss in logged_losses(tmp_path / f"{name}.log").values()]
+        for name in ("eager", "compiled")
     )
     assert compiled == pytest.approx(eager, rel=1e-4)
     graphs = [int(line) for line in (tmp_path / "graphs").read_text().split()]
@@ -207,7 +218,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
     fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
     ddp = ["trainer.devices=2", "trainer.strategy=ddp"] if processes == 2 else []
     again = [tmp_path / "stopped", *still, *ddp, "save_every=1000", "callbacks.signals.check_every=1", "ckpt_path=last"]
-    stopped = command(*again, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGTERM}", *log_to(tmp_path / "log"))
+    stopped = command(
+        *again, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGTERM}", *log_to(tmp_path / "log")
+    )
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
     assert json.loads((tmp_path / "stopped/run.json").read_text())["state"] == "stopped"
@@ -220,7 +233,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
 
 
 def test_the_signal_before_the_time_limit_puts_a_slurm_job_back_into_the_queue(tmp_path, still):
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path / 'said'}\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "said"}\n')
     (tmp_path / "scontrol").chmod(0o755)
     warned = [*still, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGUSR1}"]
     queue = {"SLURM_JOB_ID": "4711", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -264,7 +277,9 @@ def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, 
     assert rows[0]["tokens_seen"] < rows[1]["tokens_seen"] and rows[0]["flops_exact"] < rows[1]["flops_exact"]
     seen = [PROGRESSIVE.stage(step, 9, 0, len(PATCH_NUMS))[0] for step in range(9)]
     assert rows[0]["tokens_seen"] == 8 * sum(sum(pn * pn for pn in PATCH_NUMS[:n]) for n in seen)
-    killed = command(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), *kill_at(4), "ckpt_path=last")
+    killed = command(
+        tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), *kill_at(4), "ckpt_path=last"
+    )
     assert killed.returncode == -9
     fit(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
     assert logged_losses(tmp_path / "gradual.log") == logged_losses(tmp_path / "killed.log")
@@ -273,7 +288,9 @@ def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, 
 def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
     spike = "+callbacks.poison={_target_: kill.Grow, step: 7, factor: 1000.0}"
     fit(tmp_path, *still, spike)
-    assert any("step 7: the gradient's norm is" in record.message and "usually" in record.message for record in caplog.records)
+    assert any(
+        "step 7: the gradient's norm is" in record.message and "usually" in record.message for record in caplog.records
+    )
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Health"]
     assert saved["num_spikes"] == 1
 

@@ -101,7 +101,10 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
     is_first = os.environ.get("SLURM_PROCID", "0") == "0"  # of the tasks of a SLURM job, one keeps the books
     facts = {"overrides": overrides, "fingerprint": fingerprint, "host": socket.gethostname(), "started": time.time()}
     command = [sys.executable, "-m", module, "--job", str(folder / "job.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process, forwarding(process) as got:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+        forwarding(process) as got,
+    ):
         if is_first:
             save_json(folder / "job.json", {"state": "running", "pid": process.pid, **facts})
         last_line = relay(process, folder / "output.log")
@@ -135,7 +138,11 @@ def changed(folder: Path, config: dict[str, Any]) -> list[str]:
             yield place, node
 
     before, now = dict(flat(OmegaConf.to_container(OmegaConf.load(folder / "job.yaml")))), dict(flat(config))
-    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key)
+    ]
 
 
 def is_alive(known: dict[str, Any]) -> bool:

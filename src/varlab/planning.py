@@ -72,7 +72,9 @@ def plan(cfg: DictConfig) -> None:
     if cfg.epochs < 0 and cfg.steps < 0:
         raise ValueError("the run has no end: give epochs=N or steps=N")
     if "VARModule" not in cfg.module._target_:
-        raise ValueError("plan=true counts VARs only: a tokenizer's cost is that of its convolutions, see experiments/performance")
+        raise ValueError(
+            "plan=true counts VARs only: a tokenizer's cost is that of its convolutions, see experiments/performance"
+        )
     found, setup = facts(cfg), configured(cfg)
     sizes, num_images = found.sizes, found.num_images
     batch = cfg.data.global_batch_size
@@ -81,10 +83,17 @@ def plan(cfg: DictConfig) -> None:
     flops, from_images = compute.training_flops(sizes), "ImageNet" in cfg.data._target_
     counts, tokens = compute.parameter_counts(sizes), scales.num_tokens(sizes["patch_nums"])
     total = flops * steps * batch
-    print(f"{cfg.name}: VAR of depth {sizes['depth']}, width {sizes['width']}, {counts['params_total'] / 1e6:,.1f} M parameters")
+    print(
+        f"{cfg.name}: VAR of depth {sizes['depth']}, width {sizes['width']}, {counts['params_total'] / 1e6:,.1f} M parameters"
+    )
     print(f"  {tokens} tokens an image on maps of {', '.join(str(pn) for pn in sizes['patch_nums'])}")
-    print(f"  {steps:,} steps of {batch} images = {steps * batch / 1e6:,.1f} M images = {steps * batch / num_images:,.3g} epochs")
-    print(f"  {flops / 1e9:,.0f} GFLOP an image and step, {total:.3g} FLOP in all" + (" (tokenizing comes on top)" if from_images else ""))
+    print(
+        f"  {steps:,} steps of {batch} images = {steps * batch / 1e6:,.1f} M images = {steps * batch / num_images:,.3g} epochs"
+    )
+    print(
+        f"  {flops / 1e9:,.0f} GFLOP an image and step, {total:.3g} FLOP in all"
+        + (" (tokenizing comes on top)" if from_images else "")
+    )
     for line in found.assumed:
         print(f"  assumed: {line}")
     print_memory(memory(cfg, found, setup), setup)
@@ -94,11 +103,14 @@ def plan(cfg: DictConfig) -> None:
 
 def facts(cfg: DictConfig) -> Facts:
     """Read from tokenizer and data, or assumed for want of them."""
-    assumed, given, tokenizer_params = [], dict(RELEASED), RELEASED_PARAMS
+    given: dict[str, Any] = dict(RELEASED)
+    assumed, tokenizer_params = [], RELEASED_PARAMS
     if cfg.tokenizer is None:
         is_large = cfg.model.get("shared_adaln", False)
         given["patch_nums"] = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32] if is_large else [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
-        assumed.append(f"the released tokenizer at {512 if is_large else 256} px (tokenizer=FILE to count with another)")
+        assumed.append(
+            f"the released tokenizer at {512 if is_large else 256} px (tokenizer=FILE to count with another)"
+        )
     else:
         tokenizer = checkpoints.load_tokenizer(cfg.tokenizer)
         tokenizer_params = sum(parameter.numel() for parameter in tokenizer.parameters())
@@ -146,7 +158,9 @@ def memory(cfg: DictConfig, found: Facts, setup: Setup) -> dict[str, float]:
         "gradients": params * weight_bytes / shards,
         "Adam's moments": 2 * params * weight_bytes / shards,
         "averaged weights": params * weight_bytes / shards if cfg.callbacks.get("ema") else 0,
-        "bf16 copies of weights": 2 * linear_weights(sizes) if precision == "bf16-mixed" and not setup.is_sharded else 0,
+        "bf16 copies of weights": 2 * linear_weights(sizes)
+        if precision == "bf16-mixed" and not setup.is_sharded
+        else 0,
         "gathered blocks": 2 * 2 * params / sizes["depth"] if setup.is_sharded else 0,
         "activations": images * activation_bytes(sizes, precision, setup.recompute),
         "logits and their gradient": images * largest * (8 if "bf16" in precision else 12),
@@ -171,17 +185,36 @@ def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str) -> f
     in each of the three: of the network's terms none holds a product of width and width for each image.
     """
     codes = max(sizes["codebook_size"] // 10, 2)
-    shared = {key: sizes[key] for key in ("patch_nums", "codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm")}
+    shared: dict[str, Any] = {
+        key: sizes[key] for key in ("patch_nums", "codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm")
+    }
     shared["drop_path"] = sizes["drop_path"]
 
     def at(depth: int, heads: int, codebook_size: int) -> int:
         small = {"depth": depth, "width": 64 * heads, "num_heads": heads, "codebook_size": codebook_size}
         return saved_bytes(VAR(**shared, **small), precision, recompute)
 
-    base, wider, deeper, both, coded = at(1, 1, codes), at(1, 2, codes), at(2, 1, codes), at(2, 2, codes), at(1, 1, 2 * codes)
+    base, wider, deeper, both, coded = (
+        at(1, 1, codes),
+        at(1, 2, codes),
+        at(2, 1, codes),
+        at(2, 2, codes),
+        at(1, 1, 2 * codes),
+    )
     width, depth = sizes["width"] / 64 - 1, sizes["depth"] - 1
-    by_width, by_depth, by_both, by_code = wider - base, deeper - base, both - wider - deeper + base, (coded - base) / codes
-    return base + by_width * width + by_depth * depth + by_both * width * depth + by_code * (sizes["codebook_size"] - codes)
+    by_width, by_depth, by_both, by_code = (
+        wider - base,
+        deeper - base,
+        both - wider - deeper + base,
+        (coded - base) / codes,
+    )
+    return (
+        base
+        + by_width * width
+        + by_depth * depth
+        + by_both * width * depth
+        + by_code * (sizes["codebook_size"] - codes)
+    )
 
 
 def saved_bytes(var: VAR, precision: str, recompute: str) -> int:
@@ -255,7 +288,14 @@ def cheapest(cfg: DictConfig, found: Facts, num_devices: int, room: float) -> Se
     """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then sharding's
     traffic, then recomputing all (a third more FLOPs)."""
     shards = (False, True) if num_devices > 1 else (False,)
-    recomputes = [(False, "none"), (False, "selective"), (True, "none"), (True, "selective"), (False, "all"), (True, "all")]
+    recomputes = [
+        (False, "none"),
+        (False, "selective"),
+        (True, "none"),
+        (True, "selective"),
+        (False, "all"),
+        (True, "all"),
+    ]
     per_device = cfg.data.global_batch_size // num_devices
     for is_sharded, recompute in recomputes:
         for accumulate in (1, 2, 4, 8, 16):

@@ -80,7 +80,13 @@ class EMA(Callback):
             self.raw = {}
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.raw and self.is_raw_validated:
             self.copy(self.raw, pl_module)
@@ -179,8 +185,6 @@ def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
     gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 
 
 class StopOnSignal(Callback):

@@ -53,6 +53,20 @@ class RunRecord(Callback):
         self.total_steps = int(trainer.estimated_stepping_batches)
         self.batch_time = self.logged_time = time.perf_counter()
         self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
+        if trainer.is_global_zero:
+            print(self.intention(trainer), flush=True)
+
+    def intention(self, trainer: Trainer) -> str:
+        """The run in a line, for a look before it takes days."""
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        images, tokens = self.total_steps * data.global_batch_size, self.facts["tokens_per_image"]
+        unique, flops = sum(data.shard_counts), self.facts["flops_exact_per_image"]
+        begun = f"continues at step {trainer.global_step:,}; " if trainer.global_step else ""
+        return (
+            f"{self.folder.name}: {begun}{self.facts['params_total'] / 1e6:,.1f} M parameters; {self.total_steps:,} steps of"
+            f" {data.global_batch_size} images ({trainer.world_size} devices x {data.batch_size()}) = {images / unique:,.3g} epochs of"
+            f" {unique:,} images; {tokens:,} tokens an image, {images * tokens:.3g} in all; {flops * images:.3g} FLOP"
+        )
 
     def total_flops(self) -> int | float:
         """FLOPs so far, network and tokenizer."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -15,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 
 from varlab import checkpoints
@@ -24,9 +25,7 @@ from varlab.files import whole_file
 class WholeFiles(TorchCheckpointIO):
     """Checkpoint files that take their name once they are complete. Loads folders of sharded runs as well."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
         with whole_file(target) as partial:
             if target.is_dir():  # a sharded run goes on unsharded
@@ -108,7 +107,7 @@ class FSDP2(ModelParallelStrategy):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.barrier()
-        dcp.save(sharded, checkpoint_id=partial)
+        save(sharded, checkpoint_id=partial)
         if self.is_global_zero:
             torch.save(checkpoint, partial / checkpoints.REST)
             checkpoints.replace_folder(partial, path, old)
@@ -123,7 +122,7 @@ class FSDP2(ModelParallelStrategy):
         if "ema_updates" in rest:
             weights = self.lightning_module.named_parameters()
             rest["ema"] = {name: torch.empty_like(p.data) for name, p in weights if p.requires_grad}
-            dcp.load({"ema": rest["ema"]}, checkpoint_id=path)
+            load({"ema": rest["ema"]}, checkpoint_id=path)
         return rest
 
     def load_file(self, path: Path) -> dict[str, Any]:
