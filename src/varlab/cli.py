@@ -9,6 +9,7 @@ VERBS = {
     "tokenize": "shards -> token cache, encoded once for all transformers",
     "evaluate": "tokenizer + shards -> PSNR, SSIM, perceptual and Frechet distance, by scale",
     "sample": "checkpoint -> class grid, filmstrip of scales, PNG images",
+    "doctor": "a run's curves over the reference curves of its experiment: is it normal?",
     "export": "checkpoint -> one file",
     "sync": "upload runs that were logged offline to W&B, resumed ones as one curve",
     "sweep": "status, resume, retry-failed, table of a multirun",

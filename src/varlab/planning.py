@@ -191,7 +191,12 @@ def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str) -> f
     shared["drop_path"] = sizes["drop_path"]
 
     def at(depth: int, heads: int, codebook_size: int) -> int:
-        small = {"depth": depth, "width": 64 * heads, "num_heads": heads, "codebook_size": codebook_size}
+        small: dict[str, Any] = {
+            "depth": depth,
+            "width": 64 * heads,
+            "num_heads": heads,
+            "codebook_size": codebook_size,
+        }
         return saved_bytes(VAR(**shared, **small), precision, recompute)
 
     base, wider, deeper, both, coded = (

@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+            pause = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
+            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", smoothing=0.05, mininterval=pause)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

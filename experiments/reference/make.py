@@ -1,0 +1,64 @@
+"""Makes the curves that `varlab doctor` compares a run to: each experiment of the demo with four seeds, three of which give the
+band; the fourth shows whether the band holds what it should.
+
+    make demo && python experiments/reference/make.py      (about a quarter of an hour on two CPU cores)
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from varlab.doctor import band, judge, read_band, settings_of, write_band
+from varlab.training.record import read_curves
+
+HERE, RUNS = Path(__file__).parent, Path("runs/reference")
+DEMO = Path("runs/demo")
+SEEDS, HELD_OUT = [0, 1, 2], 3
+EXPERIMENTS = {
+    "tokenizer_tiny": [f"data.path={DEMO}/shards"],
+    "var_digits": [f"data.path={DEMO}/tokens", f"tokenizer={DEMO}/tokenizer/checkpoints/last.ckpt"],
+}
+
+
+def curves_of(experiment: str, seed: int) -> dict[str, dict[int, float]]:
+    """Trains, unless that is done."""
+    folder = RUNS / f"{experiment}-{seed}"
+    row = folder / "run.json"
+    if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
+        command = [
+            f"experiment={experiment}",
+            f"name=reference/{folder.name}",
+            f"seed={seed}",
+            *EXPERIMENTS[experiment],
+        ]
+        command += ["logger=csv", "ckpt_path=last", "callbacks.pictures=null"]
+        subprocess.run([sys.executable, "-m", "varlab.cli", "train", *command], check=True)
+    return read_curves(folder / "metrics.csv")
+
+
+def main() -> None:
+    for experiment in EXPERIMENTS:
+        runs = [curves_of(experiment, seed) for seed in SEEDS]
+        facts = {
+            "experiment": experiment,
+            "seeds": SEEDS,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU cores",
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "settings": settings_of(RUNS / f"{experiment}-{SEEDS[0]}"),
+        }
+        write_band(HERE / f"{experiment}.csv", band(runs), facts)
+        verdicts = judge(curves_of(experiment, HELD_OUT), read_band(HERE / f"{experiment}.csv"))
+        out = {verdict.metric: round(verdict.share_inside, 2) for verdict in verdicts if not verdict.is_normal}
+        print(
+            f"{experiment}: seed {HELD_OUT} lies in the band in {len(verdicts) - len(out)} of {len(verdicts)} metrics; outside: {out}"
+        )
+
+
+if __name__ == "__main__":
+    main()
