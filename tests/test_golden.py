@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from varlab import compute, losses, scales
+from varlab.drawing import Randomness, Settings, filter_logits, smooth_temperature
 from varlab.editing import box_mask, edit, keep_masks
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import phi_of_scale
 from varlab.models.var import VAR, block_causal_mask
 from varlab.published import released_key, to_released, tokenizer_from_released, var_from_released
-from varlab.sampling import Randomness, decode, filter_logits, generate, generate_tokens, smooth_temperature
+from varlab.sampling import decode, generate, generate_tokens
 from varlab.training.optim import Schedule, is_decayed, knee_of
 
 CASES = [("1", 0), ("1", 1), ("1", 2), ("2", 0), ("4", 0)]
@@ -194,9 +195,8 @@ def test_smooth_sampling_and_editing(case, i):
         labels_of(case),
     )
     noise = RecordedNoise(case, scales.lengths(var.patch_nums))
-    f_hat, _ = generate_tokens(
-        var, tokenizer, labels, cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True, randomness=noise
-    )
+    settings = Settings(cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True)
+    f_hat, _ = generate_tokens(var, tokenizer, labels, settings, randomness=noise)
     rule.assert_stats(decode(tokenizer, f_hat), details["smooth_cfg_4_top_k_20_top_p_0.9"], rel=1e-3)
     inside, nothing = box_mask((0.1, 0.1, 0.8, 0.8), tokenizer.quantizer.sides[-1]), torch.full((2,), var.null_label)
     for keep, whose, key in [

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import make_tokenizer, make_var
 
+from varlab.drawing import Drawing, Settings, draw, draw_filtered, draw_from_top, filter_logits, guide
 from varlab.editing import edit
 from varlab.models.transformer import BlockCache
-from varlab.sampling import draw, filter_logits, generate, guide
+from varlab.sampling import generate
 
 
 def test_an_image_does_not_depend_on_its_batch(var, tokenizer):
@@ -101,3 +102,67 @@ def test_the_cache_grows_scale_by_scale():
     keys, values = cache.append(2 * torch.ones(1, 1, 4, 2), 3 * torch.ones(1, 1, 4, 2))
     assert keys[0, 0, :, 0].tolist() == [1, 2, 2, 2, 2]
     assert values[0, 0, :, 0].tolist() == [1, 3, 3, 3, 3]
+
+
+GRID = (torch.arange(20_000) + 0.5)[None] / 20_000
+
+
+@pytest.mark.parametrize("how", [(0.7, 5, 0.0, 0.0), (1.0, 9, 0.6, 0.0), (1.3, 8, 0.0, 0.2), (0.9, 7, 0.8, 0.3)])
+def test_drawing_from_the_top_codes_follows_the_filtered_distribution(how):
+    """Every code comes as often as when the whole codebook is filtered, sorted and summed."""
+    how = Drawing(0.0, *how)
+    logits = torch.randn(1, 1, 40).expand(1, GRID.shape[1], 40)
+    fast, slow = draw_from_top(logits, GRID, how), draw_filtered(logits, GRID, how)[0]
+    counts = [torch.bincount(tokens[0], minlength=40) for tokens in (fast, slow)]
+    assert (counts[0] - counts[1]).abs().max() <= 2  # numbers at the borders
+    assert 1 < (counts[0] > 0).sum() <= how.top_k
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None, None]
+    for min_p, kept in [(0.0, 4), (0.2, 3), (0.5, 2), (0.9, 1)]:
+        assert (
+            draw_filtered(logits, torch.zeros(1, 1), Drawing(0.0, 1.0, 0, 0.0, min_p))[1] > -torch.inf
+        ).sum() == kept
+
+
+def test_temperature_sharpens_and_flattens():
+    logits = torch.tensor([0.8, 0.2]).log().expand(1, GRID.shape[1], 2)
+    shares = [
+        draw_filtered(logits, GRID, Drawing(0.0, t, 0, 0.0, 0.0))[0].float().mean().item() for t in (0.5, 1.0, 2.0)
+    ]
+    assert shares == pytest.approx([0.04 / 0.68, 0.2, 1 / 3], abs=1e-3)
+
+
+def test_guidance_schedules():
+    guided = {
+        name: [how.guidance for how in Settings(2.0, name).by_scale(5, 9)] for name in ("linear", "cosine", "constant")
+    }
+    assert guided["linear"] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert guided["cosine"] == pytest.approx([0.0, 0.2929, 1.0, 1.7071, 2.0], abs=1e-4)
+    assert guided["constant"] == [2.0] * 5
+    assert [how.guidance for how in Settings(2.0, cfg_from=3).by_scale(5, 9)] == [0.0, 0.0, 0.0, 1.5, 2.0]
+    assert [how.guidance for how in Settings([4.0, 0.0, 1.0]).by_scale(3, 9)] == [4.0, 0.0, 1.0]
+
+
+def test_every_number_may_be_given_for_each_scale(var, tokenizer, labels):
+    """Greedy at all scales but the last is the same as greedy up to there."""
+    _, greedy = generate(var, tokenizer, labels, cfg_scale=1.0, top_k=1, return_tokens=True)
+    _, mixed = generate(
+        var, tokenizer, labels, cfg_scale=1.0, top_k=[1, 1, 1, 0], temperature=[1, 1, 1, 2.0], return_tokens=True
+    )
+    assert [torch.equal(a, b) for a, b in zip(greedy, mixed, strict=True)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": [1, 2]}, r"top_k=\[1, 2\] has 2 entries, the pyramid 4 scales"),
+        ({"temperature": 0.0}, r"temperature=0.0: must be above 0 \(top_k=1 takes the most likely code\)"),
+        ({"min_p": 1.5}, "min_p=1.5: must lie between 0 and 1"),
+        ({"cfg_schedule": "square"}, "cfg_schedule='square': choose one of linear, cosine, constant"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message, var, tokenizer, labels):
+    with pytest.raises(ValueError, match=message):
+        generate(var, tokenizer, labels, **settings)

@@ -5,7 +5,6 @@ with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves
 in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 """
 
-import hashlib
 import pickle
 import shutil
 import tempfile
@@ -13,26 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varlab import scales
+from varlab import pretrained, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
+from varlab.pretrained import tokenizer_fingerprint
 from varlab.published import tokenizer_from_released
 
 FORMAT = 1
 REST = "meta.pt"  # of a sharded checkpoint, by Lightning's name
-
-
-def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
-    """Identity of what a tokenizer computes: its sizes and weights; usage counts do not matter. 16 hex digits."""
-    digest = hashlib.sha256(
-        repr(sorted((key, value) for key, value in tokenizer.sizes.items() if key not in ("beta", "dropout"))).encode()
-    )
-    for name, value in sorted(tokenizer.named_parameters()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -149,44 +138,51 @@ def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str,
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def fill(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Loads weights strictly. Raises ValueError naming the first tensor that does not fit."""
-    expected = network.state_dict()
-    for key in sorted(expected.keys() | state.keys()):
-        if key not in state or key not in expected:
-            raise ValueError(
-                f"{path}: tensor {key!r} is {'missing' if key in expected else 'unknown'}: made by another version?"
-            )
-        if state[key].shape != expected[key].shape:
-            raise ValueError(
-                f"{path}: tensor {key!r} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-            )
-    network.load_state_dict(state)
-
-
 def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None, use_ema: bool = True) -> MSVQVAE:
-    """The tokenizer of a training checkpoint (of either module) or of the released `vae_ch160v4096z32.pth`.
+    """The tokenizer of a training checkpoint (of either module), of an export folder, or the released
+    `vae_ch160v4096z32.pth`.
 
     `patch_nums` is for the released file, which does not hold them (default: 256 px).
     """
+    if pretrained.is_pretrained(path):
+        return pretrained.load_pretrained(path)[0]
     checkpoint = read(path)
     if "quantize.embedding.weight" in checkpoint:
         return tokenizer_from_released(checkpoint, patch_nums or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).eval()
+    return tokenizer_of(checkpoint, path, use_ema)
+
+
+def tokenizer_of(checkpoint: dict[str, Any], path: str | Path, use_ema: bool) -> MSVQVAE:
+    """The tokenizer of a training checkpoint that was read."""
     entry = entry_of(checkpoint, path)
     tokenizer = MSVQVAE(**entry["tokenizer"])
-    fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
+    pretrained.fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
     return tokenizer.eval()
 
 
-def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
-    """Tokenizer, transformer and class names of a VAR training checkpoint."""
+def load_any(
+    path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None
+) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
+    """Tokenizer, transformer and class names of whatever holds them; a tokenizer's checkpoint has the first alone."""
+    if pretrained.is_pretrained(path):
+        return pretrained.load_pretrained(path)
     checkpoint = read(path)
-    entry = entry_of(checkpoint, path)
-    if entry["var"] is None:
+    if "quantize.embedding.weight" in checkpoint:
+        return load_tokenizer(path, patch_nums), None, None
+    entry, tokenizer, var = entry_of(checkpoint, path), tokenizer_of(checkpoint, path, use_ema), None
+    if entry["var"] is not None:
+        var = VAR(**entry["var"])
+        pretrained.fill(var, weights(checkpoint, "net.", use_ema), path)
+        var.eval()
+    return tokenizer, var, entry["class_names"]
+
+
+def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
+    """Tokenizer, transformer and class names of a VAR's training checkpoint or export folder."""
+    tokenizer, var, class_names = load_any(path, use_ema)
+    if var is None:
         raise ValueError(f"{path} holds a tokenizer only; give the checkpoint of a VAR")
-    var = VAR(**entry["var"])
-    fill(var, weights(checkpoint, "net.", use_ema), path)
-    return load_tokenizer(path), var.eval(), entry["class_names"]
+    return tokenizer, var, class_names or []
 
 
 def check_sizes(

@@ -10,12 +10,14 @@ VERBS = {
     "evaluate": "tokenizer + shards -> PSNR, SSIM, perceptual and Frechet distance, by scale",
     "sample": "checkpoint -> class grid, filmstrip of scales, PNG images",
     "doctor": "a run's curves over the reference curves of its experiment: is it normal?",
-    "export": "checkpoint -> one file",
+    "export": "checkpoint -> safetensors folder, released layout, one file, ONNX",
+    "import": "the authors' weights -> folder for use anywhere",
     "sync": "upload runs that were logged offline to W&B, resumed ones as one curve",
+    "edit": "in-painting, out-painting, class-conditional editing of an image",
     "sweep": "status, resume, retry-failed, table of a multirun",
     "scaling": "runs -> table, power laws with intervals, figure",
 }
-MODULES = {"scaling": "scaling_law"}
+MODULES = {"scaling": "scaling_law", "import": "import_released"}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from varlab.files import load_json, save_json, whole_file
 
@@ -109,7 +110,9 @@ def smooth(curve: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def band(runs: Sequence[Curves]) -> dict[str, Band]:
-    """The band of several runs of one experiment: their range, widened by two standard deviations between them."""
+    """The band of several runs of one experiment: where 95 % of further runs would lie at a step, were they normal around the
+    mean (Student's t, since a few runs say little about the spread)."""
+    reach = float(stats.t.ppf(0.975, len(runs) - 1)) * np.sqrt(1 + 1 / len(runs))
     found = {}
     for metric in runs[0]:
         if not metric.startswith(JUDGED) or metric in NOT_JUDGED or any(metric not in run for run in runs):
@@ -120,8 +123,8 @@ def band(runs: Sequence[Curves]) -> dict[str, Band]:
             steps = steps[np.linspace(0, len(steps) - 1, POINTS).round().astype(int)]
         values = np.stack([np.interp(steps, *one) for one in smoothed])
         deviation = values.std(axis=0, ddof=1)
-        margin = 2 * np.maximum(deviation, deviation.mean()) + 1e-3 * np.abs(values).mean()
-        found[metric] = Band(steps, values.mean(axis=0), values.min(axis=0) - margin, values.max(axis=0) + margin)
+        margin = reach * np.maximum(deviation, deviation.mean()) + 1e-3 * np.abs(values).mean()
+        found[metric] = Band(steps, mean := values.mean(axis=0), mean - margin, mean + margin)
     return found
 
 

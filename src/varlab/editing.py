@@ -1,7 +1,12 @@
-"""Zero-shot editing: tokens of a given image are kept outside (or inside) a region, the rest is generated
-(VAR, section 5.3)."""
+"""Zero-shot editing: an image's own tokens are kept outside (or inside) a region, the rest is generated (VAR, section 5.3).
+
+What is kept can be mixed in as tokens (as released), as latents (after each scale the image's own sum of codes is put back), or,
+afterwards, as pixels; the last makes the kept region exact.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,30 +14,44 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from varlab import scales
+from varlab.drawing import Settings
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling import Kept, decode, generate_tokens
 
+BLENDS = ("tokens", "latents")
+
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Float[Tensor, "H W"]:
-    """1 inside the box (y0, x0, y1, x1), shares of the side, on a latent map of `size`; borders round half to even."""
+    """1 inside the box (y0, x0, y1, x1), shares of the side, on a map of `size`; borders round half to even."""
     (y0, x0, y1, x1), (height, width) = box, size
     mask = torch.zeros(size)
     mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
     return mask
 
 
-def keep_masks(keep: Float[Tensor, "H W"], patch_nums: scales.PatchNums) -> list[Bool[Tensor, " _"]]:
+def keep_masks(
+    keep: Float[Tensor, "H W"], patch_nums: scales.PatchNums, strength: float = 1.0
+) -> list[Bool[Tensor, " _"]]:
     """For each scale, which tokens of the given image stay. `keep` is 1 at the latent positions to keep.
 
-    Scales of fewer than 4 tokens are kept whole. The bilinear sampling is not antialiased, as released: coarse masks
-    are thin samples of the fine one.
+    Scales of fewer than 4 tokens are kept whole, and of the K scales the coarsest (1 - `strength`) K: at strength 1 the region is
+    invented anew, at less it follows the image's rough shapes. The bilinear sampling is not antialiased, as released: coarse masks
+    are thin samples of the fine one. Raises ValueError for a strength outside (0, 1].
     """
-    masks = []
-    for h, w in scales.sides(patch_nums):
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength}: must lie above 0 and up to 1")
+    masks, num_whole = [], round((1 - strength) * len(patch_nums))
+    for k, (h, w) in enumerate(scales.sides(patch_nums)):
         resized = F.interpolate(keep[None, None], size=(h, w), mode="bilinear", align_corners=False)
-        masks.append((resized > 0.5).flatten() if h * w >= 4 else torch.ones(h * w, dtype=torch.bool))
+        is_whole = h * w < 4 or k < num_whole
+        masks.append(torch.ones(h * w, dtype=torch.bool) if is_whole else (resized > 0.5).flatten())
     return masks
+
+
+def latent_mask(keep: Float[Tensor, "h w"], size: tuple[int, int]) -> Float[Tensor, "H W"]:
+    """A mask of pixels on the latent map: a position is kept when all its pixels are."""
+    return (F.interpolate(keep[None, None], size=size, mode="area")[0, 0] > 0.999).float()
 
 
 def edit(
@@ -42,19 +61,59 @@ def edit(
     keep: Float[Tensor, "h w"],
     labels: Int[Tensor, " B"],
     *,
-    cfg_scale: float,
-    top_k: int = 0,
-    top_p: float = 0.0,
     seed: int | Sequence[int] = 0,
-    smooth: bool = False,
+    strength: float = 1.0,
+    blend: str = "tokens",
+    **settings: Any,
 ) -> Float[Tensor, "B 3 H W"]:
-    """Images in [0, 1] with the tokens of `images` (in [-1, 1]) where `keep` is 1 and generated ones elsewhere.
+    """Images in [0, 1] with what `images` (in [-1, 1]) show where `keep` (on the latent map) is 1 and generated content elsewhere.
 
-    The null label in-paints without a class; a class edits towards it.
+    `settings`: fields of `Settings`. The null label in-paints without a class; a class edits towards it.
     """
+    if blend not in BLENDS:
+        raise ValueError(f"blend={blend!r}: choose one of {', '.join(BLENDS)}")
     with torch.no_grad():
-        kept = Kept(tokenizer.encode(images), keep_masks(keep, tokenizer.patch_nums))
-        f_hat, _ = generate_tokens(
-            var, tokenizer, labels, cfg_scale=cfg_scale, top_k=top_k, top_p=top_p, seed=seed, smooth=smooth, kept=kept
-        )
+        token_maps = tokenizer.encode(images)
+        partial_sums = tokenizer.quantizer.partial_sums(token_maps) if blend == "latents" else None
+        kept = Kept(token_maps, keep_masks(keep, tokenizer.patch_nums, strength), partial_sums, keep)
+        f_hat, _ = generate_tokens(var, tokenizer, labels, Settings(**settings), seed=seed, kept=kept)
         return decode(tokenizer, f_hat)
+
+
+def composite(
+    edited: Float[Tensor, "B 3 H W"], originals: Float[Tensor, "B 3 H W"], keep: Float[Tensor, "H W"], feather: int = 0
+) -> Float[Tensor, "B 3 H W"]:
+    """The original's pixels where `keep` is 1, exactly, the edited ones elsewhere; both in [0, 1]. Over `feather` pixels next to the
+    kept region, on the edited side, one passes into the other."""
+    weight = keep
+    if feather > 0:
+        padded = F.pad(keep[None, None], (feather,) * 4, mode="replicate")
+        near = (
+            2 * F.avg_pool2d(padded, 2 * feather + 1, stride=1)[0, 0]
+        )  # 1 next to the kept region, 0 beyond its reach
+        weight = torch.where(keep > 0.5, torch.ones_like(near), near.clamp(max=1))
+    return weight * originals + (1 - weight) * edited
+
+
+@dataclass(frozen=True)
+class EditErrors:
+    """How well an edit keeps to its region, in levels of 255, means over images."""
+
+    outside: float  # mean absolute difference to the original in the kept region
+    seam: float  # mean absolute step across the border of the region ...
+    usual: float  # ... and the original's mean absolute step between neighbors everywhere
+
+
+def edit_errors(
+    edited: Float[Tensor, "B 3 H W"], originals: Float[Tensor, "B 3 H W"], keep: Float[Tensor, "H W"]
+) -> EditErrors:
+    """Errors of edited images against their originals, both in [0, 1]."""
+    outside = ((edited - originals).abs() * keep).sum() / (keep.sum().clamp(min=1) * 3 * len(edited))
+    across, total, count = 0.0, 0.0, 0
+    for dim in (-2, -1):
+        border = keep.diff(dim=dim).abs() > 0.5
+        if border.any():
+            across += float((edited.diff(dim=dim).abs() * border).sum())
+            count += int(border.sum()) * 3 * len(edited)
+        total += float(originals.diff(dim=dim).abs().mean()) / 2
+    return EditErrors(255 * float(outside), 255 * across / max(count, 1), 255 * total)

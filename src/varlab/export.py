@@ -1,24 +1,54 @@
-"""`varlab export`: checkpoint -> one file."""
+"""`varlab export`: checkpoint -> folder for use anywhere, the released layout, one file, or a compiled program."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from varlab.config import verb
+
+FORMS = ("safetensors", "released", "checkpoint", "torch_export", "onnx")
+FACTS = ("images_seen", "epochs", "val_loss", "val_psnr", "flops_exact", "dataset_id", "tokenizer_id", "git_commit")
 
 
 def run(cfg: DictConfig) -> None:
     """Writes a checkpoint in another form."""
     import torch
 
-    from varlab import checkpoints
+    from varlab import checkpoints, pretrained
     from varlab.files import whole_file
+    from varlab.published import to_released
 
-    if cfg.to != "checkpoint":
-        raise ValueError(f"to={cfg.to!r}: choose checkpoint")
-    with whole_file(Path(cfg.out)) as partial:
-        torch.save(checkpoints.read(cfg.checkpoint), partial)
-    print(f"{cfg.out}: one file, for any number of devices (ckpt_path={cfg.out})")
+    if cfg.to not in FORMS:
+        raise ValueError(f"to={cfg.to!r}: choose one of {', '.join(FORMS)}")
+    out = Path(cfg.out)
+    if cfg.to == "checkpoint":
+        with whole_file(out) as partial:
+            torch.save(checkpoints.read(cfg.checkpoint), partial)
+        print(f"{out}: one file, for any number of devices (ckpt_path={out})")
+        return
+    tokenizer, var, class_names = checkpoints.load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums)
+    if cfg.to == "safetensors":
+        pretrained.save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)))
+        print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}model_card.md")
+    elif cfg.to == "released":
+        for name, network in [("tokenizer", tokenizer), ("var", var)]:
+            if network is not None:
+                with whole_file(out / f"{name}.pth") as partial:
+                    torch.save(to_released(network), partial)
+        print(f"{out}: tokenizer.pth{', var.pth' if var else ''}, as the released code loads them")
+    else:
+        from varlab import programs
+
+        print(programs.write(out, tokenizer, var, is_onnx=cfg.to == "onnx"))
+
+
+def facts_of(checkpoint: Path) -> dict[str, Any]:
+    """What the run beside a checkpoint wrote down, for the model card."""
+    row = checkpoint.parent.parent / "run.json"
+    found = json.loads(row.read_text()) if row.is_file() else {}
+    return {key: found[key] for key in FACTS if found.get(key) is not None}
 
 
 main = verb("export")(run)

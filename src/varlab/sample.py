@@ -14,6 +14,7 @@ def run(cfg: DictConfig) -> None:
     from tqdm.auto import tqdm
 
     from varlab import checkpoints, pictures
+    from varlab.drawing import Settings
     from varlab.files import save_json
     from varlab.sampling import decode, generate_tokens
 
@@ -29,7 +30,7 @@ def run(cfg: DictConfig) -> None:
     for first in tqdm(range(0, cfg.num, cfg.batch_size), desc="sample", unit="batch"):
         chunk = labels[first : first + cfg.batch_size]
         seeds = list(range(cfg.seed + first, cfg.seed + first + len(chunk)))
-        f_hat, tokens = generate_tokens(var, tokenizer, chunk, **settings, seed=seeds)
+        f_hat, tokens = generate_tokens(var, tokenizer, chunk, Settings(**settings), seed=seeds)
         with torch.no_grad():
             batch = decode(tokenizer, f_hat)
         images.append(batch.cpu())

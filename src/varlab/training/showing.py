@@ -12,6 +12,7 @@ from PIL import Image
 
 from varlab import pictures, scales
 from varlab.data.imagenet import ImageBatch
+from varlab.drawing import Settings
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling import generate_tokens
@@ -47,7 +48,7 @@ class Pictures(Callback):
             labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
             was_training = net.training
             with trainer.precision_plugin.forward_context():
-                _, token_maps = generate_tokens(net, tokenizer, labels, cfg_scale=self.cfg_scale, seed=self.seed)
+                _, token_maps = generate_tokens(net, tokenizer, labels, Settings(self.cfg_scale), seed=self.seed)
             net.train(was_training)
             strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
             self.show(trainer, "samples", pictures.grid(pictures.columns_of(*strip), columns=len(strip)))

@@ -1,0 +1,173 @@
+"""From logits to tokens: guidance, filters, random numbers (VAR, appendix; released sampler).
+
+Each image has a random stream of its own, made from its seed alone, so it does not depend on the batch it was in.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from varlab import scales
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def guide(cond: Float[Tensor, "B l V"], uncond: Float[Tensor, "B l V"], scale: float) -> Float[Tensor, "B l V"]:
+    """Classifier-free guidance on logits. `scale` 0 is no guidance (VAR's convention; DiT's cfg_scale is this plus 1)."""
+    return (1 + scale) * cond - scale * uncond
+
+
+def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float = 0.0) -> Float[Tensor, "*rows V"]:
+    """Logits with -inf for the codes that top-k, then top-p, drop; 0 turns a filter off.
+
+    Codes equal to the k-th largest stay. Top-p keeps the smallest set whose probability exceeds `top_p`, at least one
+    code. Raises ValueError for top_k above the codebook size or top_p outside [0, 1].
+    """
+    if not 0 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k={top_k}: must lie between 0 (off) and the codebook size {logits.shape[-1]}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must lie between 0 (off) and 1")
+    if top_k > 0:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return logits
+
+
+def draw(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
+    """Tokens by inverse CDF from numbers in [0, 1): one number a token, so the stream is short and the same on any device."""
+    cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
+
+
+class Randomness:
+    """The random numbers of a batch: image i draws from a generator seeded with `seeds[i]`, on the CPU."""
+
+    def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.stack([torch.rand(sum(lengths), generator=generator) for generator in self.generators])
+        self.uniform_by_scale = uniform.split(list(lengths), dim=1)
+
+    def uniform(self, k: int) -> Float[Tensor, "B l"]:
+        """Uniform numbers in [0, 1), one for each token of scale k."""
+        return self.uniform_by_scale[k]
+
+    def gumbel(self, k: int, codebook_size: int) -> Float[Tensor, "B l V"]:
+        """Gumbel noise for each code at each token of scale k; call once a scale, in order."""
+        shape = (self.uniform_by_scale[k].shape[1], codebook_size)
+        return -torch.stack(
+            [torch.empty(shape).exponential_(generator=generator).log() for generator in self.generators]
+        )
+
+
+def smooth_temperature(k: int, num_scales: int) -> float:
+    """Temperature of the soft codes of the "smooth" option: 0.27 falling linearly to 0.0135."""
+    return max(0.27 * (1 - 0.95 * scales.progress(k, num_scales)), 0.005)
+
+
+class Drawing(NamedTuple):
+    """How the tokens of one scale are drawn."""
+
+    guidance: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are drawn. Every number may be a list instead, one entry a scale, coarse to fine.
+
+    `cfg_scale`: guidance, by `cfg_schedule` growing from 0 at the coarsest scale to `cfg_scale` at the finest (linear, as
+    released, or a half cosine) or `constant`; none at scales before `cfg_from`; a list is taken as it stands. 0 is none (DiT's
+    scale minus 1). Then `temperature` divides the logits, then filters act in this order, 0 turning each off: `top_k` keeps
+    the most likely codes, `top_p` the smallest set whose probability exceeds it, `min_p` those at least that share as likely as the
+    most likely one. `smooth` mixes codes by a soft Gumbel softmax: for looks, not for scores.
+    """
+
+    cfg_scale: float | Sequence[float] = 1.5
+    cfg_schedule: str = "linear"
+    cfg_from: int = 0
+    temperature: float | Sequence[float] = 1.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 0.0
+    min_p: float | Sequence[float] = 0.0
+    smooth: bool = False
+
+    def by_scale(self, num_scales: int, codebook_size: int) -> list[Drawing]:
+        """The numbers for each scale. Raises ValueError naming what is out of range."""
+        if self.cfg_schedule not in SCHEDULES:
+            raise ValueError(f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        ranges = {"temperature": (1e-6, math.inf), "top_k": (0, codebook_size), "top_p": (0, 1), "min_p": (0, 1)}
+        lists = {name: self.spread(name, num_scales) for name in ("cfg_scale", *ranges)}
+        for name, (low, high) in ranges.items():
+            for value in lists[name]:
+                if not low <= value <= high:
+                    hint = f"must lie between {low:g} and {high:g}" + (", the codebook size" if name == "top_k" else "")
+                    hint = "must be above 0 (top_k=1 takes the most likely code)" if name == "temperature" else hint
+                    raise ValueError(f"{name}={value}: {hint}")
+        rest = zip(*(lists[name] for name in ranges), strict=True)
+        return [
+            Drawing(
+                self.guidance(k, num_scales, lists["cfg_scale"][k]), float(t), int(top_k), float(top_p), float(min_p)
+            )
+            for k, (t, top_k, top_p, min_p) in enumerate(rest)
+        ]
+
+    def spread(self, name: str, num_scales: int) -> list[Any]:
+        """A setting as a list of one entry a scale."""
+        value = getattr(self, name)
+        if not isinstance(value, Sequence):
+            return [value] * num_scales
+        if len(value) != num_scales:
+            raise ValueError(f"{name}={list(value)} has {len(value)} entries, the pyramid {num_scales} scales")
+        return list(value)
+
+    def guidance(self, k: int, num_scales: int, cfg_scale: float | int) -> float:
+        """Guidance at scale k."""
+        if k < self.cfg_from:
+            return 0.0
+        if isinstance(self.cfg_scale, Sequence) or self.cfg_schedule == "constant":
+            return float(cfg_scale)
+        t = scales.progress(k, num_scales)
+        return cfg_scale * (t if self.cfg_schedule == "linear" else (1 - math.cos(math.pi * t)) / 2)
+
+
+def draw_filtered(
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing
+) -> tuple[Int[Tensor, "B l"], Float[Tensor, "B l V"]]:
+    """(tokens, filtered logits): temperature, filters, one draw a token."""
+    logits = logits if how.temperature == 1 else logits / how.temperature
+    if how.top_k == 1:
+        return logits.argmax(dim=-1), filter_logits(logits, 1)
+    logits = filter_logits(logits, how.top_k, how.top_p)
+    if how.min_p > 0:
+        highest = logits.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < highest + math.log(how.min_p), -torch.inf)
+    return draw(logits, uniform), logits
+
+
+def draw_from_top(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing) -> Int[Tensor, "B l"]:
+    """Tokens alone, from the `top_k` most likely codes in falling order: nothing as long as the codebook is sorted, summed or
+    exponentiated. The same distribution as `draw_filtered`, other tokens for the same numbers; of codes that tie with the k-th
+    only the first are kept."""
+    values, codes = logits.topk(how.top_k, dim=-1)  # falling
+    probabilities = (values.double() / how.temperature).softmax(dim=-1)
+    reached = probabilities.cumsum(dim=-1)
+    if how.top_p > 0:
+        probabilities = probabilities.masked_fill(reached - probabilities >= how.top_p, 0)
+    if how.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < how.min_p * probabilities[..., :1], 0)
+    cdf = probabilities.cumsum(dim=-1)
+    place = torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)
+    return codes.gather(-1, place.clamp(max=how.top_k - 1))[..., 0]

@@ -1,0 +1,107 @@
+"""`varlab edit`: in-painting, out-painting, class-conditional editing of an image of your own."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from varlab.config import verb
+
+
+def run(cfg: DictConfig) -> None:
+    """Writes `num` edits of one image, edit.png (original | mask | results) and edit.json with errors and settings."""
+    from dataclasses import asdict
+
+    import torch
+    from PIL import Image
+
+    from varlab import checkpoints, pictures
+    from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
+    from varlab.editing import composite, edit, edit_errors, latent_mask
+    from varlab.files import save_json
+    from varlab.pipeline import label_of
+
+    if cfg.num < 1:
+        raise ValueError(f"num={cfg.num} must be positive")
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, var, names = checkpoints.load(cfg.checkpoint)
+    tokenizer, var = tokenizer.to(device), var.to(device)
+    side = tokenizer.image_size[0]
+    try:
+        image = open_rgb(Image.open(cfg.image))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image={cfg.image} cannot be read: {error}") from None
+    original = to_tensor([preprocess(image, side, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
+    keep = mask_of(cfg, image.size, side).to(device)
+    label = var.null_label if cfg.label is None else label_of(cfg.label, names, var.num_classes)
+    settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
+    edited = edit(
+        var,
+        tokenizer,
+        original,
+        latent_mask(keep, tokenizer.quantizer.sides[-1]),
+        torch.full((cfg.num,), label, device=device),
+        seed=cfg.seed,
+        **settings,
+    )
+    pixels = original / 2 + 0.5
+    before = edit_errors(edited, pixels, keep)
+    results = composite(edited, pixels, keep, cfg.feather) if cfg.composite else edited
+    errors = {"network": asdict(before), "result": asdict(edit_errors(results, pixels, keep))}
+    out = Path(cfg.out)
+    for i, array in enumerate(pictures.to_uint8(results)):
+        pictures.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
+    shown = torch.cat([pixels[:1], (1 - keep).expand(1, 3, -1, -1), results]).cpu()
+    pictures.save(pictures.grid(shown, columns=len(shown)), out / "edit.png")
+    protocol = {
+        "checkpoint": str(cfg.checkpoint),
+        "image": str(cfg.image),
+        "label": label,
+        "seed": cfg.seed,
+        **settings,
+    }
+    fitted = f"center crop of {min(image.size)} pixels, resized to {side}"
+    save_json(out / "edit.json", {**protocol, "fitted": fitted, "errors_in_levels": errors})
+    print(f"{out}: {cfg.num} edits, edit.png (original | mask | results), edit.json; image: {fitted}")
+    print(
+        f"outside the mask {before.outside:.1f} levels off, seam {before.seam:.1f} (usual step {before.usual:.1f}) before the composite"
+    )
+
+
+def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
+    """1 where the image stays, (side, side), from `mask` (a picture, white where to edit, of the image's size) or `box`."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from varlab.data.imagenet import Crop, preprocess
+    from varlab.editing import box_mask
+
+    if (cfg.mask is None) == (cfg.box is None):
+        raise ValueError("give either mask=FILE (white where to edit) or box=[y0,x0,y1,x1] (shares of the side)")
+    if cfg.mask is None:
+        if (
+            len(cfg.box) != 4
+            or not all(0 <= x <= 1 for x in cfg.box)
+            or cfg.box[0] >= cfg.box[2]
+            or cfg.box[1] >= cfg.box[3]
+        ):
+            raise ValueError(f"box={list(cfg.box)}: give y0, x0, y1, x1 between 0 and 1, y0 < y1, x0 < x1")
+        region = box_mask(tuple(cfg.box), (side, side))
+    else:
+        try:
+            mask = Image.open(cfg.mask).convert("L")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"mask={cfg.mask} cannot be read: {error}") from None
+        if mask.size != size:
+            raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, the image {size}")
+        array = preprocess(mask.convert("RGB"), side, 1.0, Crop())
+        region = torch.from_numpy((np.asarray(array)[..., 0] > 127).astype(np.float32))
+    if not region.any():
+        raise ValueError("the mask is empty: nothing would be edited")
+    return region if cfg.outpaint else 1 - region
+
+
+main = verb("edit")(run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A normal run is called normal, another one not, with the step from which and a reason."""
+
+import csv
+
+import numpy as np
+import pytest
+from runs import fit
+
+from varlab.doctor import band, judge, main, read_band, reason, references, report, smooth, write_band
+
+
+def run(seed: int, offset: float = 0.0, from_step: int = 0) -> dict[str, dict[int, float]]:
+    """A falling loss and a gradient norm, noisy; the loss lies off from some step on."""
+    random = np.random.default_rng(seed)
+    level = 0.02 * random.standard_normal()
+    steps = range(0, 2000, 10)
+    loss = {
+        i: 5 * (i + 50) ** -0.2 + level + 0.02 * random.standard_normal() + offset * (i >= from_step) for i in steps
+    }
+    return {"train/loss": loss, "train/grad_norm": {i: 1 + 0.1 * random.standard_normal() for i in steps}}
+
+
+@pytest.fixture
+def bands():
+    return band([run(seed) for seed in range(3)])
+
+
+def test_most_runs_of_the_same_kind_lie_in_the_band(bands):
+    """Of 60 fresh runs, both metrics, judged by a band of three."""
+    verdicts = [verdict for seed in range(100, 160) for verdict in judge(run(seed), bands)]
+    assert sum(verdict.is_normal for verdict in verdicts) / len(verdicts) > 0.9
+
+
+def test_a_run_that_leaves_the_band_is_named_with_side_step_and_reason(bands):
+    (loss,) = [v for v in judge(run(7, offset=0.5, from_step=1000), bands) if not v.is_normal]
+    assert (loss.metric, loss.side) == ("train/loss", "above")
+    assert loss.first_outside == pytest.approx(1000, abs=60) and 0.4 < loss.share_inside < 0.6
+    assert "learning rate" in reason(loss)
+    (loss,) = [v for v in judge(run(8, offset=-0.5), bands) if v.metric == "train/loss"]
+    assert loss.side == "below" and loss.share_inside < 0.05 and "easier task" in reason(loss)
+
+
+def test_a_loss_that_is_not_a_number_is_out_of_band(bands):
+    broken = run(3)
+    broken["train/loss"] = {step: value if step < 500 else np.nan for step, value in broken["train/loss"].items()}
+    assert [v.metric for v in judge(broken, bands) if not v.is_normal] == ["train/loss"]
+
+
+def test_smoothing_keeps_a_straight_line():
+    steps, values = smooth({i: 2.0 * i for i in range(0, 100, 5)})
+    np.testing.assert_allclose(values[4:-4], 2 * steps[4:-4])
+    assert len(smooth({3: 1.0})[1]) == 1
+
+
+def test_a_reference_survives_its_file(tmp_path, bands):
+    write_band(tmp_path / "some.csv", bands, {"seeds": [0, 1, 2]})
+    read = read_band(tmp_path / "some.csv")
+    assert read.keys() == bands.keys()
+    np.testing.assert_allclose(read["train/loss"].high, bands["train/loss"].high, rtol=1e-4)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other.csv is no reference: its columns are \['a', 'b'\]"):
+        read_band(tmp_path / "other.csv")
+
+
+def test_the_shipped_references_are_whole():
+    found = sorted(references().glob("*.csv"))
+    assert {file.stem for file in found} >= {"tokenizer_tiny", "var_digits"}
+    for file in found:
+        for metric, lies in read_band(file).items():
+            assert (lies.low < lies.mean).all() and (lies.mean < lies.high).all(), (file, metric)
+            assert (np.diff(lies.steps) > 0).all() or len(lies.steps) == 1
+
+
+def test_a_run_is_judged_from_its_folder(tmp_path, var_overrides, capsys, monkeypatch):
+    """A tiny run is no run of the demo: the reference is given, the differing settings are named."""
+    fit(tmp_path / "run", *var_overrides)
+    (tmp_path / "run/.hydra").mkdir()
+    (tmp_path / "run/.hydra/config.yaml").write_text("steps: 9\nmodule: {base_lr: 0.5}\n")
+    said = report(tmp_path / "run", references() / "var_digits.csv")
+    assert "steps=9 (reference 1200)" in said and "module.base_lr=0.5 (reference 0.002)" in said
+    assert "metrics" in said and (tmp_path / "run/doctor.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr("sys.argv", ["varlab", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"varlab doctor: .*metrics.csv holds no curves"):
+        main()
+    monkeypatch.setattr("sys.argv", ["varlab", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"hydra.yaml is missing, so the experiment of the run is unknown"):
+        main()
+
+
+def test_an_imagenet_run_is_held_against_published_facts_marked_as_such(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/hydra.yaml").write_text("hydra: {runtime: {choices: {experiment: var_d16}}}\n")
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["step", "val/loss", "val/err"], [1000, 6.0, 95.0], [2000, 5.5, 80.0]])
+    said = report(tmp_path)
+    assert "no run of ours to compare with; published" in said and "issue 143" in said
+    assert "out of band: val/err, below from step 2000" in said and "in band: 1 of 2" in said
