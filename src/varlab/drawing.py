@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varlab import scales
 
+ByScale = float | int | Sequence[float | int]
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -95,13 +96,13 @@ class Settings:
     most likely one. `smooth` mixes codes by a soft Gumbel softmax: for looks, not for scores.
     """
 
-    cfg_scale: float | Sequence[float] = 1.5
+    cfg_scale: ByScale = 1.5
     cfg_schedule: str = "linear"
     cfg_from: int = 0
-    temperature: float | Sequence[float] = 1.0
-    top_k: int | Sequence[int] = 0
-    top_p: float | Sequence[float] = 0.0
-    min_p: float | Sequence[float] = 0.0
+    temperature: ByScale = 1.0
+    top_k: ByScale = 0
+    top_p: ByScale = 0.0
+    min_p: ByScale = 0.0
     smooth: bool = False
 
     def by_scale(self, num_scales: int, codebook_size: int) -> list[Drawing]:

@@ -86,7 +86,8 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
             or cfg.box[1] >= cfg.box[3]
         ):
             raise ValueError(f"box={list(cfg.box)}: give y0, x0, y1, x1 between 0 and 1, y0 < y1, x0 < x1")
-        region = box_mask(tuple(cfg.box), (side, side))
+        y0, x0, y1, x1 = (float(share) for share in cfg.box)
+        region = box_mask((y0, x0, y1, x1), (side, side))
     else:
         try:
             mask = Image.open(cfg.mask).convert("L")

@@ -1,5 +1,7 @@
 """Pictures for people: grids of images and strips of scales."""
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +41,28 @@ def save(image: Image.Image, path: Path) -> None:
 def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
     """Images in [0, 1] as uint8 (B, H, W, 3), rounded to the nearest level (the released demo rounds down)."""
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def read(path: Path) -> Float[Tensor, "3 H W"]:
+    """An RGB picture as values in [0, 1]."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def save_npz(files: Sequence[Path], path: Path) -> None:
+    """Pictures of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written picture by picture."""
+    height, width = np.asarray(Image.open(files[0])).shape[:2]
+    shape = (len(files), height, width, 3)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+    with (
+        whole_file(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as array,
+    ):
+        np.lib.format.write_array_header_2_0(array, header)
+        for file in files:
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+            if pixels.shape != shape[1:]:
+                raise ValueError(
+                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first picture {width}x{height}"
+                )
+            array.write(np.ascontiguousarray(pixels).tobytes())

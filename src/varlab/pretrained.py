@@ -40,10 +40,15 @@ images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, see
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
     """Identity of what a tokenizer computes: its sizes and weights; usage counts do not matter. 16 hex digits."""
+    return fingerprint(tokenizer, without=("beta", "dropout"))
+
+
+def fingerprint(network: MSVQVAE | VAR, without: tuple[str, ...] = ("drop_path", "label_dropout")) -> str:
+    """Identity of a network's sizes, but for those `without`, and weights; 16 hex digits."""
     digest = hashlib.sha256(
-        repr(sorted((key, value) for key, value in tokenizer.sizes.items() if key not in ("beta", "dropout"))).encode()
+        repr(sorted((key, value) for key, value in network.sizes.items() if key not in without)).encode()
     )
-    for name, value in sorted(tokenizer.named_parameters()):
+    for name, value in sorted(network.named_parameters()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

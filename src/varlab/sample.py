@@ -1,14 +1,21 @@
-"""`varlab sample`: checkpoint -> class grid, filmstrip of scales, PNG images."""
+"""`varlab sample`: checkpoint -> PNG images or an ADM-format .npz, class grid, filmstrip of scales."""
 
+import os
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import verb
 
+DRAWING = ("cfg_scale", "cfg_schedule", "cfg_from", "temperature", "top_k", "top_p", "min_p", "smooth")
+
 
 def run(cfg: DictConfig) -> None:
-    """Draws `num` images, classes in turn; image i has seed `seed + i` and is the same whatever the batch size."""
+    """Draws `num` images; image i has seed `seed + i` and is the same whatever batch size, devices and restarts.
+
+    Under torchrun the processes share the images out. Images that are there are not drawn again.
+    """
     import torch
     from PIL import Image
     from tqdm.auto import tqdm
@@ -20,40 +27,101 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     tokenizer, var, class_names = checkpoints.load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
-    classes = list(range(var.num_classes)) if cfg.classes is None else list(cfg.classes)
-    labels = torch.tensor([classes[i % len(classes)] for i in range(cfg.num)], device=device)
-    out, images, token_maps = Path(cfg.out), [], []
-    settings = {"cfg_scale": cfg.cfg_scale, "top_k": cfg.top_k, "top_p": cfg.top_p, "smooth": cfg.smooth}
-    for first in tqdm(range(0, cfg.num, cfg.batch_size), desc="sample", unit="batch"):
-        chunk = labels[first : first + cfg.batch_size]
-        seeds = list(range(cfg.seed + first, cfg.seed + first + len(chunk)))
-        f_hat, tokens = generate_tokens(var, tokenizer, chunk, Settings(**settings), seed=seeds)
-        with torch.no_grad():
-            batch = decode(tokenizer, f_hat)
-        images.append(batch.cpu())
-        token_maps.append(tokens)
-        for i, pixels in enumerate(pictures.to_uint8(batch), start=first):
-            pictures.save(Image.fromarray(pixels), out / "images" / f"{i:06d}-class{int(labels[i]):04d}.png")
-    shown = torch.cat(images)[: cfg.grid]
-    columns = len(classes) if len(classes) <= 10 else 10
-    pictures.save(pictures.grid(shown, columns), out / "grid.png")
-    first_maps = [tokens[: cfg.film_rows] for tokens in token_maps[0]]
+    labels = labels_of(cfg, class_names, var.num_classes)
+    drawing: dict[str, Any] = {key: plain(cfg[key]) for key in DRAWING}
+    settings, out = Settings(**drawing), Path(cfg.out)
+    settings.by_scale(
+        len(var.patch_nums), tokenizer.sizes["codebook_size"]
+    )  # wrong ones are named before anything is written
+    protocol = {"checkpoint": checkpoint_id(tokenizer, var), **drawing, "seed": cfg.seed, "precision": cfg.precision}
+    begin(out, {**protocol, "rounding": "nearest", "labels": labels}, is_first=rank == 0)
+
+    files = [out / "images" / f"{i:06d}-class{label:04d}.png" for i, label in enumerate(labels)]
+    missing = [i for i, file in enumerate(files) if not file.is_file()][rank::num_ranks]
+    batches = [missing[first : first + cfg.batch_size] for first in range(0, len(missing), cfg.batch_size)]
+    for chunk in tqdm(batches, desc="sample", unit="batch", disable=rank > 0):
+        chosen = torch.tensor([labels[i] for i in chunk], device=device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in chunk])
+            images = decode(tokenizer, f_hat)
+        for i, pixels in zip(chunk, pictures.to_uint8(images), strict=True):
+            pictures.save(Image.fromarray(pixels), files[i])
+    if rank > 0:
+        return
+    wait_for(files)
+    few = torch.tensor(labels[: cfg.film_rows], device=device)
     with torch.no_grad():
-        strip = tokenizer.filmstrip(first_maps) / 2 + 0.5
+        _, token_maps = generate_tokens(var, tokenizer, few, Settings(**{**drawing, "smooth": False}), seed=cfg.seed)
+        strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
     pictures.save(pictures.grid(pictures.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
-    protocol = {
-        "checkpoint": str(cfg.checkpoint),
-        **settings,
-        "seed": cfg.seed,
-        "num": cfg.num,
-        "classes": classes,
-        "class_names": class_names,
-    }
-    save_json(out / "samples.json", {**protocol, "rounding": "nearest", "labels": labels.tolist()})
-    print(f"{out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json")
+    shown = torch.stack([pictures.read(file) for file in files[: cfg.grid]])
+    pictures.save(pictures.grid(shown, len(set(labels)) if len(set(labels)) <= 10 else 10), out / "grid.png")
+    if cfg.npz:
+        pictures.save_npz(files, out / "samples.npz")
+    finished = {**protocol, "num": cfg.num, "classes": sorted(set(labels)), "class_names": class_names}
+    save_json(out / "samples.json", {**finished, "rounding": "nearest", "labels": labels})
+    npz = ", samples.npz" if cfg.npz else ""
+    print(f"{out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json{npz}")
+
+
+def plain(value: Any) -> Any:
+    """A setting as Python's own list or number."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def labels_of(cfg: DictConfig, class_names: list[str], num_classes: int) -> list[int]:
+    """The class of each image: the given ones (numbers or names) in turn, so that they come equally often."""
+    from varlab.pipeline import label_of
+
+    given = plain(cfg.classes)
+    if given in (None, "balanced"):
+        classes = list(range(num_classes))
+        if given == "balanced" and cfg.num % num_classes:
+            raise ValueError(
+                f"num={cfg.num} does not divide evenly among {num_classes} classes: classes=balanced wants it to"
+            )
+    else:
+        classes = [
+            label_of(label, class_names, num_classes) for label in (given if isinstance(given, list) else [given])
+        ]
+    return [classes[i % len(classes)] for i in range(cfg.num)]
+
+
+def checkpoint_id(tokenizer: Any, var: Any) -> str:
+    """Identity of the weights, 16 hex digits each for tokenizer and transformer."""
+    from varlab.pretrained import fingerprint, tokenizer_fingerprint
+
+    return f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
+
+
+def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
+    """Notes what a folder of samples is made with. Raises ValueError when it holds some that were made with other settings."""
+    from varlab.files import load_json, save_json
+
+    file = out / "begun.json"
+    if file.is_file():
+        before = load_json(file, "varlab sample")
+        count = min(len(before["labels"]), len(protocol["labels"]))
+        cut = [{**one, "labels": one["labels"][:count]} for one in (before, protocol)]
+        changed = [key for key in protocol if cut[0].get(key) != cut[1][key]]
+        if changed:
+            raise ValueError(
+                f"{out} holds images made with other settings ({', '.join(changed)}): choose another out=..."
+            )
+    if is_first:
+        save_json(file, protocol)
+
+
+def wait_for(files: list[Path]) -> None:
+    """Waits until the other processes have drawn their images."""
+    import time
+
+    while any(not file.is_file() for file in files):
+        time.sleep(1)
 
 
 main = verb("sample")(run)
