@@ -25,9 +25,12 @@ def bands():
     return band([run(seed) for seed in range(3)])
 
 
-def test_most_runs_of_the_same_kind_lie_in_the_band(bands):
-    """Of 60 fresh runs, both metrics, judged by a band of three."""
-    verdicts = [verdict for seed in range(100, 160) for verdict in judge(run(seed), bands)]
+def test_most_runs_of_the_same_kind_lie_in_the_band():
+    """Five fresh runs for each of 30 bands of three runs, both metrics."""
+    verdicts = []
+    for first in range(0, 240, 8):
+        bands = band([run(first + i) for i in range(3)])
+        verdicts += [verdict for i in range(3, 8) for verdict in judge(run(first + i), bands)]
     assert sum(verdict.is_normal for verdict in verdicts) / len(verdicts) > 0.9
 
 
@@ -67,7 +70,7 @@ def test_the_shipped_references_are_whole():
     assert {file.stem for file in found} >= {"tokenizer_tiny", "var_digits"}
     for file in found:
         for metric, lies in read_band(file).items():
-            assert (lies.low < lies.mean).all() and (lies.mean < lies.high).all(), (file, metric)
+            assert (lies.low <= lies.mean).all() and (lies.mean <= lies.high).all(), (file, metric)
             assert (np.diff(lies.steps) > 0).all() or len(lies.steps) == 1
 
 

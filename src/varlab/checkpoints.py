@@ -177,6 +177,14 @@ def load_any(
     return tokenizer, var, entry["class_names"]
 
 
+def holds_var(path: str | Path) -> bool:
+    """Whether a checkpoint or export folder holds a transformer beside its tokenizer."""
+    if pretrained.is_pretrained(path):
+        return pretrained.read_config(path)["var"] is not None
+    checkpoint = read(path)
+    return "quantize.embedding.weight" not in checkpoint and entry_of(checkpoint, path)["var"] is not None
+
+
 def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
     """Tokenizer, transformer and class names of a VAR's training checkpoint or export folder."""
     tokenizer, var, class_names = load_any(path, use_ema)

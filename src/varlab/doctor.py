@@ -29,47 +29,21 @@ PUBLISHED = {  # facts of the released ImageNet models, not runs of ours
     "val/loss": (5.0, 9.0, "above the irreducible part near 5 nats (the authors, issue 23)"),
 }
 SETTINGS_THAT_MATTER = ("model", "module", "data", "steps", "epochs", "accumulate")
-REASONS = {
-    (
-        "train/loss",
-        "above",
-    ): "learning rate too high or too low (module.base_lr), another batch, tokens of another tokenizer, or labels"
+REASONS = {  # metric, side: why
+    "train/loss above": "learning rate too high or too low (module.base_lr), another batch, tokens of another tokenizer, or labels"
     " that do not belong to the images",
-    (
-        "train/loss",
-        "below",
-    ): "an easier task than the reference: fewer or repeated images, fewer codes in use, or val images in train",
-    (
-        "val/loss",
-        "above",
-    ): "too little data for the size (train falls, val does not): more data, flips, crops, or fewer epochs",
-    ("val/loss", "below"): "another validation set, or training images in it",
-    ("val/err", "above"): "as for the loss",
-    (
-        "train/grad_norm",
-        "above",
-    ): "learning rate too high, warm-up too short, a bad stretch of data, or bf16 where fp32 is needed",
-    (
-        "train/grad_norm",
-        "below",
-    ): "weights hardly move: learning rate too low, gates still closed (init_adaln_gamma), or accumulate"
-    " with a wrong batch",
-    ("train/perplexity", "below"): "the codebook collapses, coarse scales first: callbacks.kmeans, callbacks.revive,"
+    "train/loss below": "an easier task than the reference: fewer or repeated images, fewer codes in use, or val images in train",
+    "val/loss above": "too little data for the size (train falls, val does not): more data, flips, crops, or fewer epochs",
+    "val/loss below": "another validation set, or training images in it",
+    "val/err above": "as for the loss",
+    "train/grad_norm above": "learning rate too high, warm-up too short, a bad stretch of data, or bf16 where fp32 is needed",
+    "train/grad_norm below": "weights hardly move: learning rate too low, or gates still closed (init_adaln_gamma)",
+    "train/perplexity below": "the codebook collapses, coarse scales first: callbacks.kmeans, callbacks.revive,"
     " model.scale_dropout (README, a tokenizer of your own)",
-    ("train/codebook_usage", "below"): "codes die: callbacks.revive, a smaller codebook, or more images a step",
-    (
-        "train/vq_loss",
-        "above",
-    ): "encoder and codes run apart: lower module.base_lr, or begin the codes by callbacks.kmeans",
-    ("val/psnr", "below"): "reconstruction lags: train longer, or lower the perceptual and adversarial weights",
-    (
-        "train/reconstruction_loss",
-        "above",
-    ): "reconstruction lags: images of another kind or size, or a learning rate that is off",
-    (
-        "speed",
-        "below",
-    ): "data arrives too slowly (more data.num_workers, a token cache), another device, or a machine that is shared",
+    "train/codebook_usage below": "codes die: callbacks.revive, a smaller codebook, or more images a step",
+    "train/vq_loss above": "encoder and codes run apart: lower module.base_lr, or begin the codes by callbacks.kmeans",
+    "val/psnr below": "reconstruction lags: train longer, or lower the perceptual and adversarial weights",
+    "train/reconstruction_loss above": "reconstruction lags: images of another kind or size, or a learning rate that is off",
 }
 
 Curves = dict[str, dict[int, float]]
@@ -228,7 +202,9 @@ def published_bands(curves: Curves) -> dict[str, Band]:
 def reason(verdict: Verdict) -> str | None:
     """Why a metric may lie where it lies."""
     fitting = [
-        why for (metric, side), why in REASONS.items() if verdict.metric.startswith(metric) and side == verdict.side
+        why
+        for key, why in REASONS.items()
+        if verdict.metric.startswith(key.split()[0]) and key.endswith(f" {verdict.side}")
     ]
     return fitting[0] if fitting else None
 

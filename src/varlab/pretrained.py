@@ -97,12 +97,7 @@ def save_pretrained(
 
 def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
     """(tokenizer, transformer if there is one, class names). Raises ValueError naming file and reason."""
-    folder = Path(folder)
-    config = load_json(folder / "config.json", "varlab export")
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / 'config.json'} has format {config.get('format')!r}, this version reads {FORMAT}: export it again"
-        )
+    folder, config = Path(folder), read_config(folder)
     tokenizer = MSVQVAE(**config["tokenizer"])
     fill(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
     var = None
@@ -111,6 +106,15 @@ def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] 
         fill(var, read_safetensors(folder / "var.safetensors"), folder / "var.safetensors")
         var.eval()
     return tokenizer.eval(), var, config["class_names"]
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """An export folder's config.json. Raises ValueError when it is of another format."""
+    file = Path(folder) / "config.json"
+    config = load_json(file, "varlab export")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads {FORMAT}: export it again")
+    return config
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

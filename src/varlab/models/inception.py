@@ -164,10 +164,20 @@ class Inception(nn.Module):
 
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
         """Features after global pooling."""
+        return self.everything(images)[0]
+
+    def everything(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 2023"], Float[Tensor, "B 1008"]]:
+        """Features after global pooling, for FID; seven channels of a 17 x 17 map, for sFID; class probabilities without the
+        classifier's bias, for the Inception score: as the ADM evaluator takes them."""
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
         x = (resize_as_tensorflow(levels, self.side) - 128) / 128
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(dim=(2, 3))
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :7].flatten(1)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))))
+        pooled = x.mean(dim=(2, 3))
+        return pooled, spatial, F.linear(pooled, self.fc.weight).softmax(dim=1)

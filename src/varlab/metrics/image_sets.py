@@ -1,0 +1,182 @@
+"""Sets of images to be scored: folders of pictures, ADM-format .npz files, stored statistics; their features, cached by content."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from varlab.files import sha256, whole_file
+from varlab.metrics.frechet import FeatureStatistics
+from varlab.metrics.generation import Features
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class ImageSet:
+    """Images of one size: the pictures of a folder in the order of their names, or `arr_0` of an .npz (uint8, N H W 3).
+
+    `identity`: hash of their content. Raises ValueError naming what is wrong.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files: list[Path] = []
+        self.array: np.ndarray | None = None
+        if self.path.suffix == ".npz" and self.path.is_file():
+            with np.load(self.path) as archive:
+                if "arr_0" not in archive:
+                    raise ValueError(f"{path} holds {sorted(archive)}, not images as arr_0")
+                array = np.asarray(archive["arr_0"])
+            if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
+                raise ValueError(f"{path}: arr_0 is {array.dtype} of shape {array.shape}, not uint8 (N, H, W, 3)")
+            self.array = array
+            self.identity = sha256(self.path)[:16]
+            return
+        folder = self.path / "images" if (self.path / "images").is_dir() else self.path
+        self.files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)
+        if not self.files:
+            raise ValueError(f"{path} is neither a folder of pictures nor an .npz of images")
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(bytes.fromhex(sha256(file)))
+        self.identity = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.files) if self.array is None else len(self.array)
+
+    @property
+    def side(self) -> int:
+        """Height in pixels."""
+        return len(self.pixels(0))
+
+    def pixels(self, i: int) -> np.ndarray:
+        """One image, uint8 (H, W, 3)."""
+        return self.array[i] if self.array is not None else np.asarray(Image.open(self.files[i]).convert("RGB"))
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1]. Raises ValueError naming one of another size."""
+        images = [self.pixels(i) for i in indices]
+        for i, image in zip(indices, images, strict=True):
+            if image.shape != images[0].shape:
+                name = self.files[i] if self.files else f"image {i}"
+                raise ValueError(
+                    f"{name} has shape {image.shape}, others {images[0].shape}: scores want images of one size"
+                )
+        return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+
+def extract(
+    network: nn.Module,
+    num_images: int,
+    read,
+    batch_size: int,
+    cache: Path,
+    desc: str,
+    share: Share | None = None,
+) -> Features:
+    """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file `cache`.
+
+    Processes share the images out; each but the first returns what it made itself.
+    """
+    share = share or Share()
+    if cache.is_file():
+        return load_features(cache)
+    own = list(range(num_images))[share.rank :: share.num_ranks]
+    found: dict[str, list[np.ndarray]] = {}
+    batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    for indices in tqdm(batches, desc=desc, unit="batch", disable=share.rank > 0):
+        for name, values in outputs(network, read(indices)).items():
+            found.setdefault(name, []).append(values)
+    arrays = {name: np.concatenate(values) for name, values in found.items()}
+    if share.num_ranks == 1:
+        save_features(cache, arrays)
+        return Features(**arrays)
+    parts = [cache.with_name(f"{cache.stem}-{rank}-of-{share.num_ranks}.npz") for rank in range(share.num_ranks)]
+    save_features(parts[share.rank], arrays)
+    if share.rank > 0:
+        return Features(**arrays)
+    while any(not part.is_file() for part in parts):
+        time.sleep(0.5)
+    shares = [load_features(part) for part in parts]
+    joined = {}
+    for name in arrays:
+        whole = np.empty((num_images, arrays[name].shape[1]), dtype=arrays[name].dtype)
+        for rank, one in enumerate(shares):
+            whole[rank :: share.num_ranks] = getattr(one, name)
+        joined[name] = whole
+    save_features(cache, joined)
+    for part in parts:
+        part.unlink()
+    return Features(**joined)
+
+
+@torch.no_grad()
+def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    """What the network gives of a batch: everything it can (the Inception), or pooled features."""
+    if hasattr(network, "everything"):
+        values = network.everything(images)  # pyright: ignore[reportCallIssue]
+        return {
+            name: value.float().cpu().numpy()
+            for name, value in zip(("pooled", "spatial", "probabilities"), values, strict=True)
+        }
+    return {"pooled": network.pooled(images).float().cpu().numpy()}  # pyright: ignore[reportCallIssue]
+
+
+def save_features(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes features, whole or not at all."""
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def load_features(path: Path) -> Features:
+    """Features that were kept."""
+    with np.load(path) as archive:
+        return Features(**{name: archive[name] for name in archive})
+
+
+def cache_file(*parts: str) -> Path:
+    """Where features made of these things are kept: VARLAB_CACHE, or the user's cache folder."""
+    folder = Path(os.environ.get("VARLAB_CACHE", "~/.cache/varlab")).expanduser() / "features"
+    return folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.npz"
+
+
+def stored_statistics(path: Path) -> dict[str, FeatureStatistics]:
+    """`mu`, `sigma` (and `mu_s`, `sigma_s` for sFID) of an ADM reference .npz; empty where it holds images alone."""
+    with np.load(path) as archive:
+        found = {}
+        for name, suffix in [("pooled", ""), ("spatial", "_s")]:
+            if f"mu{suffix}" in archive and f"sigma{suffix}" in archive:
+                found[name] = FeatureStatistics(archive[f"mu{suffix}"], archive[f"sigma{suffix}"], 0)
+        return found
+
+
+def network_identity(network: nn.Module) -> str:
+    """Hash of a network's class and weights; 16 hex digits."""
+    digest = hashlib.sha256(type(network).__name__.encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def batches_of(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """All images of a set, in batches."""
+    for first in range(0, len(images), batch_size):
+        yield images.batch(range(first, min(first + batch_size, len(images))), device)

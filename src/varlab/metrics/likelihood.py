@@ -1,0 +1,90 @@
+"""How well a VAR predicts the tokens of images it has not seen: loss, error, calibration, and what the class is worth, by scale."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from varlab import losses, scales
+from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.var import VAR
+
+NUM_BINS = 15
+
+
+class Calibration:
+    """Expected calibration error (Guo et al. 2017): how far the probability of the likeliest code is from how often it is right,
+    over 15 bins of equal width, in percent."""
+
+    def __init__(self, num_scales: int) -> None:
+        self.counts, self.confidence, self.right = (
+            torch.zeros(num_scales, NUM_BINS, dtype=torch.float64) for _ in range(3)
+        )
+
+    def add(self, k: int, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> None:
+        """Counts the tokens of scale k."""
+        confidence, likeliest = logits.float().softmax(dim=-1).flatten(0, 1).max(dim=-1)
+        bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        right = (likeliest == tokens.flatten()).double()
+        for total, values in [
+            (self.counts, torch.ones_like(right)),
+            (self.confidence, confidence.double()),
+            (self.right, right),
+        ]:
+            total[k] += torch.bincount(bins, values, minlength=NUM_BINS).cpu()
+
+    def error(self, k: int | None = None) -> float:
+        """Of scale k, or of all tokens."""
+        counts, confidence, right = (
+            x.sum(dim=0) if k is None else x[k] for x in (self.counts, self.confidence, self.right)
+        )
+        return 100 * float((confidence - right).abs().sum() / counts.sum().clamp(min=1))
+
+
+@torch.no_grad()
+def likelihood_scores(
+    var: VAR, quantizer: MultiScaleQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]]
+) -> dict[str, Any]:
+    """Scores over batches of (sequence, labels).
+
+    `loss` (nats a token), `error` (percent), `perplexity`, `calibration_error` (percent), `bits_per_token`, `bits_per_image`,
+    `unconditional_loss` (with the null label) and `class_gap` (that minus `loss`: what the class is worth, in nats a token), over all
+    tokens and, in `by_scale`, for each scale.
+    """
+    var.eval()
+    patch_nums, num = var.patch_nums, 0
+    sums = {name: torch.zeros(len(patch_nums), dtype=torch.float64) for name in ("loss", "error", "unconditional_loss")}
+    calibration = Calibration(len(patch_nums))
+    for sequence, labels in tqdm(batches, desc="likelihood", unit="batch"):
+        token_maps = list(sequence.split(scales.lengths(patch_nums), dim=1))
+        inputs = quantizer.teacher_forcing_inputs(token_maps)
+        logits = var(inputs, labels)
+        found = losses.token_scores(logits, sequence, patch_nums)
+        blind = losses.token_scores(var(inputs, torch.full_like(labels, var.null_label)), sequence, patch_nums)
+        for name, values in [("loss", found.loss), ("error", found.error), ("unconditional_loss", blind.loss)]:
+            sums[name] += values.double().sum(dim=0).cpu()
+        for k, (first, last) in enumerate(scales.spans(patch_nums)):
+            calibration.add(k, logits[:, first:last], sequence[:, first:last])
+        num += len(labels)
+    by_scale = {name: (total / num).tolist() for name, total in sums.items()}
+    overall = {name: float(losses.over_tokens(total / num, patch_nums)) for name, total in sums.items()}
+    by_scale["perplexity"] = [math.exp(loss) for loss in by_scale["loss"]]
+    by_scale["calibration_error"] = [calibration.error(k) for k in range(len(patch_nums))]
+    by_scale["class_gap"] = [
+        blind - loss for blind, loss in zip(by_scale["unconditional_loss"], by_scale["loss"], strict=True)
+    ]
+    bits = overall["loss"] / math.log(2)
+    return {
+        **overall,
+        "perplexity": math.exp(overall["loss"]),
+        "calibration_error": calibration.error(),
+        "class_gap": overall["unconditional_loss"] - overall["loss"],
+        "bits_per_token": bits,
+        "bits_per_image": bits * scales.num_tokens(patch_nums),
+        "by_scale": by_scale,
+        "num_images": num,
+    }
