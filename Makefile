@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample bench-data
@@ -23,10 +24,10 @@ demo: $(INSTALLED) ## the whole flow on 5,000 real digits, about ten minutes on 
 	$(BIN)/python experiments/demo/run.py
 
 test: $(INSTALLED) ## tests that need no GPU and no patience
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow and not gpu' $(ARGS)
 
 test-all: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, layers, and that no torchvision crept in
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from runs import EXPORTED, config, fit
 from safetensors.torch import load_file, save_file
 
 from varlab import checkpoints, export, import_released
+from varlab.models.transformer import BlockCache
 from varlab.pipeline import VARPipeline, label_of
 from varlab.pretrained import load_pretrained, save_pretrained
 from varlab.programs import DecoderProgram, StepProgram, decoder_example, step_example
@@ -163,7 +164,7 @@ def test_exported_programs_compute_the_same(folder, tokenizer, var, tmp_path):
     step = torch.export.load(tmp_path / "programs/step_03.pt2").module()
     inputs, labels = torch.randn(3, 29, 6), torch.tensor([0, 2, 3])
     with torch.no_grad():
-        cache = var.start_cache(3)
+        cache = [BlockCache(torch.empty(3, 2, 30, 16), torch.empty(3, 2, 30, 16)) for _ in var.blocks]
         for k, (first, last) in enumerate(var.spans):
             logits = var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], labels, cache)
         keys, values = (torch.stack([getattr(c, kind)[:, :, :14] for c in cache]) for kind in ("keys", "values"))

@@ -191,8 +191,8 @@ class VAR(nn.Module):
         return self.predict(x, class_vector)
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
-        """An empty cache for `predict_scale`, one entry a block, with room for all scales."""
-        shape = (batch_size, self.num_heads, self.spans[-1][1], self.width // self.num_heads)
+        """An empty cache for `predict_scale`, one entry a block, with room for all scales but the last, which none looks back at."""
+        shape = (batch_size, self.num_heads, self.spans[-1][0], self.width // self.num_heads)
         device = self.head.weight.device
         return [
             BlockCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
@@ -202,8 +202,8 @@ class VAR(nn.Module):
     def predict_scale(
         self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, " B"], cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
-        """Logits of scale k alone; scales 0..k-1 are in `cache`, which then holds scale k too. No mask is needed: all that
-        is cached may be seen. `inputs` is None at scale 0."""
+        """Logits of scale k alone; scales 0..k-1 are in `cache`, which then holds scale k too, but for the last. No mask is
+        needed: all that is cached may be seen. `inputs` is None at scale 0."""
         class_vector = self.class_embedding(labels)
         cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
         x = self.embed(inputs, class_vector, k, k)
