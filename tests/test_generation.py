@@ -17,11 +17,12 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from varlab import evaluate, losses, sample, scales
 from varlab.metrics.frechet import frechet_distance, statistics
 from varlab.metrics.generation import inception_score, kernel_distance, precision_recall
-from varlab.metrics.image_sets import ImageSet, Share, extract
+from varlab.metrics.image_sets import ImageSet, extract
 from varlab.metrics.likelihood import likelihood_scores
 from varlab.models.inception import Inception
 from varlab.presets import PRESETS, compare
 from varlab.pretrained import save_pretrained
+from varlab.share import Share
 
 RANDOM = np.random.default_rng(0)
 REAL = RANDOM.standard_normal((300, 16)).astype(np.float32)
@@ -267,7 +268,7 @@ def test_wrong_settings_are_named(settings, message, tmp_path, digits_folder, mo
 def test_the_same_protocol_is_called_so():
     drawn = {"cfg_scale": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False}
     protocol = {"features": "inception", "num_samples": 50_000, "resolution": 256, "reference_statistics": "stored"}
-    (line,) = compare("var_d30_256", {**protocol, "sampling": drawn}, {})
+    (line,) = compare("var_d30_256", {**protocol, "sampling": drawn})
     assert "FID 1.97" in line and line.endswith("same protocol")
     assert all(preset.num_samples == 50_000 for preset in PRESETS.values())
     with pytest.raises(ValueError, match=r"arr_0 is float64 of shape \(2,\), not uint8"):

@@ -172,3 +172,10 @@ def test_a_running_job_is_not_started_twice(tmp_path, sweep):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert code == 1 and "is being run by process" in said
+
+
+def test_a_planned_sweep_says_what_each_job_costs_and_starts_none(tmp_path, sweep):
+    code, said = sweep(*sweep.settings, "model.depth=1,2", "plan=true")
+    assert code == 0, said[-2000:]
+    assert "VAR of depth 1" in said and "VAR of depth 2" in said and said.count("memory of each of 1 devices") == 2
+    assert not list(tmp_path.rglob("sweep.json")) and not list(tmp_path.rglob("checkpoints"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,10 @@ def test_two_nodes_train_as_one_process(tmp_path, still):
     fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
     settings = [*still, "trainer=multinode", *CPU, "trainer.devices=1", "nodes=2", *log_to(tmp_path / "two.log")]
     folder = [f"run_dir={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'two'}", "name=two"]
-    meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port=29517"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     run = ["-m", "varlab.train", *folder, *settings]
     agents = [

@@ -14,6 +14,7 @@ from varlab.data.imagenet import Crop, ImageDataset, to_tensor
 from varlab.data.order import Draw
 from varlab.data.shards import ShardReader
 from varlab.data.tokens import TokenDataModule, TokenDataset, crop_of_view, views_of
+from varlab.share import Share
 
 
 def test_the_cache_holds_the_tokens_of_each_view(token_cache, digits_folder, tokenizer_run):
@@ -174,7 +175,7 @@ def test_a_killed_call_continues_with_the_missing_parts(
 
 def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run, tmp_path):
     arguments = cache_arguments(digits_folder, tokenizer_run)
-    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=cache.Share(1, 2))
+    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=Share(1, 2))
     assert second["splits"] == {}
     parts = sorted(file.name for file in (tmp_path / "parts").glob("*.npz"))
     assert parts == [
@@ -182,5 +183,5 @@ def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run
         "train-10-00003.npz",
         "val-10-00001.npz",
     ]
-    cache.write_cache(tmp_path, **arguments, part_images=10, share=cache.Share(0, 2))
+    cache.write_cache(tmp_path, **arguments, part_images=10, share=Share(0, 2))
     assert (tmp_path / "train.tokens.npy").read_bytes() == (token_cache / "train.tokens.npy").read_bytes()

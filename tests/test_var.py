@@ -159,3 +159,11 @@ def test_one_batch_can_be_learnt_by_heart(labels, token_maps):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+def test_logits_are_fp32_whatever_the_type_of_weights_and_products(var):
+    inputs, labels = torch.randn(2, 29, 6), torch.tensor([0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = var(inputs, labels)
+        true = var.to(torch.bfloat16)(inputs, labels)
+    assert mixed.dtype == true.dtype == torch.float32

@@ -38,6 +38,8 @@ class Ledger(Callback):
     """Hydra's callback around a sweep: writes down what it will run, and says at the end what became of it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.get("plan"):
+            return  # nothing is started
         HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
         folder = Path(config.hydra.sweep.dir)
         jobs = job_overrides(config)

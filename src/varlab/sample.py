@@ -1,6 +1,5 @@
 """`varlab sample`: checkpoint -> PNG images or an ADM-format .npz, class grid, filmstrip of scales."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ def run(cfg: DictConfig) -> None:
     from varlab.drawing import Settings
     from varlab.files import save_json
     from varlab.sampling import decode, generate_tokens
+    from varlab.share import Share, own_device
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
-    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    share, device = Share.of_environment(), own_device(cfg.device)
     tokenizer, var, class_names = checkpoints.load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
     labels = labels_of(cfg, class_names, var.num_classes)
@@ -38,19 +37,19 @@ def run(cfg: DictConfig) -> None:
         len(var.patch_nums), tokenizer.sizes["codebook_size"]
     )  # wrong ones are named before anything is written
     protocol = {"checkpoint": checkpoint_id(tokenizer, var), **drawing, "seed": cfg.seed, "precision": cfg.precision}
-    begin(out, {**protocol, "rounding": "nearest", "labels": labels}, is_first=rank == 0)
+    begin(out, {**protocol, "rounding": "nearest", "labels": labels}, is_first=share.rank == 0)
 
     files = [out / "images" / f"{i:06d}-class{label:04d}.png" for i, label in enumerate(labels)]
-    missing = [i for i, file in enumerate(files) if not file.is_file()][rank::num_ranks]
+    missing = [i for i, file in enumerate(files) if not file.is_file()][share.rank :: share.num_ranks]
     batches = [missing[first : first + cfg.batch_size] for first in range(0, len(missing), cfg.batch_size)]
-    for chunk in tqdm(batches, desc="sample", unit="batch", disable=rank > 0):
+    for chunk in tqdm(batches, desc="sample", unit="batch", disable=share.rank > 0):
         chosen = torch.tensor([labels[i] for i in chunk], device=device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in chunk])
             images = decode(tokenizer, f_hat)
         for i, pixels in zip(chunk, pictures.to_uint8(images), strict=True):
             pictures.save(Image.fromarray(pixels), files[i])
-    if rank > 0:
+    if share.rank > 0:
         return
     wait_for(files)
     few = torch.tensor(labels[: cfg.film_rows], device=device)

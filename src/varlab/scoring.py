@@ -7,21 +7,17 @@ from omegaconf import DictConfig
 
 def evaluate_samples(cfg: DictConfig) -> None:
     """Writes generation.json into `out`: scores of samples against a reference, each with its protocol, and the floor."""
-    import os
-
     import torch
     from hydra.utils import instantiate
 
     from varlab import __version__
     from varlab.files import save_json
     from varlab.metrics.generation import scores
-    from varlab.metrics.image_sets import ImageSet, Share, cache_file, extract, network_identity
+    from varlab.metrics.image_sets import ImageSet, cache_file, extract, network_identity
     from varlab.presets import compare
+    from varlab.share import Share, own_device
 
-    share = Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    device = torch.device(
-        cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    )
+    share, device = Share.of_environment(), torch.device(own_device(cfg.device))
     if cfg.reference is None:
         raise ValueError("reference=... is missing: shards (FOLDER), or the ADM reference batch (.npz)")
     network = instantiate(cfg.features)
@@ -60,7 +56,7 @@ def evaluate_samples(cfg: DictConfig) -> None:
         "sampling": load_sampling(sampling),
         "varlab": __version__,
     }
-    warnings = compare(cfg.preset, protocol, result)
+    warnings = compare(cfg.preset, protocol)
     out = Path(cfg.out)
     save_json(out / "generation.json", {**result, "protocol": protocol, "preset": cfg.preset, "warnings": warnings})
     print_scores(result)

@@ -9,16 +9,13 @@ from varlab.config import verb
 
 def run(cfg: DictConfig) -> None:
     """Encodes every image of a packed set once, in each view; under torchrun the processes share the work."""
-    import os
-
-    import torch
     from hydra.utils import instantiate
 
     from varlab.checkpoints import load_tokenizer
-    from varlab.data.tokens import Share, write_cache
+    from varlab.data.tokens import write_cache
+    from varlab.share import Share, own_device
 
-    share = Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    share, device = Share.of_environment(), own_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
     manifest = write_cache(
         Path(cfg.out),

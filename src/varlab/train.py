@@ -53,7 +53,8 @@ def fit(cfg: DictConfig) -> float | None:
             trainer.save_checkpoint(folder / "last.ckpt")
     finally:
         if "wandb" in sys.modules:  # the next run in this process starts one of its own
-            sys.modules["wandb"].finish(exit_code=1 if sys.exc_info()[0] else 0)
+            has_failed = isinstance(sys.exc_info()[1], Exception)  # a run that was told to stop has not
+            sys.modules["wandb"].finish(exit_code=int(has_failed))
         if trainer.is_global_zero and (Path(cfg.run_dir) / "run.json").is_file():
             print(summary(Path(cfg.run_dir)))
     loss = trainer.callback_metrics.get("val/loss")

@@ -8,7 +8,6 @@ train.labels.npy              (N,)
 import logging
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from varlab.data.shards import fingerprint as shards_fingerprint
 from varlab.data.storage import Storage
 from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
+from varlab.share import Share
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -54,14 +54,6 @@ def crop_of_view(view: dict[str, Any], sample: int) -> Crop:
         return Crop(is_flipped=view["is_flipped"])
     top, left = np.random.default_rng([view["seed"], sample]).random(2)
     return Crop(top, left, view["is_flipped"])
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which parts of the work this process does: those whose number is `rank` modulo `num_ranks`."""
-
-    rank: int = 0
-    num_ranks: int = 1
 
 
 def write_cache(

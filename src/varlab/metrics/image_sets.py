@@ -4,7 +4,6 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from varlab.files import sha256, whole_file
 from varlab.metrics.frechet import FeatureStatistics
 from varlab.metrics.generation import Features
+from varlab.share import Share
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -72,14 +72,6 @@ class ImageSet:
                     f"{name} has shape {image.shape}, others {images[0].shape}: scores want images of one size"
                 )
         return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which of several processes this is."""
-
-    rank: int = 0
-    num_ranks: int = 1
 
 
 def extract(

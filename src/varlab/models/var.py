@@ -167,9 +167,9 @@ class VAR(nn.Module):
         return torch.cat([part.float() for part in parts], dim=1) + place
 
     def predict(self, x: Float[Tensor, "B l D"], class_vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
-        """Logits of the last hidden states. The matrix product runs in the autocast type."""
+        """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast type."""
         scale, shift = self.head_modulation(class_vector)[:, :, None].unbind(dim=1)  # each B 1 D
-        return self.head(modulate(self.head_norm(x), scale, shift))
+        return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
     def forward(self, inputs: Float[Tensor, "B l C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B m V"]:
         """Logits of the L tokens from the true coarser ones.

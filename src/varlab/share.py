@@ -1,0 +1,24 @@
+"""Work shared out among processes that torchrun or SLURM started."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which parts of the work this process does: those whose number is `rank` modulo `num_ranks`."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Share":
+        """As torchrun says it; all of the work where it does not."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def own_device(device: str | None) -> str:
+    """The device asked for, or this process's GPU, or the CPU where there is none."""
+    import torch
+
+    return device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
