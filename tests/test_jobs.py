@@ -14,6 +14,8 @@ import pytest
 import yaml
 from runs import SHORT, VAR
 
+from varlab.jobs import reason_to_skip
+
 
 @pytest.fixture
 def sweep(tmp_path, var_overrides):
@@ -179,3 +181,25 @@ def test_a_planned_sweep_says_what_each_job_costs_and_starts_none(tmp_path, swee
     assert code == 0, said[-2000:]
     assert "VAR of depth 1" in said and "VAR of depth 2" in said and said.count("memory of each of 1 devices") == 2
     assert not list(tmp_path.rglob("sweep.json")) and not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("state", "choice", "task", "runs"),
+    [
+        ("pending", None, 0, True),
+        ("finished", None, 0, False),
+        ("finished", None, 3, False),
+        ("failed", None, 0, True),
+        ("failed", "resume", 0, False),
+        ("failed", "retry-failed", 0, True),
+        ("stopped", "retry-failed", 0, False),
+        ("running", "retry-failed", 3, True),  # the first task of the same SLURM job has begun
+        ("running", None, 3, True),
+    ],
+)
+def test_which_jobs_run_again(state, choice, task, runs, monkeypatch):
+    monkeypatch.delenv("VARLAB_SWEEP", raising=False)
+    if choice:
+        monkeypatch.setenv("VARLAB_SWEEP", choice)
+    known = None if state == "pending" else {"state": state}
+    assert (reason_to_skip(known, task) is None) == runs

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import PATCH_NUMS, make_var
 from lightning.pytorch.plugins import Precision
-from runs import command, fit, kill_at, log_to, logged_losses, weights
+from runs import command, config, fit, kill_at, log_to, logged_losses, weights
 
-from varlab import checkpoints
+from varlab import checkpoints, export
 from varlab.training.optim import Progressive, Schedule
 
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
@@ -55,10 +55,17 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
     assert finished.returncode == 0, finished.stderr[-3000:]
     same(tmp_path / "whole", tmp_path / "moved")
     assert list((tmp_path / "moved/pictures").glob("samples-*.png"))
+    folder, file = tmp_path / "moved/checkpoints/last.ckpt", tmp_path / "one.ckpt"
+    export.run(config(tmp_path, f"checkpoint={folder}", "to=checkpoint", f"out={file}", verb="export"))
+    fit(tmp_path / "on", *still, *EMA, f"ckpt_path={file}", "steps=12", *log_to(tmp_path / "on.log"))
+    assert sorted(logged_losses(tmp_path / "on.log")) == [10, 11, 12]
     _, var, _ = checkpoints.load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
     assert torch.equal(
         var.head.weight, checkpoints.read(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
     )
+    (folder / "meta.pt").unlink()
+    with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint: meta.pt is missing"):
+        checkpoints.load(folder)
 
 
 def test_a_sharded_run_can_write_one_file(tmp_path, still):

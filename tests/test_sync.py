@@ -93,5 +93,5 @@ def test_the_last_words_name_checkpoint_and_curves(resumed):
 
 def test_wandb_gets_config_artifacts_and_the_loss_by_scale(resumed):
     text = json.dumps(records(resumed / "wandb"))
-    assert "global_batch_size" in text  # the config tree
+    assert "global_batch_size" in text and "git_commit" in text  # the config tree, the code's version
     assert "dataset-" in text and "tokenizer-" in text and "val/by_scale" in text

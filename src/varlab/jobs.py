@@ -93,28 +93,28 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
             f"{folder} holds a job with other settings ({', '.join(changed(folder, config))}): choose another name=..., or, where"
             " jobs of one sweep meet in a folder, hydra.sweep.subdir='${hydra:job.override_dirname}'"
         )
-    if known and is_alive(known):
+    task = int(os.environ.get("SLURM_PROCID", 0))  # of the tasks of a SLURM job the first keeps the books
+    if task == 0 and known and is_alive(known):
         raise CompactHydraException(f"{folder} is being run by process {known['pid']} on {known['host']}")
-    if skipped := reason_to_skip(known):
+    if skipped := reason_to_skip(known, task):
         print(f"{folder}: {skipped}")
         return known.get("value") if known else None
     with whole_file(folder / "job.yaml") as partial:
         OmegaConf.save(OmegaConf.create(config), partial)
-    is_first = os.environ.get("SLURM_PROCID", "0") == "0"  # of the tasks of a SLURM job, one keeps the books
     facts = {"overrides": overrides, "fingerprint": fingerprint, "host": socket.gethostname(), "started": time.time()}
     command = [sys.executable, "-m", module, "--job", str(folder / "job.yaml")]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
         forwarding(process) as got,
     ):
-        if is_first:
+        if task == 0:
             save_json(folder / "job.json", {"state": "running", "pid": process.pid, **facts})
-        last_line = relay(process, folder / "output.log")
+        last_line = relay(process, folder / (f"output-{task}.log" if task else "output.log"))
         code = process.wait()
     state = {0: "finished", STOPPED: "stopped"}.get(code, "failed")
     value = load_json(folder / "run.json", "varlab train").get("val_loss") if state == "finished" else None
     ending = {"state": state, "exit_code": code, "value": value, "ended": time.time(), "last_line": last_line}
-    if is_first:
+    if task == 0:
         save_json(folder / "job.json", {**facts, **ending})
     if state == "stopped":
         got.pass_on()
@@ -158,9 +158,11 @@ def is_alive(known: dict[str, Any]) -> bool:
     return True
 
 
-def reason_to_skip(known: dict[str, Any] | None) -> str | None:
-    """Why a job is not run (again); None when it is."""
+def reason_to_skip(known: dict[str, Any] | None, task: int = 0) -> str | None:
+    """Why a job is not run (again); None when it is. Further tasks of a SLURM job follow the first, which may have begun."""
     state, choice = known["state"] if known else "pending", os.environ.get(CHOICE)
+    if task and state == "running":
+        return None
     if state == "finished":
         return "finished before, kept"
     if choice == "resume" and state == "failed":

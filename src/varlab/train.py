@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,8 +27,8 @@ def fit(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from varlab import checkpoints
-    from varlab.training.record import summary
+    from varlab import __version__, checkpoints
+    from varlab.training.record import git_commit, summary
 
     quieten()
     check_types(cfg)
@@ -36,12 +37,14 @@ def fit(cfg: DictConfig) -> float | None:
     folder = Path(cfg.run_dir) / "checkpoints"
     check_fresh(folder, cfg.ckpt_path)
     start = checkpoints.newest(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
     callbacks = {name: instantiate(callback) for name, callback in cfg.callbacks.items() if callback is not None}
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
+    code = {"varlab": __version__, "git_commit": git_commit()}
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_hyperparams({**plain, "code": code})
     trainer = make_trainer(cfg, list(callbacks.values()), loggers)
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
