@@ -138,21 +138,26 @@ def test_a_broken_folder_is_named(break_it, message, folder):
 
 
 class Hostile:
+    """Would touch a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
     def __reduce__(self):
-        return Path.touch, (Path("/tmp/varlab-was-here"),)
+        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("name", ["evil.pth", "evil.ckpt"])
 def test_a_hostile_file_is_refused_unread(name, tmp_path):
-    (Path("/tmp/varlab-was-here")).unlink(missing_ok=True)
-    torch.save({"state_dict": Hostile()}, tmp_path / name)
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile()))
+    marker = tmp_path / "was-here"
+    torch.save({"state_dict": Hostile(marker)}, tmp_path / name)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(marker)))
     for file in (tmp_path / name, tmp_path / "plain.pth"):
         with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values, or it is damaged"):
             checkpoints.load_any(file)
         with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values"):
             checkpoints.load_tokenizer(file)
-    assert not Path("/tmp/varlab-was-here").exists()
+    assert not marker.exists()
 
 
 def test_exported_programs_compute_the_same(folder, tokenizer, var, tmp_path):

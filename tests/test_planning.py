@@ -6,8 +6,9 @@ from runs import config
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from varlab import compute, losses, train
+from varlab.footprint import saved_by
 from varlab.models.var import VAR
-from varlab.planning import Facts, Setup, memory, saved_by
+from varlab.planning import Facts, Setup, memory
 from varlab.training.optim import parameter_groups
 
 SIZES = {"patch_nums": [1, 2, 3, 4, 5, 6, 8, 10], "codebook_size": 1024, "codebook_dim": 32, "num_classes": 100}

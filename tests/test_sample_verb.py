@@ -61,6 +61,16 @@ def test_the_set_does_not_depend_on_batch_size_restarts_or_processes(model, tmp_
     assert equal(whole, dict(sorted(two.items())))
 
 
+def test_a_process_that_starts_late_still_draws_its_own_share(model, tmp_path, monkeypatch):
+    """The first of three has drawn its images before the others look."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("varlab.share.wait_for", lambda files: None)
+    for rank, drawn in [("1", {1, 4}), ("2", {1, 2, 4, 5}), ("0", set(range(7)))]:
+        monkeypatch.setenv("RANK", rank)
+        images = run(model, tmp_path / "out")
+        assert {int(name[:6]) for name in images} == drawn
+
+
 def test_other_settings_do_not_mix_into_a_folder(model, tmp_path):
     run(model, tmp_path / "out")
     with pytest.raises(

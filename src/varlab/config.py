@@ -60,6 +60,23 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     return decorate
 
 
+def plain_verb(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Turns a function of plain arguments into a verb, for those that have files to read and nothing to set. Without arguments it
+    prints `usage`; what a user can mend is one line and exit code 1."""
+
+    def main() -> None:
+        arguments = sys.argv[1:]
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(usage)
+            return
+        try:
+            run(arguments)
+        except (ValueError, OSError) as error:
+            sys.exit(f"varlab {name}: {error}")
+
+    return main
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -6,7 +6,6 @@ with a JSON beside it that says which. Curves are smoothed alike before they are
 
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from varlab.files import load_json, save_json, whole_file
+from varlab.config import plain_verb
+from varlab.files import flat, load_json, save_json, whole_file
 
 USAGE = """varlab doctor RUN [REFERENCE.csv]: is this run normal?
 Lays the curves of RUN (metrics.csv) over the reference curves of its experiment: RUN/doctor.png, and in words what is out of
@@ -157,19 +157,15 @@ def settings_of(folder: Path) -> dict[str, Any]:
         return {}
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, place: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{place}.{key}")
-        elif not isinstance(node, str) or ("/" not in node and "${" not in node):
-            flat[place] = node
-
     plain: Any = OmegaConf.to_container(config, resolve=False)
-    for key in SETTINGS_THAT_MATTER:
-        walk(plain.get(key), key)
-    return flat
+    found = flat({key: plain.get(key) for key in SETTINGS_THAT_MATTER})
+    return {
+        key: value
+        for key, value in found.items()
+        if not (
+            isinstance(value, str) and ("/" in value or "${" in value)
+        )  # paths and what follows from other settings
+    }
 
 
 def experiment_of(folder: Path) -> str:
@@ -282,17 +278,12 @@ def draw(curves: Curves, bands: dict[str, Band], verdicts: Sequence[Verdict], pa
         figure.savefig(partial, dpi=110, format="png")
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
     """Judges one run."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    try:
-        print(report(Path(arguments[0]), Path(arguments[1]) if len(arguments) > 1 else None))
-    except (ValueError, OSError) as error:
-        sys.exit(f"varlab doctor: {error}")
+    print(report(Path(arguments[0]), Path(arguments[1]) if len(arguments) > 1 else None))
 
+
+main = plain_verb("doctor", USAGE, run)
 
 if __name__ == "__main__":
     main()

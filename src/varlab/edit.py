@@ -19,10 +19,11 @@ def run(cfg: DictConfig) -> None:
     from varlab.editing import composite, edit, edit_errors, latent_mask
     from varlab.files import save_json
     from varlab.pipeline import label_of
+    from varlab.share import own_device
 
     if cfg.num < 1:
         raise ValueError(f"num={cfg.num} must be positive")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device(cfg.device)
     tokenizer, var, names = checkpoints.load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
     side = tokenizer.image_size[0]

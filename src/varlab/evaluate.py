@@ -39,8 +39,9 @@ def evaluate_tokenizer(cfg: DictConfig) -> None:
     from varlab.files import save_json
     from varlab.metrics.plot import curve_by_scale
     from varlab.metrics.reconstruction import reconstruction_distance, reconstruction_scores
+    from varlab.share import own_device
 
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(own_device(cfg.device))
     features, perceptual, storage = (instantiate(cfg[name]) for name in ("features", "perceptual", "storage"))
     tokenizer = load_tokenizer(cfg.checkpoint, cfg.patch_nums).to(device).eval()
     side, out = tokenizer.image_size[0], Path(cfg.out)
@@ -89,8 +90,9 @@ def evaluate_likelihood(cfg: DictConfig) -> None:
     from varlab.files import save_json
     from varlab.metrics.likelihood import likelihood_scores
     from varlab.metrics.plot import curve_by_scale
+    from varlab.share import own_device
 
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(own_device(cfg.device))
     tokenizer, var, _ = checkpoints.load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
 

@@ -67,3 +67,13 @@ def load_json(path: Path, made_by: str) -> dict[str, Any]:
 def json_hash(value: Any) -> str:
     """Hash of a JSON value that does not depend on the order of keys; 16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(node: Any, place: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    if not isinstance(node, dict):
+        return {place: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= flat(value, f"{place}.{key}".lstrip("."))
+    return found

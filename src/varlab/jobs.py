@@ -27,7 +27,7 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from varlab.files import json_hash, load_json, save_json, whole_file
+from varlab.files import flat, json_hash, load_json, save_json, whole_file
 
 STOPPED = 75  # exit code of a run that was told to stop, and saved (EX_TEMPFAIL)
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -131,15 +131,7 @@ def entry(folder: Path) -> dict[str, Any] | None:
 
 def changed(folder: Path, config: dict[str, Any]) -> list[str]:
     """Settings in which a job differs from the one that was run in its folder."""
-
-    def flat(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                yield from flat(value, f"{place}.{key}".lstrip("."))
-        else:
-            yield place, node
-
-    before, now = dict(flat(OmegaConf.to_container(OmegaConf.load(folder / "job.yaml")))), dict(flat(config))
+    before, now = flat(OmegaConf.to_container(OmegaConf.load(folder / "job.yaml"))), flat(config)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in before.keys() | now.keys()

@@ -12,6 +12,7 @@ from varlab import checkpoints, pictures
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling import generate
+from varlab.share import own_device
 
 
 class VARPipeline:
@@ -28,7 +29,7 @@ class VARPipeline:
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "VARPipeline":
         """From an export folder or a training checkpoint, on `device` (default: a GPU where there is one)."""
         tokenizer, var, class_names = checkpoints.load(path)
-        return cls(tokenizer, var, class_names).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(tokenizer, var, class_names).to(device or own_device(None))
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Moves both networks."""

@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.drawing import Settings
     from varlab.files import save_json
     from varlab.sampling import decode, generate_tokens
-    from varlab.share import Share, own_device
+    from varlab.share import Share, own_device, wait_for
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
@@ -40,7 +40,8 @@ def run(cfg: DictConfig) -> None:
     begin(out, {**protocol, "rounding": "nearest", "labels": labels}, is_first=share.rank == 0)
 
     files = [out / "images" / f"{i:06d}-class{label:04d}.png" for i, label in enumerate(labels)]
-    missing = [i for i, file in enumerate(files) if not file.is_file()][share.rank :: share.num_ranks]
+    own = range(cfg.num)[share.rank :: share.num_ranks]  # by number, whatever the others have drawn by now
+    missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + cfg.batch_size] for first in range(0, len(missing), cfg.batch_size)]
     for chunk in tqdm(batches, desc="sample", unit="batch", disable=share.rank > 0):
         chosen = torch.tensor([labels[i] for i in chunk], device=device)
@@ -113,14 +114,6 @@ def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
             )
     if is_first:
         save_json(file, protocol)
-
-
-def wait_for(files: list[Path]) -> None:
-    """Waits until the other processes have drawn their images."""
-    import time
-
-    while any(not file.is_file() for file in files):
-        time.sleep(1)
 
 
 main = verb("sample")(run)

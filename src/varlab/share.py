@@ -1,7 +1,13 @@
 """Work shared out among processes that torchrun or SLURM started."""
 
+import logging
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,10 @@ def own_device(device: str | None) -> str:
     import torch
 
     return device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def wait_for(files: Sequence[Path]) -> None:
+    """Returns once the other processes have written their files."""
+    while missing := [file for file in files if not file.is_file()]:
+        log.info("waiting for %d files of other processes, first %s", len(missing), missing[0].name)
+        time.sleep(2)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from varlab.config import plain_verb
 from varlab.files import load_json
 
 USAGE = """varlab sweep ACTION FOLDER: a multirun's ledger
@@ -45,12 +46,8 @@ def table(folder: Path) -> None:
     print(f"{len(rows)} jobs: {folder / 'runs.csv'}")
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
     """Runs one action on one folder."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
     actions = {
         "status": status,
         "resume": lambda folder: again(folder, "resume"),
@@ -58,12 +55,11 @@ def main() -> None:
         "table": table,
     }
     if len(arguments) != 2 or arguments[0] not in actions:
-        sys.exit(f"varlab sweep: {' '.join(arguments)!r} is not ACTION FOLDER\n\n{USAGE}")
-    try:
-        actions[arguments[0]](Path(arguments[1]))
-    except ValueError as error:
-        sys.exit(f"varlab sweep: {error}")
+        raise ValueError(f"{' '.join(arguments)!r} is not ACTION FOLDER\n\n{USAGE}")
+    actions[arguments[0]](Path(arguments[1]))
 
+
+main = plain_verb("sweep", USAGE, run)
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
 """`varlab sync`: uploads to W&B what runs wrote down locally, the parts of a resumed run as one curve."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from varlab.config import plain_verb
 from varlab.files import load_json, save_json
 
 USAGE = """varlab sync FOLDER [FOLDER ...]: uploads runs, or all runs below a folder, to W&B
@@ -69,23 +69,18 @@ def upload(folder: Path) -> int:
     return len(steps)
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
     """Uploads each run below the given folders."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
     from varlab.training.loggers import has_wandb_login
 
-    try:
-        folders = [run for argument in arguments for run in runs_below(Path(argument))]
-        if os.environ.get("WANDB_MODE") != "offline" and not has_wandb_login():
-            raise ValueError("there is no W&B login: run `wandb login`, or set WANDB_API_KEY")
-        for folder in folders:
-            print(f"{folder}: {upload(folder)} new steps")
-    except ValueError as error:
-        sys.exit(f"varlab sync: {error}")
+    folders = [folder for argument in arguments for folder in runs_below(Path(argument))]
+    if os.environ.get("WANDB_MODE") != "offline" and not has_wandb_login():
+        raise ValueError("there is no W&B login: run `wandb login`, or set WANDB_API_KEY")
+    for folder in folders:
+        print(f"{folder}: {upload(folder)} new steps")
 
+
+main = plain_verb("sync", USAGE, run)
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,6 @@ train.labels.npy              (N,)
 
 import logging
 import shutil
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from varlab.data.shards import fingerprint as shards_fingerprint
 from varlab.data.storage import Storage
 from varlab.files import json_hash, load_json, save_json, sha256, whole_file
 from varlab.models.msvqvae import MSVQVAE
-from varlab.share import Share
+from varlab.share import Share, wait_for
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -159,13 +158,6 @@ def write_part(
 def smallest_type(tokenizer: MSVQVAE) -> np.dtype:
     """The smallest integer type that holds every token."""
     return np.min_scalar_type(tokenizer.sizes["codebook_size"] - 1)
-
-
-def wait_for(files: list[Path]) -> None:
-    """Returns once the other processes have written their parts."""
-    while missing := [file for file in files if not file.is_file()]:
-        log.info("waiting for %d parts of other processes, first %s", len(missing), missing[0].name)
-        time.sleep(2)
 
 
 def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, num_views: int) -> dict[str, Any]:

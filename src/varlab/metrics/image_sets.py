@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from varlab.files import sha256, whole_file
 from varlab.metrics.frechet import FeatureStatistics
 from varlab.metrics.generation import Features
-from varlab.share import Share
+from varlab.share import Share, wait_for
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -104,8 +103,7 @@ def extract(
     save_features(parts[share.rank], arrays)
     if share.rank > 0:
         return Features(**arrays)
-    while any(not part.is_file() for part in parts):
-        time.sleep(0.5)
+    wait_for(parts)
     shares = [load_features(part) for part in parts]
     joined = {}
     for name in arrays:
@@ -166,9 +164,3 @@ def network_identity(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def batches_of(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """All images of a set, in batches."""
-    for first in range(0, len(images), batch_size):
-        yield images.batch(range(first, min(first + batch_size, len(images))), device)

@@ -66,9 +66,6 @@ class Pictures(Callback):
 class Mirror(Callback):
     """Gives W&B what its curves lack: data and tokenizer as artifacts (manifest and place), a table of the loss by scale."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
     def loggers(self, trainer: Trainer) -> list[WandbLogger]:
         """W&B's loggers; none on the other ranks."""
         if not trainer.is_global_zero:
