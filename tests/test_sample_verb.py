@@ -115,3 +115,14 @@ def test_a_wrong_setting_leaves_nothing_behind(setting, message, model, tmp_path
     with pytest.raises(ValueError, match=message):
         run(model, tmp_path / "out", setting)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_compiled_network_draws_the_same_images(model, tmp_path):
+    """In a process without the tests' type checks; the last batch is not full."""
+    eager = run(model, tmp_path / "eager", "batch_size=4")
+    command = [sys.executable, "-m", "varlab.cli", "sample", *settings(model, tmp_path / "compiled", "batch_size=4")]
+    answer = subprocess.run([*command, "is_compiled=true"], capture_output=True, text=True, check=False, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    assert "recompile_limit" not in answer.stderr
+    drawn = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "compiled/images").iterdir()}
+    assert equal(eager, drawn)

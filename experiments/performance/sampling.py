@@ -1,7 +1,7 @@
 """How fast images are sampled, beside the released code with the same weights, in one run.
 
     python experiments/performance/sampling.py FOLDER_OF_THE_RELEASED_CODE                                  (CPU, about four minutes)
-    python experiments/performance/sampling.py FOLDER --device cuda --names d16 --batches 1 64 --bf16
+    python experiments/performance/sampling.py FOLDER --device cuda --names d16 --batches 1 64 --bf16 --compile
 
 writes experiments/performance/sampling.csv. The released code is not part of this project. Guidance 1.5, top_k 900, top_p 0.96,
 decoder included; greedy tokens of both are compared first.
@@ -14,6 +14,8 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +26,7 @@ from varlab.drawing import Settings
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.published import to_released
-from varlab.sampling import generate, generate_tokens
+from varlab.sampling import compile_scales, generate, generate_tokens
 
 RESULTS = Path(__file__).with_name("sampling.csv")
 FULL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["tiny", "d2"], choices=list(SIZES))
     parser.add_argument("--batches", type=int, nargs="+", default=[4])
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="our network compiled for each scale besides")
     given = parser.parse_args()
     about = (
         f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -98,7 +101,16 @@ def main() -> None:
                 with cast:
                     return theirs.autoregressive_infer_cfg(batch, labels, g_seed=0, cfg=1.5, top_k=900, top_p=0.96)
 
-            seconds = interleaved({"varlab": ours_once, "released": theirs_once}, given.device)
+            contenders = {"varlab": ours_once, "released": theirs_once}
+            if given.compile:
+                compiled = deepcopy(var)
+                compile_scales(compiled)
+                contenders["varlab compiled"] = partial(ours_once, var=compiled)
+                same = generate_tokens(compiled, tokenizer, labels, Settings(1.5, top_k=1))[1]
+                eager = generate_tokens(var, tokenizer, labels, Settings(1.5, top_k=1))[1]
+                agreeing = float((torch.cat(same, dim=1) == torch.cat(eager, dim=1)).float().mean())
+                print(f"{name:5} compiled: {agreeing:.2%} of greedy tokens the same")
+            seconds = interleaved(contenders, given.device)
             reference = statistics.median(seconds["released"])
             for code, values in seconds.items():
                 median = statistics.median(values)
@@ -115,7 +127,7 @@ def main() -> None:
                     ]
                 )
                 print(
-                    f"{name:5} {code:9} batch {batch}: {median:8.4f} s  spread {spread:.0%}  {reference / median:.2f} times"
+                    f"{name:5} {code:15} batch {batch}: {median:8.4f} s  spread {spread:.0%}  {reference / median:.2f} times"
                 )
             print(f"{name:5} greedy images differ by {gap:.2g} at most", flush=True)
     with open(RESULTS, "w", newline="") as file:

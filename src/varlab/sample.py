@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> None:
     from varlab import checkpoints, pictures
     from varlab.drawing import Settings
     from varlab.files import save_json
-    from varlab.sampling import decode, generate_tokens
+    from varlab.sampling import compile_scales, decode, generate_tokens
     from varlab.share import Share, own_device, wait_for
 
     if cfg.num < 1 or cfg.batch_size < 1:
@@ -30,6 +30,8 @@ def run(cfg: DictConfig) -> None:
     share, device = Share.of_environment(), own_device(cfg.device)
     tokenizer, var, class_names = checkpoints.load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
+    if cfg.is_compiled:
+        compile_scales(var)
     labels = labels_of(cfg, class_names, var.num_classes)
     drawing: dict[str, Any] = {key: plain(cfg[key]) for key in DRAWING}
     settings, out = Settings(**drawing), Path(cfg.out)
@@ -44,10 +46,11 @@ def run(cfg: DictConfig) -> None:
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + cfg.batch_size] for first in range(0, len(missing), cfg.batch_size)]
     for chunk in tqdm(batches, desc="sample", unit="batch", disable=share.rank > 0):
-        chosen = torch.tensor([labels[i] for i in chunk], device=device)
+        filled = chunk + chunk[-1:] * (cfg.batch_size - len(chunk) if cfg.is_compiled else 0)  # no programs for the rest
+        chosen = torch.tensor([labels[i] for i in filled], device=device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in chunk])
-            images = decode(tokenizer, f_hat)
+            f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in filled])
+            images = decode(tokenizer, f_hat[: len(chunk)])
         for i, pixels in zip(chunk, pictures.to_uint8(images), strict=True):
             pictures.save(Image.fromarray(pixels), files[i])
     if share.rank > 0:

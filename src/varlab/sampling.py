@@ -52,6 +52,16 @@ def check_labels(labels: Int[Tensor, " B"], num_classes: int) -> None:
         )
 
 
+def compile_scales(var: VAR) -> None:
+    """From now on `generate` runs one compiled program for each scale (and batch size: keep it the same) of this network.
+
+    The first batch takes a minute or more; tokens stay the same but for rounding.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.patch_nums))
+    var.predict_scale = torch.compile(var.predict_scale, dynamic=False)
+
+
 @torch.no_grad()
 def generate_tokens(
     var: VAR,
