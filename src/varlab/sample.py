@@ -46,7 +46,9 @@ def run(cfg: DictConfig) -> None:
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + cfg.batch_size] for first in range(0, len(missing), cfg.batch_size)]
     for chunk in tqdm(batches, desc="sample", unit="batch", disable=share.rank > 0):
-        filled = chunk + chunk[-1:] * (cfg.batch_size - len(chunk) if cfg.is_compiled else 0)  # no programs for the rest
+        filled = chunk + chunk[-1:] * (
+            cfg.batch_size - len(chunk) if cfg.is_compiled else 0
+        )  # no programs for the rest
         chosen = torch.tensor([labels[i] for i in filled], device=device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in filled])
