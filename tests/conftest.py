@@ -108,3 +108,9 @@ def var_overrides(tokenizer_run, token_cache):
     from runs import SHORT, VAR
 
     return [*VAR, *SHORT, f"data.path={token_cache}", f"tokenizer={tokenizer_run / 'checkpoints/last.ckpt'}"]
+
+
+@pytest.fixture
+def still(var_overrides):
+    """Nothing that draws other numbers on other ranks."""
+    return [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]

@@ -1,5 +1,6 @@
-"""Servers on this machine that hold a folder of shards, and that fail as real ones do."""
+"""Servers on this machine: of a folder of shards, failing as real ones do, and of W&B runs."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -74,6 +75,83 @@ def http_server(folder: Path, faults: Faults | None = None, knows_ranges: bool =
                     time.sleep(0.01)
             else:
                 self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class WandbRuns:
+    """What a W&B server holds: runs as {id: (summary, history)}; `views`, the reports and workspaces that were saved."""
+
+    def __init__(self, runs: dict[str, tuple[dict, list[dict]]], state: str = "finished") -> None:
+        self.runs, self.state, self.views = runs, state, []
+
+    def answer(self, query: str, given: dict) -> dict:
+        """The data of one GraphQL answer."""
+        page = {"endCursor": "end", "hasNextPage": False}
+        if "query Runs(" in query or "sweep(sweepName" in query:
+            edges = [{"node": self.node(run_id), "cursor": run_id} for run_id in self.runs]
+            runs = {"edges": edges, "pageInfo": page}
+            project = {"internalId": "1", "id": "1", "runCount": len(edges), "readOnly": False, "runs": runs}
+            sweep = {"id": "1", "name": "s1", "state": "FINISHED", "config": "method: grid", "runCount": len(edges)}
+            sweep |= {"displayName": "s1", "bestLoss": None, "method": "grid", "priorRuns": {"edges": []}, "runs": runs}
+            return {"project": {**project, "sweep": sweep}}
+        if "query HistoryPage" in query:
+            history = [json.dumps(entry) for entry in self.runs[given["run"]][1]]
+            return {"project": {"run": {"history": history[given["minStep"] : given["maxStep"]]}}}
+        if "query GetProjects" in query:
+            own = {"id": "1", "name": "varlab", "entityName": "me", "createdAt": "", "isBenchmark": False, "user": None}
+            return {"models": {"pageInfo": page, "edges": [{"node": own}]}}
+        if "query ProjectInternalId" in query:
+            return {"project": {"id": "1", "internalId": "1"}}
+        if "upsertView(" in query:
+            self.views.append(given)
+            project = {"id": "1", "name": given["projectName"], "entityName": given["entityName"]}
+            view = {**given, "id": f"view{len(self.views)}", "project": project, "updatedAt": "2026-01-01T00:00:00"}
+            return {"upsertView": {"view": view, "inserted": True}}
+        if "project(" in query:
+            return {"project": {"internalId": "1", "run": self.node(given.get("name") or given.get("runName"))}}
+        viewer = {"id": "1", "username": "me", "entity": "me", "email": "", "flags": None, "teams": {"edges": []}}
+        return {"viewer": viewer, "serverInfo": None}
+
+    def node(self, run_id: str) -> dict:
+        """One run."""
+        summary, history = self.runs[run_id]
+        empty = dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes"))
+        times = dict.fromkeys(("createdAt", "heartbeatAt"), "2026-01-01T00:00:00Z")
+        return {
+            **empty, **times, "id": run_id, "tags": [], "name": run_id, "displayName": summary.get("name", run_id), "state": self.state,
+            "readOnly": False, "historyLineCount": len(history), "projectId": "1", "user": {"name": "me", "username": "me"},
+            "config": "{}", "systemMetrics": "{}", "summaryMetrics": json.dumps(summary),
+            "historyKeys": {"step": len(history), "lastStep": len(history) - 1, "keys": {}},
+        }  # fmt: skip
+
+
+@contextmanager
+def wandb_server(runs: WandbRuns) -> Iterator[str]:
+    """URL of a server that speaks the part of W&B's language which reading runs and saving reports needs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            content = b""
+            if self.path.startswith("/graphql"):
+                request = json.loads(sent)
+                content = json.dumps({"data": runs.answer(request["query"], request.get("variables") or {})}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

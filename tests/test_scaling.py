@@ -7,8 +7,10 @@ import pytest
 from runs import config
 
 from varlab import scaling_law
-from varlab.scaling.fit import fit, frontier
-from varlab.scaling.runs import read_runs, write_csv
+from varlab.compute import parameter_counts, training_flops
+from varlab.scaling.fit import exponents_by_floor, fit
+from varlab.scaling.frontier import candidates, frontier, isoflop
+from varlab.scaling.runs import collect, read_table, write_csv
 
 SIZES = np.array([2.0, 3, 4, 6, 8, 10, 12, 16]) ** 3 * 73728
 
@@ -56,64 +58,205 @@ def test_the_frontier_is_what_nothing_beats_with_less_compute():
     assert frontier([1, 2, 3, 4, 2.5], [5, 6, 4, 4.5, 5]) == [0, 2]
 
 
-def make_runs(folder, depths=(1, 2, 3, 4), **changes):
-    for i, depth in enumerate(depths):
-        size = 73728 * depth**3
-        loss = float(truth(np.array(size), floor=2.0, scale=1e6))
-        row = {
-            "name": f"d{depth}", "kind": "var", "state": "finished", "depth": depth, "step": 10, "params_main": size,
-            "flops_exact": size * 6e6, "tokenizer_id": "t", "dataset_id": "d", "patch_nums": [1, 2], "val_loss": loss,
-            "val_loss_last": loss + 0.1, "val_err": 80 - depth, "val_err_last": 82 - depth,
-        }  # fmt: skip
-        (folder / f"d{depth}").mkdir(parents=True)
-        row.update({key: value for key, value in changes.items() if i == 0})
-        (folder / f"d{depth}" / "run.json").write_text(json.dumps(row))
+def sizes(depth):
+    return {
+        "depth": depth, "width": 64 * depth, "num_heads": depth, "patch_nums": [1, 2], "codebook_size": 64, "codebook_dim": 8,
+        "num_classes": 10, "mlp_ratio": 4.0, "drop_path": 0.0, "label_dropout": 0.1, "shared_adaln": False, "qk_norm": True,
+    }  # fmt: skip
+
+
+def surface(size, images):
+    """The truth of the made-up runs: E 2, alpha 0.3, beta 0.4."""
+    return 2 + (1e6 / size) ** 0.3 + (3e3 / images) ** 0.4
+
+
+def make_row(depth, images=38400, **changes):
+    size = parameter_counts(sizes(depth))["params_main"]
+    loss = float(surface(size, images))
+    row = {
+        "run_id": f"d{depth}-{images}", "name": f"d{depth}-{images}", "kind": "var", "state": "finished", "depth": depth,
+        "width": 64 * depth, "sizes": sizes(depth), "step": 10, "params_main": size, "images_seen": images, "unique_images": 10**6,
+        "flops_exact": training_flops(sizes(depth)) * images, "tokenizer_id": "t", "dataset_id": "d", "patch_nums": [1, 2],
+        "order": "scales", "val_loss": loss, "val_loss_last": loss + 0.1, "val_err": 80 - depth, "val_err_last": 82 - depth,
+        "val_loss_scale_00": loss - 0.1, "val_loss_scale_01": loss + 0.1, "parent_run": f"d{depth}",
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def make_runs(folder, depths=(1, 2, 3, 4), budgets=(38400,), noise=0.0, **changes):
+    """`changes` are those of the first run."""
+    rng, first = np.random.default_rng(0), True
+    for depth in depths:
+        for images in budgets:
+            row = make_row(depth, images, **(changes if first else {}))
+            for key in ("val_loss", "val_loss_last"):
+                row[key] *= float(np.exp(rng.normal(0, noise)))
+            first = False
+            (folder / row["name"]).mkdir(parents=True)
+            (folder / row["name"] / "run.json").write_text(json.dumps(row))
+            log = "step,train/loss,val/loss,val/loss_last,val/err,count/images_seen,count/flops_exact,lr\n"
+            losses = f"{row['val_loss'] + 0.1},{row['val_loss']},{row['val_loss_last']}"
+            for share in (0.5, 1.0):
+                log += f"{share * 10:.0f},{losses},80,{images * share},{row['flops_exact'] * share},0.1\n"
+            (folder / row["name"] / "metrics.csv").write_text(log)
 
 
 def scale(folder, source, *overrides):
-    scaling_law.run(
-        config(folder, f"source={source}", f"out={folder / 'fit'}", "bootstraps=50", *overrides, verb="scaling")
-    )
+    given = [f"source={source}", f"out={folder / 'fit'}", "bootstraps=50"]
+    scaling_law.run(config(folder, *given, *overrides, verb="scaling"))
 
 
-def test_a_sweep_becomes_a_table_fits_and_a_figure(tmp_path, capsys):
+def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
     make_runs(tmp_path / "sweep")
-    scale(tmp_path, tmp_path / "sweep")
+    scale(tmp_path, tmp_path / "sweep", "floor=2.5")
     printed = capsys.readouterr().out
     assert "val_loss" in printed and "[paper, ImageNet 256: 0.2]" in printed
-    for name in ("runs.csv", "fits.json", "scaling.png", "scaling.svg"):
-        assert (tmp_path / "fit" / name).stat().st_size > 0
-    laws = {(law["y"], law["x"]): law for law in json.loads((tmp_path / "fit/fits.json").read_text())}
-    assert laws["val_loss", "params_main"]["alpha"] == pytest.approx(0.2, abs=0.01)
-    assert (tmp_path / "fit/runs.csv").read_text().splitlines()[0].count("[nat/token]") == 2
-    again = read_runs(tmp_path / "fit/runs.csv")
-    assert [row["params_main"] for row in again] == [73728 * depth**3 for depth in (1, 2, 3, 4)]
-    scale(tmp_path / "csv", tmp_path / "fit/runs.csv")
+    for name in ("scaling", "scales", "floors", "extrapolation"):
+        for kind in ("png", "svg", "pdf"):
+            assert (tmp_path / f"fit/{name}.{kind}").stat().st_size > 1000, (name, kind)
+    laws = {(law["y"], law["x"]): law for law in json.loads((tmp_path / "fit/fits.json").read_text())["laws"]}
+    assert laws["val_loss", "params_main"]["floor"] == 2.5
+    page = (tmp_path / "fit/report.html").read_text()
+    assert "<title>d3-38400 | depth 3 | 38,400 images" in page and "http" not in page.replace(
+        "http://www.w3.org", ""
+    ).replace("https://matplotlib.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    header = (tmp_path / "fit/runs.csv").read_text().splitlines()[0]
+    assert header.count("[nat/token]") == 4 and "flops_exact [FLOP]" in header
+    curves = read_table(tmp_path / "fit/curves.csv")
+    assert [point["images"] for point in curves[:2]] == [19200, 38400]
+    scale(tmp_path / "csv", tmp_path / "fit/runs.csv", "floor=2.5")
     assert (tmp_path / "csv/fit/fits.json").read_text() == (tmp_path / "fit/fits.json").read_text()
+    assert (tmp_path / "csv/fit/curves.csv").read_text() == (tmp_path / "fit/curves.csv").read_text()
 
 
-def test_an_unfinished_run_is_named_and_left_out(tmp_path, capsys):
-    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), state="failed")
+def test_an_unfinished_run_is_left_out_or_used_up_to_where_it_came(tmp_path, capsys):
+    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), state="failed", val_loss=9.0)
     scale(tmp_path, tmp_path / "sweep")
     printed = capsys.readouterr().out
-    assert "left out: d1 (depth 1, failed at step 10)" in printed
+    assert "d1-38400 (depth 1, failed at step 10): left out" in printed
     assert "4 runs, depths [2, 3, 4, 5]" in printed
+    (tmp_path / "sweep/d1-38400/metrics.csv").write_text(
+        "step,val/loss,val/loss_last,val/err,count/images_seen,count/flops_exact\n7,8.0,8.1,90,26880,1e9\n"
+    )
+    used = collect([str(tmp_path / "sweep")], use_unfinished=True)
+    row = next(row for row in used.rows if row["depth"] == 1)
+    assert (row["step"], row["val_loss"], row["images_seen"], row["flops_exact"]) == (7, 8.0, 26880, 1e9)
+    assert "used up to step 7" in used.left_out[0]
 
 
-@pytest.mark.parametrize("key", ["tokenizer_id", "dataset_id"])
+def test_a_run_whose_loss_is_not_finite_is_left_out(tmp_path):
+    make_runs(tmp_path / "sweep", val_loss=float("nan"))
+    runs = collect([str(tmp_path / "sweep")])
+    assert len(runs.rows) == 3 and "not finite" in runs.left_out[0]
+
+
+@pytest.mark.parametrize("key", ["tokenizer_id", "dataset_id", "patch_nums"])
 def test_runs_of_different_tokenizers_or_data_are_not_fitted_together(key, tmp_path):
     make_runs(tmp_path / "sweep", **{key: "another"})
-    with pytest.raises(ValueError, match=f"runs of different {key} cannot be fitted together"):
+    with pytest.raises(ValueError, match=f"runs of different {key} cannot be fitted together .*d1-38400: .another"):
         scale(tmp_path, tmp_path / "sweep")
 
 
-def test_a_floor_that_is_no_number_is_named(tmp_path):
+def test_raster_networks_are_fitted_by_themselves(tmp_path):
+    make_runs(tmp_path / "sweep", order="raster")
+    assert [row["depth"] for row in collect([str(tmp_path / "sweep")]).rows] == [2, 3, 4]
+    assert [row["depth"] for row in collect([str(tmp_path / "sweep")], order="raster").rows] == [1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("floor=deep", "floor='deep'"),
+        ("form=round", "form='round'"),
+        ("unfinished=guess", "unfinished='guess'"),
+        ("report=fax", "report='fax'"),
+        ("ask=why", "'why' is no question"),
+        ("ask=predict", "needs depth=..."),
+        ("ask=optimal", "needs compute=..."),
+    ],
+)
+def test_a_setting_out_of_range_is_named(setting, message, tmp_path):
     make_runs(tmp_path / "sweep")
-    with pytest.raises(ValueError, match="floor='deep'"):
-        scale(tmp_path, tmp_path / "sweep", "floor=deep")
+    with pytest.raises(ValueError, match=message):
+        scale(tmp_path, tmp_path / "sweep", setting)
+
+
+def test_several_sources_make_one_table_each_run_once(tmp_path):
+    make_runs(tmp_path / "a", depths=(1, 2))
+    make_runs(tmp_path / "b", depths=(2, 3, 4))
+    runs = collect([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [row["depth"] for row in runs.rows] == [1, 2, 3, 4] and len(runs.curves) == 8
+    with pytest.raises(ValueError, match="nowhere holds no VAR runs"):
+        collect([str(tmp_path / "a"), str(tmp_path / "nowhere")])
 
 
 def test_the_table_survives_a_round_trip(tmp_path):
-    rows = [{"name": "a", "kind": "var", "val_loss": 1.5, "patch_nums": [1, 2], "git_commit": None}]
+    rows = [
+        {
+            "run_id": "00012e34",
+            "name": "a",
+            "val_loss": 1.5,
+            "patch_nums": [1, 2],
+            "git_commit": None,
+            "sizes": {"a": 1},
+        }
+    ]
     write_csv(rows, tmp_path / "runs.csv")
-    assert read_runs(tmp_path / "runs.csv") == rows
+    assert read_table(tmp_path / "runs.csv") == rows
+
+
+def test_the_profile_of_the_floor_passes_through_the_truth():
+    profile = exponents_by_floor(SIZES, truth(SIZES))
+    floors, exponents, correlations = zip(*profile, strict=True)
+    assert np.interp(5.0, floors, exponents) == pytest.approx(0.2, abs=5e-3)
+    assert list(exponents) == sorted(exponents) and max(correlations[:-4]) < -0.98
+
+
+def test_a_prediction_holds_what_a_further_run_gives():
+    """Fits of eight sizes, twice each; the interval for the next size holds a new run's loss as often as it says."""
+    held, rng = 0, np.random.default_rng(1)
+    xs = np.repeat(SIZES, 2)
+    for draw in range(200):
+        ys = 5 + (truth(xs) - 5) * np.exp(rng.normal(0, 0.02, len(xs)))
+        low, high = fit(xs, ys, floor=5.0, bootstraps=100, seed=draw).interval(3e9, seed=draw)
+        held += low <= 5 + (truth(3e9) - 5) * np.exp(rng.normal(0, 0.02)) <= high
+    assert 180 <= held <= 199
+
+
+def test_curves_count_where_the_rate_is_constant_and_past_the_warm_up():
+    row = {
+        "run_id": "a",
+        "depth": 1,
+        "flops_exact": 10,
+        "images_seen": 10,
+        "val_loss": 3.0,
+        "warmup": 2,
+        "schedule": "constant",
+    }
+    curve = [
+        {"run_id": "a", "images": images, "flops_exact": images, "val_loss": 9.0 - images / 2} for images in (1, 4, 8)
+    ]
+    assert [p["flops_exact"] for p in candidates([row], curve)] == [10, 4, 8]
+    assert [p["flops_exact"] for p in candidates([{**row, "schedule": "lin0"}], curve)] == [10]
+
+
+def iso_rows(optimum, budgets=(1e15, 4e15, 16e15), depths=(2, 3, 4, 5, 6, 8, 10)):
+    """Parabolas in ln N whose minimum lies at `optimum` times C^0.5."""
+    return [
+        make_row(depth, name=f"{depth}-{compute:g}", flops_exact=compute, images_seen=compute / depth**3,
+                 val_loss=3 + 0.05 * np.log(size / (optimum * compute**0.5)) ** 2)
+        for compute in budgets for depth in depths for size in [parameter_counts(sizes(depth))["params_main"]]
+    ]  # fmt: skip
+
+
+def test_parabolas_find_the_best_size_and_its_power_of_compute():
+    found = isoflop(iso_rows(0.15), bootstraps=0)
+    assert len(found.parabolas) == 3 and not found.refused
+    for parabola in found.parabolas:
+        assert parabola.best == pytest.approx(0.15 * parabola.compute**0.5, rel=0.01)
+    assert found.size_law.alpha == pytest.approx(-0.5, abs=0.01)
+
+
+def test_a_minimum_at_the_edge_is_refused():
+    found = isoflop(iso_rows(100.0), bootstraps=0)
+    assert not found.parabolas and "the minimum lies at the largest of 7 sizes" in found.refused[0]

@@ -23,12 +23,6 @@ FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
 EMA = ["callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9}"]
 
 
-@pytest.fixture
-def still(var_overrides):
-    """Nothing that draws other numbers on other ranks."""
-    return [*var_overrides, "model.drop_path=0.0", "model.label_dropout=0.0"]
-
-
 def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
     """Weights, averages and moments of two runs' checkpoints."""
     a, b = (checkpoints.read(folder / "checkpoints/last.ckpt") for folder in (a, b))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from runs import command, fit, kill_at
 
-from varlab.training.record import read_curves, summary
+from varlab.files import read_curves
+from varlab.training.record import summary
 
 
 @pytest.fixture(scope="module")

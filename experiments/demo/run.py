@@ -96,7 +96,7 @@ def main() -> None:
         torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))[:, None].float() / 255
     )
     tokenizer_row = json.loads((OUT / "tokenizer/run.json").read_text())
-    fits = {(law["y"], law["x"]): law for law in json.loads((OUT / "scaling/fits.json").read_text())}
+    fits = {(law["y"], law["x"]): law for law in json.loads((OUT / "scaling/fits.json").read_text())["laws"]}
     law = fits["val_loss", "params_main"]
     summary = {
         "class_agreement_percent": agreement(net, pixels, labels),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from varlab.doctor import band, judge, read_band, settings_of, write_band
-from varlab.training.record import read_curves
+from varlab.files import read_curves
 
 HERE, RUNS = Path(__file__).parent, Path("runs/reference")
 DEMO = Path("runs/demo")

@@ -16,7 +16,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
     """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: what acts on
     every token, 12 d D^2 and the head."""
     depth, width, vocabulary = sizes["depth"], sizes["width"], sizes["codebook_size"]
-    lengths = scales.lengths(sizes["patch_nums"])
+    lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
     token_weights = 4 * width**2 + 2 * width * hidden
     temperatures = sizes["num_heads"] if sizes["qk_norm"] else 0
@@ -32,7 +32,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
         + 2 * width
         + (sizes["num_classes"] + 1) * width
         + (sum(lengths) + lengths[0]) * width
-        + len(lengths) * width
+        + len(sizes["patch_nums"]) * width
         + (sizes["codebook_dim"] + 1) * width
     )
     shared = 6 * width**2 + 6 * width if sizes["shared_adaln"] else 0
@@ -43,6 +43,11 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
     }
 
 
+def step_lengths(sizes: Sizes) -> list[int]:
+    """Tokens that are predicted at once: those of each scale, or 1 for each token in raster order."""
+    return [last - first for first, last in scales.steps(sizes["patch_nums"], sizes.get("order", "scales"))]
+
+
 def training_flops(sizes: Sizes) -> int:
     """FLOPs of forward and backward for one image, attention counted block-causal, tokenizer not included."""
     depth, width, vocabulary, codebook_dim = (
@@ -51,7 +56,7 @@ def training_flops(sizes: Sizes) -> int:
         sizes["codebook_size"],
         sizes["codebook_dim"],
     )
-    lengths = scales.lengths(sizes["patch_nums"])
+    lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
     length = sum(lengths)
     seen, pairs = 0, 0

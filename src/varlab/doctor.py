@@ -207,7 +207,7 @@ def reason(verdict: Verdict) -> str | None:
 
 def report(folder: Path, reference: Path | None = None) -> str:
     """The verdicts in words; draws `doctor.png` in the run's folder."""
-    from varlab.training.record import read_curves
+    from varlab.files import read_curves
 
     curves = read_curves(folder / "metrics.csv")
     if not curves:

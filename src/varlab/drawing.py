@@ -158,6 +158,12 @@ def draw_filtered(
     return draw(logits, uniform), logits
 
 
+def draw_codes(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing) -> Int[Tensor, "B l"]:
+    """One draw a token by the cheaper of the two ways below."""
+    is_short = 1 < how.top_k < logits.shape[-1]
+    return draw_from_top(logits, uniform, how) if is_short else draw_filtered(logits, uniform, how)[0]
+
+
 def draw_from_top(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing) -> Int[Tensor, "B l"]:
     """Tokens alone, from the `top_k` most likely codes in falling order: nothing as long as the codebook is sorted, summed or
     exponentiated. The same distribution as `draw_filtered`, other tokens for the same numbers; of codes that tie with the k-th

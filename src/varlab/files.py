@@ -1,5 +1,6 @@
-"""Writing that is whole or absent, and hashes of what was written."""
+"""Files: written whole or not at all, hashed, the log of a run read."""
 
+import csv
 import hashlib
 import json
 import os
@@ -77,3 +78,15 @@ def flat(node: Any, place: str = "") -> dict[str, Any]:
     for key, value in node.items():
         found |= flat(value, f"{place}.{key}".lstrip("."))
     return found
+
+
+def read_curves(file: Path) -> dict[str, dict[int, float]]:
+    """metrics.csv as {name: {step: value}}. A step that was repeated after a restart counts as it was the last time."""
+    curves: dict[str, dict[int, float]] = {}
+    if file.is_file():
+        with open(file, newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and row["step"] and name not in ("step", "epoch"):
+                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

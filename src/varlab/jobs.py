@@ -23,10 +23,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from varlab.config import is_sweep
 from varlab.files import flat, json_hash, load_json, save_json, whole_file
 
 STOPPED = 75  # exit code of a run that was told to stop, and saved (EX_TEMPFAIL)
@@ -38,6 +40,7 @@ class Ledger(Callback):
     """Hydra's callback around a sweep: writes down what it will run, and says at the end what became of it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.planned: list[float] = []
         if config.get("plan"):
             return  # nothing is started
         HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
@@ -52,6 +55,18 @@ class Ledger(Callback):
         if os.environ.get(CHOICE) is None:
             save_json(folder / "sweep.json", {"argv": sys.argv[1:], "cwd": os.getcwd(), "jobs": jobs})
         atexit.register(lambda: print(report(folder)))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.get("plan") and job_return.status == JobStatus.COMPLETED and is_sweep():
+            self.planned.append(job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not self.planned:
+            return
+        from varlab.planning import print_time
+
+        print(f"all {len(self.planned)} jobs together: {sum(self.planned):.3g} FLOP")
+        print_time(config, sum(self.planned), 1)
 
 
 def job_overrides(config: DictConfig) -> list[list[str]]:

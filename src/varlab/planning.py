@@ -15,6 +15,7 @@ from varlab.data.shards import load_manifest
 from varlab.files import load_json
 from varlab.footprint import activation_bytes, linear_weights
 from varlab.models.var import VAR
+from varlab.training.optim import HOLD
 
 GB = 1e9
 IMAGENET = {"num_images": 1_281_167, "num_classes": 1000}
@@ -60,14 +61,24 @@ class Setup:
         return f"trainer={trainer} module.recompute={self.recompute} accumulate={self.accumulate}"
 
 
-def plan(cfg: DictConfig) -> None:
-    """Prints cost and memory of the run that `cfg` describes. Raises ValueError when it fits no device as it is laid out."""
+def affordable_steps(cfg: DictConfig) -> int:
+    """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when it is not one."""
+    if "VARModule" not in cfg.module._target_:
+        raise ValueError("compute=... counts VARs only: give a tokenizer's length in steps or epochs")
+    step = compute.training_flops(facts(cfg).sizes) * cfg.data.global_batch_size
+    if cfg.compute < step:
+        raise ValueError(f"compute={cfg.compute:g} FLOP is less than one step of this network ({step:.3g} FLOP)")
+    return round(cfg.compute / step)
+
+
+def plan(cfg: DictConfig) -> float:
+    """Prints cost and memory of the run that `cfg` describes; returns its FLOPs.
+
+    Raises ValueError when it fits no device as it is laid out."""
     if cfg.planned_gpu not in GPUS:
         raise ValueError(f"planned_gpu={cfg.planned_gpu!r}: choose one of {', '.join(GPUS)}")
     if not 0 < cfg.planned_mfu < 1:
         raise ValueError(f"planned_mfu={cfg.planned_mfu}: give a share of the peak between 0 and 1")
-    if cfg.epochs < 0 and cfg.steps < 0:
-        raise ValueError("the run has no end: give epochs=N or steps=N")
     if "VARModule" not in cfg.module._target_:
         raise ValueError(
             "plan=true counts VARs only: a tokenizer's cost is that of its convolutions, see experiments/performance"
@@ -76,10 +87,16 @@ def plan(cfg: DictConfig) -> None:
     sizes, num_images = found.sizes, found.num_images
     batch = cfg.data.global_batch_size
     steps_an_epoch = num_images // batch
-    steps = cfg.steps if cfg.steps >= 0 else cfg.epochs * steps_an_epoch
+    steps = round(cfg.steps * cfg.branch) if cfg.steps >= 0 else cfg.epochs * steps_an_epoch
+    if cfg.branch < 1 and cfg.trunk is not None:
+        shared = round(HOLD * steps)
+        print(
+            f"{cfg.name}, branch={cfg.branch:g}: the first {shared:,} of {steps:,} steps are those of {Path(cfg.trunk).name}"
+        )
+        steps -= shared
     flops, from_images = compute.training_flops(sizes), "ImageNet" in cfg.data._target_
     counts, tokens = compute.parameter_counts(sizes), scales.num_tokens(sizes["patch_nums"])
-    total = flops * steps * batch
+    total = float(flops * steps * batch)
     print(
         f"{cfg.name}: VAR of depth {sizes['depth']}, width {sizes['width']}, {counts['params_total'] / 1e6:,.1f} M parameters"
     )
@@ -96,6 +113,7 @@ def plan(cfg: DictConfig) -> None:
     print_memory(memory(cfg, found, setup), setup)
     print_time(cfg, total, setup.num_devices)
     check_fit(cfg, found, setup)
+    return total
 
 
 def facts(cfg: DictConfig) -> Facts:
@@ -176,8 +194,10 @@ def print_memory(parts: dict[str, float], setup: Setup) -> None:
     print(f"  {sum(parts.values()):8.2f}  in all, and about {RESERVED:g} for driver and kernels")
 
 
-def print_time(cfg: DictConfig, total: int, num_devices: int) -> None:
-    """Days and GPU hours at the assumed MFU."""
+def print_time(cfg: DictConfig, total: float, num_devices: int) -> None:
+    """Days and GPU hours at the assumed MFU, hours at the speed that was measured."""
+    if cfg.planned_flops is not None:
+        print(f"time at {cfg.planned_flops:.3g} FLOP/s, as measured: {total / cfg.planned_flops / 3600:,.3g} hours")
     print(f"time at {cfg.planned_mfu:.0%} MFU on {num_devices} devices:")
     for name, gpu in GPUS.items():
         hours = total / (gpu.peak * cfg.planned_mfu) / 3600

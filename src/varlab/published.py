@@ -91,6 +91,8 @@ def stored_buffers(network: MSVQVAE | VAR) -> dict[str, Tensor]:
 
 def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
     """State dict of `module` in the released layout; the released code loads it with strict=True."""
+    if isinstance(module, VAR) and module.order != "scales":
+        raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")
     state = {}
     for key, value in module.state_dict().items():
         if key == "quantizer.num_updates":  # the released code does not store its counter

@@ -1,4 +1,5 @@
-"""Sampling: the next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix)."""
+"""Sampling: the next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the
+baseline in raster order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from varlab import scales
-from varlab.drawing import Randomness, Settings, draw_filtered, draw_from_top, guide, smooth_temperature
+from varlab.drawing import Drawing, Randomness, Settings, draw_codes, draw_filtered, guide, smooth_temperature
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -58,7 +59,7 @@ def compile_scales(var: VAR) -> None:
     The first batch takes a minute or more; tokens stay the same but for rounding.
     """
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.patch_nums))
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.spans))
     var.predict_scale = torch.compile(var.predict_scale, dynamic=False)
 
 
@@ -80,6 +81,8 @@ def generate_tokens(
     """
     check_pair(var, tokenizer)
     check_labels(labels, var.num_classes)
+    if var.order == "raster" and (settings.smooth or kept is not None):
+        raise ValueError("a network with order=raster draws token by token: no smooth codes, no editing")
     quantizer, device, lengths = tokenizer.quantizer, labels.device, scales.lengths(var.patch_nums)
     num_scales, by_scale = len(lengths), settings.by_scale(len(lengths), quantizer.codebook_size)
     var.eval()
@@ -89,21 +92,34 @@ def generate_tokens(
     has_autocast = torch.is_autocast_enabled(device.type)
     cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
 
+    def predict(step: int, inputs: Tensor | None, how: Drawing) -> Tensor:
+        """Guided logits of one step; `inputs` serve both halves of a guided batch."""
+        if inputs is not None and is_guided:
+            inputs = torch.cat([inputs, inputs])
+        logits = var.predict_scale(step, inputs, rows, cache).float()
+        if not is_guided:
+            return logits
+        cond, uncond = logits.chunk(2)
+        return guide(cond, uncond, how.guidance)
+
     f_hat, inputs, token_maps = quantizer.empty(len(labels)), None, []
+    if var.order == "raster":
+        for k, how in enumerate(by_scale):
+            drawn = []
+            for i, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
+                drawn.append(draw_codes(predict(i, inputs, how), uniform, how))
+                inputs = quantizer.codebook(drawn[-1])
+            token_maps.append(torch.cat(drawn, dim=1))
+            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(token_maps[k]), k)
+        return f_hat, token_maps
     for k, how in enumerate(by_scale):
-        logits = var.predict_scale(k, inputs, rows, cache).float()
-        if is_guided:
-            cond, uncond = logits.chunk(2)
-            logits = guide(cond, uncond, how.guidance)
+        logits = predict(k, inputs, how)
         uniform = randomness.uniform(k).to(device)
         if settings.smooth:
             tokens, logits = draw_filtered(logits, uniform, how)
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, num_scales, quantizer)
-        elif 1 < how.top_k < quantizer.codebook_size:
-            tokens = draw_from_top(logits, uniform, how)
-            codes = quantizer.codebook(tokens)
         else:
-            tokens, _ = draw_filtered(logits, uniform, how)
+            tokens = draw_codes(logits, uniform, how)
             codes = quantizer.codebook(tokens)
         if kept is not None:
             mask = kept.masks[k].to(device)
@@ -114,7 +130,6 @@ def generate_tokens(
             f_hat = torch.where(kept.latents.to(device) > 0.5, kept.partial_sums[k], f_hat)
         if k + 1 < num_scales:
             inputs = quantizer.at_scale(f_hat, k + 1)
-            inputs = torch.cat([inputs, inputs]) if is_guided else inputs
         token_maps.append(tokens)
     return f_hat, token_maps
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 PatchNums = Sequence[int | Sequence[int]]
+ORDERS = ("scales", "raster")
 
 
 def sides(patch_nums: PatchNums) -> list[tuple[int, int]]:
@@ -37,6 +38,14 @@ def spans(patch_nums: PatchNums) -> list[tuple[int, int]]:
     """(first, one past the last) position of each scale in the flattened sequence."""
     ends = list(accumulate(lengths(patch_nums)))
     return list(zip([0, *ends], ends, strict=False))
+
+
+def steps(patch_nums: PatchNums, order: str) -> list[tuple[int, int]]:
+    """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for next-token
+    prediction of the same sequence, one token (`raster`)."""
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r}: choose one of {', '.join(ORDERS)}")
+    return spans(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
 
 
 def scale_of_token(patch_nums: PatchNums) -> list[int]:

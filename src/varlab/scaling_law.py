@@ -1,11 +1,14 @@
-"""`varlab scaling`: runs -> table, power laws with intervals, figure."""
+"""`varlab scaling`: runs -> tables, power laws with intervals, figures, report; and what the law answers."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from varlab.config import verb
 
+ASKS = ("predict", "optimal", "compare", "next")
 PUBLISHED = {
     ("val_loss", "params_main"): 0.20,
     ("val_loss_last", "params_main"): 0.23,
@@ -15,36 +18,69 @@ PUBLISHED = {
 
 
 def run(cfg: DictConfig) -> None:
-    """Fits loss and error against parameters and compute; prints exponents beside the paper's."""
-    from dataclasses import asdict
-
+    """Collects, fits, draws, reports; with `ask` answers one question instead."""
     from varlab.files import save_json
-    from varlab.scaling.fit import fit
-    from varlab.scaling.plot import figure, words
-    from varlab.scaling.runs import check_same, finished, read_runs, write_csv
+    from varlab.scaling.analysis import Settings, analyse
+    from varlab.scaling.answers import answer
+    from varlab.scaling.plot import figures
+    from varlab.scaling.report import lines_of, write_html
+    from varlab.scaling.runs import collect, write_csv
 
-    loss_floor = floor_of(cfg.floor)
+    if cfg.unfinished not in ("leave_out", "use"):
+        raise ValueError(f"unfinished={cfg.unfinished!r}: choose leave_out or use")
+    if cfg.report not in ("html", "wandb"):
+        raise ValueError(f"report={cfg.report!r}: choose html or wandb")
+    settings = Settings(floor_of(cfg.floor), form_of(cfg.form, cfg.floor), cfg.repeated, cfg.bootstraps, cfg.seed)
+    sources = list(cfg.source) if isinstance(cfg.source, ListConfig) else [cfg.source]
+    runs = collect([str(source) for source in sources], cfg.unfinished == "use", cfg.order)
+    for line in runs.left_out:
+        print(line)
+    analysis = analyse(runs, settings)
+    if cfg.ask is not None:
+        given: dict[str, Any] = {key: cfg[key] for key in ("depth", "images", "compute", "run")}
+        print("\n".join(answer(analysis, cfg.ask, given)))
+        return
+    if cfg.out is None:
+        raise ValueError("out=FOLDER says where tables, figures and report go")
     out = Path(cfg.out)
-    rows, left_out = finished(read_runs(Path(cfg.source)))
-    for row in left_out:
-        print(f"left out: {row['name']} (depth {row['depth']}, {row['state']} at step {row['step']})")
-    check_same(rows)
-    write_csv(rows, out / "runs.csv")
-    laws = {}
-    for x in ("params_main", "flops_exact"):
-        for y in ("val_loss", "val_loss_last", "val_err", "val_err_last"):
-            floor = loss_floor if "loss" in y else 0.0
-            laws[y, x] = fit([row[x] for row in rows], [row[y] for row in rows], floor, cfg.bootstraps, cfg.seed)
-    files = figure(rows, laws, out)
-    print(f"{len(rows)} runs, depths {sorted({row['depth'] for row in rows})}; one row each in {out / 'runs.csv'}")
-    for (y, x), law in laws.items():
-        paper = f"   [paper, ImageNet 256: {PUBLISHED[y, x]}]" if (y, x) in PUBLISHED else ""
-        print(f"  {y:14} against {x:12} {words(law)}, r {law.r:.3f}{paper}")
+    write_csv(runs.rows, out / "runs.csv")
+    write_csv(runs.curves, out / "curves.csv")
+    save_json(out / "fits.json", analysis.as_json())
+    drawn = figures(analysis, out, cfg.published)
+    page = write_html(analysis, drawn, out, cfg.title)
+    print("\n".join(lines_of(analysis)))
+    for (y, x), exponent in PUBLISHED.items():
+        if (y, x) in analysis.laws:
+            print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")
     print(
         "The paper's exponents belong to reducible losses (floors 5 and 4.5 nats) of ImageNet runs; they are no target here."
     )
-    save_json(out / "fits.json", [{"y": y, "x": x, **asdict(law)} for (y, x), law in laws.items()])
-    print(f"figure: {', '.join(str(file) for file in files)}")
+    print(
+        f"{out}: runs.csv, curves.csv, fits.json, report.html, {', '.join(f'{name}.png' for name in drawn)} (svg, pdf)"
+    )
+    if cfg.report == "wandb":
+        publish(analysis, cfg, page)
+
+
+def publish(analysis: Any, cfg: DictConfig, page: Path) -> None:
+    """Writes report and workspace to W&B; without a login says where the page lies that holds the same."""
+    from varlab.scaling.report import wandb_report, wandb_workspace
+    from varlab.training.loggers import has_wandb_login
+
+    if not has_wandb_login():
+        print(f"there is no W&B login (wandb login): the same report is {page}")
+        return
+    if "/" not in str(cfg.project):
+        raise ValueError(f"project={cfg.project}: report=wandb needs project=ENTITY/PROJECT")
+    entity, project = str(cfg.project).split("/", 1)
+    try:
+        report = wandb_report(analysis, entity, project, cfg.title)
+        report.save()
+        workspace = wandb_workspace(entity, project)
+        workspace.save()
+    except ImportError:
+        raise ValueError("report=wandb needs the package wandb-workspaces: pip install 'varlab[report]'") from None
+    print(f"W&B report: {report.url}\nW&B workspace: {workspace.url}")
 
 
 def floor_of(setting: str | float) -> float | None:
@@ -58,7 +94,27 @@ def floor_of(setting: str | float) -> float | None:
         raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats") from None
 
 
-main = verb("scaling")(run)
+def form_of(setting: str, floor: str | float) -> Any:
+    """The form of L(N, D): None for `auto`, else exponents and loss as named; its floor is that of the other fits."""
+    from varlab.scaling.parametric import Form
+
+    if setting == "auto":
+        return None
+    parts = setting.split("_")
+    if len(parts) != 2 or parts[0] not in ("tied", "free") or parts[1] not in ("huber", "squares"):
+        raise ValueError(f"form={setting!r}: choose auto, tied_huber, tied_squares, free_huber or free_squares")
+    return Form(parts[0] == "tied", floor_of(floor), parts[1])
+
+
+start = verb("scaling")(run)
+
+
+def main() -> None:
+    """`varlab scaling QUESTION ...` is `varlab scaling ask=QUESTION ...`."""
+    if len(sys.argv) > 1 and sys.argv[1] in ASKS:
+        sys.argv[1] = f"ask={sys.argv[1]}"
+    start()
+
 
 if __name__ == "__main__":
     main()

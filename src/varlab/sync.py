@@ -34,8 +34,8 @@ def upload(folder: Path) -> int:
     """Sends one run; returns the number of steps that were new."""
     import wandb
 
+    from varlab.files import read_curves
     from varlab.training.loggers import run_id
-    from varlab.training.record import read_curves
 
     curves, config = read_curves(folder / "metrics.csv"), settings(folder)
     logger = (config.get("logger") or {}).get("wandb") or {}

@@ -18,6 +18,7 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.plan:
         from varlab.planning import plan
 
+        set_steps(cfg)
         return plan(cfg)
     return run_job(cfg, "varlab.train") if is_sweep() else fit(cfg)
 
@@ -32,11 +33,12 @@ def fit(cfg: DictConfig) -> float | None:
 
     quieten()
     check_types(cfg)
-    if cfg.epochs < 0 and cfg.steps < 0:
-        raise ValueError("the run has no end: give epochs=N or steps=N")
+    set_steps(cfg)
     folder = Path(cfg.run_dir) / "checkpoints"
     check_fresh(folder, cfg.ckpt_path)
     start = checkpoints.newest(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
+    if start is None and cfg.branch < 1:
+        start = branch_point(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
@@ -73,9 +75,48 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
     plugins, precision = [WholeFiles()], cfg.trainer.precision
     if precision == "bf16-true":
         plugins, precision = [*plugins, BF16Weights("cpu" if cfg.trainer.accelerator == "cpu" else "cuda")], None
-    return instantiate(
-        cfg.trainer, _convert_="all", callbacks=callbacks, logger=loggers, plugins=plugins, precision=precision
-    )
+    settings: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "precision": precision}
+    return instantiate(cfg.trainer, _convert_="all", max_steps=steps_of_branch(cfg), **settings)
+
+
+def set_steps(cfg: DictConfig) -> None:
+    """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch of a
+    run whose steps would depend on its length."""
+    if cfg.compute is not None:
+        from varlab.planning import affordable_steps
+
+        cfg.steps = affordable_steps(cfg)
+    if cfg.epochs < 0 and cfg.steps < 0:
+        raise ValueError("the run has no end: give epochs=N or steps=N")
+    if not 0 < cfg.branch <= 1:
+        raise ValueError(
+            f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1"
+        )
+    if cfg.branch < 1:
+        schedule, decay_end = cfg.module.schedule, cfg.module.get("weight_decay_end")
+        by_length = schedule.shape != "wsd" or decay_end not in (None, cfg.module.weight_decay)
+        by_length |= cfg.steps < 0 or (schedule.warmup < 1 and cfg.module.get("warmup_tokens") is None)
+        if by_length:
+            raise ValueError(
+                f"branch={cfg.branch}: a branch shares its first steps with the whole run, so it needs steps=N, module.schedule.shape=wsd,"
+                " a warm-up in steps (module.warmup_tokens, or module.schedule.warmup from 1 on) and constant weight decay"
+            )
+
+
+def steps_of_branch(cfg: DictConfig) -> int:
+    """Optimizer steps of this run; -1 where epochs end it."""
+    return cfg.steps if cfg.steps < 0 else max(1, round(cfg.steps * cfg.branch))
+
+
+def branch_point(cfg: DictConfig) -> Path | None:
+    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is none: the
+    branch then trains its first steps itself, with the same result."""
+    found = sorted(Path(cfg.trunk or "").glob(f"checkpoints/branch-{cfg.branch:g}-*.ckpt")) if cfg.trunk else []
+    if found:
+        print(f"branches from {found[-1]}", flush=True)
+        return found[-1]
+    print(f"trunk={cfg.trunk} has saved nothing for branch={cfg.branch}: all steps are trained here", flush=True)
+    return None
 
 
 def quieten() -> None:
@@ -87,6 +128,8 @@ def quieten() -> None:
         r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
         r".*does not have many workers",
         r"The number of training batches",
+        r"The dirpath has changed from",  # a branch starts from the checkpoint of another run
+        r"You're resuming from a checkpoint that ended before the epoch ended",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -257,6 +257,16 @@ class TokenDataModule(OrderedDataModule):
         self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
         self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
 
+    def marginal_entropies(self, codebook_size: int) -> dict[str, float]:
+        """Entropy of the codes of each scale over the validation set, in nats: the loss of a guess that knows how often each code
+        comes and nothing else."""
+        tokens, found = np.asarray(torch.as_tensor(self.val_set.tokens).cpu()), {}  # pyright: ignore[reportAttributeAccessIssue]
+        for k, (first, last) in enumerate(scales.spans(self.manifest["patch_nums"])):
+            counts = np.bincount(tokens[:, 0, first:last].ravel().astype(np.int64), minlength=codebook_size)
+            shares = counts[counts > 0] / counts.sum()
+            found[f"entropy_marginal_scale_{k:02d}"] = float(-(shares * np.log(shares)).sum())
+        return found
+
     def read(self, split: str) -> TokenDataset:
         """One split of the cache."""
         if split not in self.manifest["splits"]:

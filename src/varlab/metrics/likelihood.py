@@ -61,7 +61,7 @@ def likelihood_scores(
     calibration = Calibration(len(patch_nums))
     for sequence, labels in tqdm(batches, desc="likelihood", unit="batch"):
         token_maps = list(sequence.split(scales.lengths(patch_nums), dim=1))
-        inputs = quantizer.teacher_forcing_inputs(token_maps)
+        inputs = quantizer.teacher_forcing_inputs(token_maps, var.order)
         logits = var(inputs, labels)
         found = losses.token_scores(logits, sequence, patch_nums)
         blind = losses.token_scores(var(inputs, torch.full_like(labels, var.null_label)), sequence, patch_nums)

@@ -173,11 +173,16 @@ class MultiScaleQuantizer(nn.Module):
             partial.append(f_hat)
         return partial
 
-    def teacher_forcing_inputs(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> Float[Tensor, "B Lm1 C"]:
-        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side.
+    def teacher_forcing_inputs(
+        self, token_maps: Sequence[Int[Tensor, "B _"]], order: str = "scales"
+    ) -> Float[Tensor, "B Lm1 C"]:
+        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side; in
+        raster order while learning all tokens but the first: the code of the token before.
 
         Empty (B 0 C) for a pyramid of one scale.
         """
+        if order == "raster":
+            return self.codebook(torch.cat(list(token_maps), dim=1)[:, :-1])
         partial = self.partial_sums(token_maps[:-1]) if len(token_maps) > 1 else []
         inputs = [self.at_scale(f_hat, k + 1) for k, f_hat in enumerate(partial)]
         return (

@@ -16,15 +16,19 @@ from varlab import scales
 from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, modulate
 
 
-def block_causal_mask(patch_nums: scales.PatchNums) -> Bool[Tensor, "L L"]:
-    """True where a token (row) may look: its own scale and all coarser ones."""
-    scale = torch.tensor(scales.scale_of_token(patch_nums))
-    return scale[:, None] >= scale[None, :]
+def block_causal_mask(patch_nums: scales.PatchNums, order: str = "scales") -> Bool[Tensor, "L L"]:
+    """True where a token (row) may look: its own step, a scale or in raster order itself, and all steps before."""
+    steps = scales.steps(patch_nums, order)
+    step = torch.tensor([number for number, (first, last) in enumerate(steps) for _ in range(first, last)])
+    return step[:, None] >= step[None, :]
 
 
 class VAR(nn.Module):
     """Next-scale transformer. `depth` is the one dial of size; what is None follows from it as in the paper:
     width 64 * depth, num_heads depth, drop_path 0.1 * depth / 24 (rate of the last block, rising linearly from 0).
+
+    With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
+    token, scale after scale and each row by row, seeing all tokens before. `spans` are then single tokens.
 
     The residual stream is fp32 also under autocast. Label dropout and drop path act in training mode only (the released
     code drops labels in validation too).
@@ -47,6 +51,7 @@ class VAR(nn.Module):
         label_dropout: float = 0.1,
         shared_adaln: bool = False,
         qk_norm: bool = True,
+        order: str = "scales",
         init_head: float = 0.02,
         init_adaln: float = 0.5,
         init_adaln_gamma: float = 1e-5,
@@ -71,6 +76,8 @@ class VAR(nn.Module):
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
         }
+        if order != "scales":  # what was saved before there was a choice lacks the word
+            self.sizes["order"] = order
         self.depth, self.width, self.num_heads, self.num_classes, self.label_dropout = (
             depth,
             width,
@@ -79,14 +86,14 @@ class VAR(nn.Module):
             label_dropout,
         )
         self.patch_nums = self.sizes["patch_nums"]
-        self.spans = scales.spans(patch_nums)
+        self.order, self.spans = order, scales.steps(patch_nums, order)
         num_tokens, num_start = self.spans[-1][1], self.spans[0][1]
 
         self.class_embedding = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
         self.word_embed = nn.Linear(codebook_dim, width)
         self.position = nn.Parameter(torch.empty(1, num_tokens, width))
-        self.scale_embedding = nn.Embedding(len(self.spans), width)
+        self.scale_embedding = nn.Embedding(len(patch_nums), width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             AdaLNBlock(width, num_heads, mlp_ratio, rate, shared_adaln, qk_norm) for rate in rates
@@ -97,7 +104,7 @@ class VAR(nn.Module):
         self.head = nn.Linear(width, codebook_size)
 
         self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
-        self.register_buffer("mask", block_causal_mask(patch_nums), persistent=False)
+        self.register_buffer("mask", block_causal_mask(patch_nums, order), persistent=False)
         self.init_weights(init_head, init_adaln, init_adaln_gamma)
 
     @property
@@ -158,7 +165,7 @@ class VAR(nn.Module):
     def embed(
         self, inputs: Float[Tensor, "B l C"] | None, class_vector: Float[Tensor, "B D"], k_first: int, k_last: int
     ) -> Float[Tensor, "B m D"]:
-        """Embeddings of scales k_first..k_last; scale 0 is made of the class vector, the others of `inputs`."""
+        """Embeddings of steps k_first..k_last; step 0 is made of the class vector, the others of `inputs`."""
         first, last = self.spans[k_first][0], self.spans[k_last][1]
         parts = [class_vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
@@ -174,8 +181,8 @@ class VAR(nn.Module):
     def forward(self, inputs: Float[Tensor, "B l C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B m V"]:
         """Logits of the L tokens from the true coarser ones.
 
-        `inputs`: teacher-forcing inputs of scales 1..K-1, B (L - l_0) C. A shorter sequence that ends with a scale gives
-        the logits of the scales it holds.
+        `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends with a step gives
+        the logits of the steps it holds.
         """
         length = inputs.shape[1] + self.spans[0][1]
         ends = [end for _, end in self.spans]
@@ -202,8 +209,8 @@ class VAR(nn.Module):
     def predict_scale(
         self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, " B"], cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
-        """Logits of scale k alone; scales 0..k-1 are in `cache`, which then holds scale k too, but for the last. No mask is
-        needed: all that is cached may be seen. `inputs` is None at scale 0."""
+        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, but for the last. No mask is
+        needed: all that is cached may be seen. `inputs` is None at step 0."""
         class_vector = self.class_embedding(labels)
         cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
         x = self.embed(inputs, class_vector, k, k)

@@ -5,10 +5,10 @@ as straight a line, so the exponent is always reported together with E.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
 Values = Sequence[float] | Sequence[int] | np.ndarray
@@ -17,7 +17,8 @@ MIN_SIZES_FOR_INTERVAL = 4
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none."""
+    """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none. `noise`: scatter of ln(y - floor)
+    around the law. `draws`: (alpha, log_x0, floor) of each bootstrap."""
 
     alpha: float
     log_x0: float
@@ -25,10 +26,30 @@ class PowerLaw:
     r: float  # Pearson correlation of ln x and ln(y - floor)
     alpha_interval: tuple[float, float] | None
     num_sizes: int
+    noise: float = 0.0
+    num_points: int = 0
+    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def __call__(self, x: np.ndarray | float) -> np.ndarray:
+    def __call__(self, x: Any) -> np.ndarray:
         """Predicted y."""
         return np.asarray(self.floor + np.exp(self.alpha * (self.log_x0 - np.log(x))))
+
+    def interval(self, x: float | int, seed: int = 0) -> tuple[float, float] | None:
+        """Where the loss of one further run of this size lies in 95 % of cases: spread of the parameters and noise of a run
+        together. None where there is no interval of the exponent."""
+        if self.draws is None:
+            return None
+        alpha, log_x0, floor = self.draws.T
+        noise = np.random.default_rng(seed).normal(0, self.noise, len(alpha))
+        values = floor + np.exp(alpha * (log_x0 - np.log(x)) + noise)
+        center, low_high = float(self(x)), np.percentile(values, (2.5, 97.5))
+        low, high = center + (low_high - center) * stretch(self.num_points - (2 if not self.floor else 3))
+        return float(low), float(high)
+
+
+def stretch(degrees: int) -> float:
+    """How much wider than a percentile interval one of so few degrees of freedom has to be."""
+    return float(student.ppf(0.975, max(degrees, 1))) / 1.96
 
 
 def line(log_x: np.ndarray, log_y: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -38,21 +59,29 @@ def line(log_x: np.ndarray, log_y: np.ndarray) -> tuple[float, float, np.ndarray
     return slope, float(log_y.mean()), log_y - log_y.mean() - slope * centered
 
 
+def squared_errors(x: np.ndarray, y: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """Squared error of y that the best power law leaves above each floor."""
+    log_x = np.log(x) - np.log(x).mean()
+    gaps = y - floors[:, None]
+    log_y = np.log(gaps)
+    slopes = log_y @ log_x / (log_x @ log_x)
+    fitted = np.exp(log_y.mean(axis=1, keepdims=True) + slopes[:, None] * log_x)
+    return np.square(gaps - fitted).sum(axis=1)
+
+
 def best_floor(x: np.ndarray, y: np.ndarray) -> float:
-    """The floor in [0, min y) whose power law leaves the smallest squared error of y."""
-    log_x, span = np.log(x), float(y.max() - y.min()) or 1e-9
-
-    def error(log_gap: float) -> float:
-        floor = max(float(y.min()) - np.exp(log_gap), 0.0)
-        slope, intercept, _ = line(log_x, np.log(y - floor))
-        return float(np.square(y - floor - np.exp(intercept + slope * (log_x - log_x.mean()))).sum())
-
-    bounds = (np.log(span * 1e-3), np.log(max(float(y.min()), span * 2e-3)))
-    gaps = np.linspace(*bounds, 60)
-    start = int(np.argmin([error(gap) for gap in gaps]))
-    around = (gaps[max(start - 1, 0)], gaps[min(start + 1, len(gaps) - 1)])
-    best = minimize_scalar(error, bounds=around, method="bounded").x
-    return max(float(y.min()) - float(np.exp(best)), 0.0)
+    """The floor in [0, min y) whose power law leaves the smallest squared error of y: a grid in ln(min y - floor), made finer
+    three times around its best point."""
+    lowest, span = float(y.min()), float(y.max() - y.min()) or 1e-9
+    low, high = np.log(span * 1e-3), np.log(max(lowest, span * 2e-3))
+    floors = np.array([0.0])
+    for _ in range(4):
+        gaps = np.linspace(low, high, 40)
+        floors = np.maximum(lowest - np.exp(gaps), 0.0)
+        best = int(squared_errors(x, y, floors).argmin())
+        low, high = gaps[max(best - 1, 0)], gaps[min(best + 1, len(gaps) - 1)]
+        floors = floors[[best]]
+    return float(floors[0])
 
 
 def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
@@ -71,21 +100,21 @@ def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000,
         raise ValueError(f"floor={floor} is not below all values, the smallest is {ys.min():.4g}")
     if not (xs > 0).all() or not np.isfinite(ys).all():
         raise ValueError("sizes must be positive and values finite: a run diverged or is incomplete")
-    law = fit_once(xs, ys, floor)
+    law = replace(fit_once(xs, ys, floor), num_points=len(xs))
     degrees = len(xs) - (3 if floor is None else 2)
     if num_sizes < MIN_SIZES_FOR_INTERVAL or degrees < 1 or bootstraps == 0:
         return law
     rng = np.random.default_rng(seed)
     log_fit = np.log(law(xs) - law.floor)
     residuals = (np.log(ys - law.floor) - log_fit) * np.sqrt(len(xs) / degrees)
-    alphas = []
-    for _ in range(bootstraps):
-        draw = law.floor + np.exp(log_fit + rng.choice(residuals, len(xs)))
-        alphas.append(fit_once(xs, draw, floor).alpha)
-    low, high = (float(np.percentile(alphas, percent)) - law.alpha for percent in (2.5, 97.5))
-    stretch = float(student.ppf(0.975, degrees)) / 1.96
-    interval = (law.alpha + low * stretch, law.alpha + high * stretch)
-    return PowerLaw(law.alpha, law.log_x0, law.floor, law.r, interval, num_sizes)
+    refits = [
+        fit_once(xs, law.floor + np.exp(log_fit + rng.choice(residuals, len(xs))), floor) for _ in range(bootstraps)
+    ]
+    draws = np.array([(refit.alpha, refit.log_x0, refit.floor) for refit in refits])
+    low, high = (float(np.percentile(draws[:, 0], percent)) - law.alpha for percent in (2.5, 97.5))
+    interval = (law.alpha + low * stretch(degrees), law.alpha + high * stretch(degrees))
+    noise = float(np.sqrt(np.square(np.log(ys - law.floor) - log_fit).sum() / degrees))
+    return replace(law, alpha_interval=interval, noise=noise, draws=draws)
 
 
 def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
@@ -98,11 +127,8 @@ def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
     return PowerLaw(-slope, log_x0, bottom, r, None, len(np.unique(x)))
 
 
-def frontier(compute: Values, loss: Values) -> list[int]:
-    """Indices of the points that no other point beats with less compute, by rising compute."""
-    best, chosen = np.inf, []
-    for i in sorted(range(len(compute)), key=lambda i: (compute[i], loss[i])):
-        if loss[i] < best:
-            best = loss[i]
-            chosen.append(i)
-    return chosen
+def exponents_by_floor(x: Values, y: Values, num: int = 40) -> list[tuple[float, float, float]]:
+    """(floor, exponent, Pearson r) for floors from none to just below the smallest y: how little r says about the floor."""
+    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    laws = [fit_once(xs, ys, float(floor)) for floor in np.linspace(0, ys.min() - 0.02 * np.ptp(ys), num)]
+    return [(law.floor, law.alpha, law.r) for law in laws]

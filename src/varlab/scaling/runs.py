@@ -1,58 +1,179 @@
-"""Runs -> one table: a row for each, as its trainer wrote it in `run.json`."""
+"""Runs -> two tables: a row for each run, as its trainer wrote it (`run.json`), and a row for each logged step (`metrics.csv`).
+
+A source is a folder of runs, a CSV that `write_csv` made, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a project)
+or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is guessed afterwards.
+"""
 
 import csv
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varlab.files import whole_file
+import numpy as np
+
+from varlab.files import read_curves, whole_file
+from varlab.scaling.wandb_runs import offline_runs, online_runs
 
 Row = dict[str, Any]
-SAME = ("tokenizer_id", "dataset_id", "patch_nums")  # what runs of one fit must share
+SAME = ("tokenizer_id", "dataset_id", "patch_nums", "order")  # what runs of one fit must share
+CURVES = {  # column of a curve -> name in the log
+    "images": "count/images_seen",
+    "flops_exact": "count/flops_exact",
+    "lr": "lr",
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+    "val_loss_last": "val/loss_last",
+    "val_err": "val/err",
+}
 UNITS = {
     "device_seconds": "s",
     "flops_exact": "FLOP",
     "flops_6nd": "FLOP",
     "flops_tokenizer": "FLOP",
-    "val_err": "percent",
     "batch": "images",
+    "warmup": "images",
+    "cooldown": "images",
 }
+
+
+@dataclass(frozen=True)
+class Runs:
+    """`rows`: one a run. `curves`: one a logged step, with the run's id. `left_out`: what was not taken, and why."""
+
+    rows: list[Row]
+    curves: list[Row]
+    left_out: list[str]
 
 
 def unit(column: str) -> str:
     """Unit of a column, empty for counts and words."""
-    if column.startswith("val_loss"):
+    if column.startswith(("val_loss", "train_loss")):
         return "nat/token"
+    if column.startswith("entropy"):
+        return "nat"
     return UNITS.get(column, "percent" if column.startswith("val_err") else "")
 
 
-def read_runs(source: Path) -> list[Row]:
-    """Rows of a folder of runs, or of a CSV that `write_csv` made. Raises ValueError when there are none."""
-    if source.is_file():
-        with open(source, newline="") as file:
-            rows = [{key.split(" [")[0]: parse(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    else:
-        rows = [json.loads(file.read_text()) for file in sorted(source.rglob("run.json"))]
-    rows = [row for row in rows if row.get("kind") == "var"]
+def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "scales") -> Runs:
+    """All VAR runs of the sources, each once. Unfinished runs are left out and named, or used up to their last validation.
+
+    Raises ValueError where a source holds none, and when the runs do not belong together.
+    """
+    found: dict[str, tuple[Row, list[Row]]] = {}
+    left_out: list[str] = []
+    for source in sources:
+        runs = read_source(source)
+        if not any(row.get("kind") == "var" for row, _ in runs):
+            raise ValueError(
+                f"source={source} holds no VAR runs: give a multirun folder (with run.json files), a table of runs as CSV, a folder of"
+                " offline W&B runs, or wandb:ENTITY/PROJECT"
+            )
+        for row, curve in runs:
+            if row.get("kind") == "var" and row.get("order", "scales") == order:
+                found.setdefault(key_of(row), (row, curve))
+    rows: list[Row] = []
+    curves: dict[str, list[Row]] = {}
+    for row, curve in found.values():
+        usable, reason = judged(row, curve, use_unfinished)
+        if reason:
+            left_out.append(f"{row['name']} (depth {row['depth']}, {row['state']} at step {row['step']}): {reason}")
+        if usable is not None:
+            rows.append(usable)
+            curves[key_of(row)] = curve
     if not rows:
         raise ValueError(
-            f"source={source} holds no VAR runs: give a multirun folder (with run.json files) or a table of runs as CSV"
+            f"no run with order={order} can be used"
+            + "".join(f"; {line}" for line in left_out[:5] or ["there is none"])
         )
-    return rows
+    check_same(rows)
+    rows.sort(key=lambda row: (row["depth"], row["flops_exact"], row["name"]))
+    return Runs(rows, [point for row in rows for point in curves[key_of(row)]], left_out)
 
 
-def parse(text: str) -> Any:
-    """A CSV cell as number, list or text."""
+def key_of(row: Row) -> str:
+    """What a run is told apart by."""
+    return str(row.get("run_id", row["name"]))
+
+
+def judged(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
+    """(the row as it is used, None for a run that is not; what to say of it)."""
+    points = [point for point in curve if point.get("val_loss") is not None]
+    if row["state"] != "finished":
+        if not use_unfinished or not points:
+            return None, "left out" if points else "left out, never validated"
+        last = points[-1]
+        row = {**row, **{key: last[key] for key in ("step", "flops_exact", "val_loss", "val_loss_last", "val_err")}}
+        row |= {"images_seen": last["images"], "cooldown": 0}
+        return row, f"used up to step {last['step']}, where it was validated last; it did not cool down"
+    if not math.isfinite(row.get("val_loss") or math.nan):
+        return None, "left out, its loss is not finite"
+    return row, ""
+
+
+def read_source(source: str) -> list[tuple[Row, list[Row]]]:
+    """(row, curve) of each run of a source."""
+    if source.startswith("wandb:"):
+        return [(row, curve_of(row, logged)) for row, logged in online_runs(source.removeprefix("wandb:"))]
+    path = Path(source)
+    if path.is_file():
+        return read_csv(path)
+    runs = []
+    for file in sorted(path.rglob("run.json")):
+        row = json.loads(file.read_text())
+        runs.append((row, curve_of(row, read_curves(file.parent / "metrics.csv"))))
+    known = {row.get("run_id") for row, _ in runs}
+    for row, logged in offline_runs(path, known):
+        runs.append((row, curve_of(row, logged)))
+    return runs
+
+
+def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
+    """The steps at which a run logged a loss. Counters are the trainer's; between two logged ones they are interpolated."""
+    steps = sorted({*logged.get("train/loss", {}), *logged.get("val/loss", {})})
+    columns: dict[str, dict[int, float]] = {name: logged.get(key, {}) for name, key in CURVES.items()}
+    for name in ("images", "flops_exact"):
+        known = {0: 0.0, **columns[name]}
+        if len(known) > 1:
+            values = np.interp(steps, list(known), list(known.values()))
+            columns[name] = dict(zip(steps, map(float, values), strict=True))
+    held = float(row.get("images_seen", 0)) - float(row.get("cooldown") or 0)
+    return [
+        {"run_id": row.get("run_id", row["name"]), "step": step}
+        | {name: column.get(step) for name, column in columns.items()}
+        | {"in_cooldown": columns["images"].get(step, 0.0) > held}
+        for step in steps
+    ]
+
+
+def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
+    """Rows of a table, with the curves beside it (`curves.csv`) where there are some."""
+    rows, curves = read_table(path), {}
+    file = path.with_name("curves.csv")
+    for point in read_table(file) if file.is_file() else []:
+        curves.setdefault(point["run_id"], []).append(point)
+    return [(row, curves.get(row.get("run_id", row.get("name")), [])) for row in rows]
+
+
+def read_table(path: Path) -> list[Row]:
+    """A CSV with units in its header."""
+    with open(path, newline="") as file:
+        return [
+            {key.split(" [")[0]: parse(key, value) for key, value in row.items() if value != ""}
+            for row in csv.DictReader(file)
+        ]
+
+
+def parse(column: str, text: str) -> Any:
+    """A CSV cell as number, list or text; ids stay text, though some look like numbers."""
+    if column.endswith("_id") or column in ("name", "parent_run"):
+        return text
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def finished(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(runs that reached their end, the others)."""
-    return [row for row in rows if row["state"] == "finished"], [row for row in rows if row["state"] != "finished"]
 
 
 def check_same(rows: Sequence[Row]) -> None:
@@ -65,16 +186,15 @@ def check_same(rows: Sequence[Row]) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table with units in its header."""
+    """Writes a table with units in its header."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with whole_file(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([f"{column} [{unit(column)}]" if unit(column) else column for column in columns])
         for row in rows:
-            writer.writerow(
-                [
-                    json.dumps(row[key]) if not isinstance(row.get(key), str) else row[key]
-                    for key in columns
-                    if key in row
-                ]
-            )
+            writer.writerow([cell(row[column]) if column in row else "" for column in columns])
+
+
+def cell(value: Any) -> str:
+    """A value as `parse` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)

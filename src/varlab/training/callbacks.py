@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -185,6 +186,31 @@ def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
     gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class BranchPoints(Callback):
+    """Saves where shorter runs of the same schedule begin to cool down, so that they can be branched off instead of trained
+    from the start: `branch-SHARE-STEP.ckpt` for each of `shares` of the run (wsd only; none of a branch itself)."""
+
+    def __init__(self, folder: str, shares: Sequence[float], branch: float | int = 1) -> None:
+        self.folder, self.shares = Path(folder), list(shares) if branch == 1 else []
+        self.points: dict[int, Path] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        schedule: Any = pl_module.schedule
+        total = trainer.max_steps
+        if schedule.shape == "wsd" and total > 0:
+            points = {share: schedule.cooldown_start(round(total * share)) for share in self.shares}
+            self.points = {
+                step: self.folder / f"checkpoints/branch-{share:g}-{step:07d}.ckpt" for share, step in points.items()
+            }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        file = self.points.pop(trainer.global_step, None)
+        if file is not None:
+            trainer.save_checkpoint(file)
 
 
 class StopOnSignal(Callback):

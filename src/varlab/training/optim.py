@@ -9,6 +9,8 @@ from torch import nn
 
 UNDECAYED = ("position", "start_position", "scale_embedding.weight", "modulation_offset")
 
+HOLD = 0.8  # share of a wsd schedule at the peak (Haegele et al. 2024)
+
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: not to biases, other 1-d parameters, positions, scale embedding, AdaLN offsets."""
@@ -38,7 +40,7 @@ def decay_share(shape: str, q: float, final_ratio: float) -> float:
     if shape == "exp":
         return 1.0 if q < 0.15 else e ** ((q - 0.15) / 0.85)
     if shape == "wsd":
-        return 1.0 if q < 0.8 else e + (1 - e) * (1 - math.sqrt((q - 0.8) / 0.2))
+        return 1.0 if q < HOLD else e + (1 - e) * (1 - math.sqrt((q - HOLD) / (1 - HOLD)))
     hold = {"lin00": 0.0, "lin0": 0.05, "lin": 0.15}.get(shape)
     if hold is not None:
         return 1.0 if q < hold else e + (1 - e) * (1 - q) / (1 - hold)
@@ -64,7 +66,7 @@ def knee_of(shape: str) -> float:
 class Schedule:
     """Learning rate and weight decay by optimizer step (0-based) of a run of `total_steps` (released recipe).
 
-    Warm-up rises from `warmup_start` to 1 over `warmup` (a share of the run); then `shape` falls to `final_ratio`. Weight
+    Warm-up rises from `warmup_start` to 1 over `warmup` (a share of the run; from 1 on, steps); then `shape` falls to `final_ratio`. Weight
     decay moves from its start to its end value by a half cosine over the whole run.
     """
 
@@ -75,12 +77,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         decay_share(self.shape, 0.5, self.final_ratio)  # an unknown shape fails now, not after the warm-up
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup}: give a share of the run between 0 and 1")
+        if self.warmup < 0 or (self.warmup > 1 and self.warmup != round(self.warmup)):
+            raise ValueError(f"warmup={self.warmup}: give a share of the run below 1, or a number of steps")
 
     def warmup_steps(self, total_steps: int) -> int:
         """Steps of the warm-up."""
-        return round(self.warmup * total_steps)
+        return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+
+    def cooldown_start(self, total_steps: int) -> int:
+        """Steps that a run of this length (wsd) shares with all longer ones of the same warm-up: those before it cools down."""
+        warmup_steps = self.warmup_steps(total_steps)
+        return min(warmup_steps + math.ceil(HOLD * max(total_steps - 1 - warmup_steps, 1)), total_steps)
 
     def lr_share(self, step: int, total_steps: int) -> float:
         """Share of the peak learning rate at this step."""

@@ -1,6 +1,5 @@
 """What a run leaves behind: its row in the table of runs, its progress on the screen, its last words."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from varlab.files import save_json, whole_file
+from varlab.files import read_curves, save_json, whole_file
 from varlab.training.loggers import run_id
 
 
@@ -27,8 +26,8 @@ class RunRecord(Callback):
 
     COUNTERS = ("images_seen", "tokens_seen", "flops_exact", "flops_6nd", "flops_tokenizer", "device_seconds")
 
-    def __init__(self, folder: str, seed: int) -> None:
-        self.folder, self.seed = Path(folder), seed
+    def __init__(self, folder: str, seed: int, trunk: str | None = None) -> None:
+        self.folder, self.seed, self.trunk = Path(folder), seed, trunk
         self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
         self.facts: dict[str, Any] = {}
         self.validated_step = self.total_steps = -1
@@ -102,6 +101,10 @@ class RunRecord(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation_start = time.perf_counter()
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:  # so that a curve over images or compute needs no guesses
+            pl_module.log_dict({f"count/{key}": float(self.counters[key]) for key in ("images_seen", "flops_exact")})
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.batch_time = time.perf_counter()  # validation is not training time
         self.logged_time += self.batch_time - self.validation_start
@@ -133,11 +136,13 @@ class RunRecord(Callback):
             **self.counters,
             "step": trainer.global_step,
             "unique_images": unique,
+            "views": getattr(data, "views", None),
             "epochs": self.counters["images_seen"] / unique,
             "batch": data.global_batch_size,
             "dataset_id": data.data_fingerprint,
             "class_names": len(data.class_names),
             "seed": self.seed,
+            "parent_run": self.folder.name if self.trunk is None else Path(self.trunk).name,
             "device": torch.cuda.get_device_name(pl_module.device)
             if pl_module.device.type == "cuda"
             else pl_module.device.type,
@@ -146,10 +151,19 @@ class RunRecord(Callback):
             "torch": torch.__version__,
             "val_images": data.num_val,
             **{key.replace("/", "_"): value for key, value in self.scores.items()},
+            "train_loss_fresh": self.fresh_loss(unique),
             "git_commit": git_commit(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         save_json(self.folder / "run.json", row)
+
+    def fresh_loss(self, unique: int) -> float | None:
+        """Mean of the training loss logged in the last tenth of the run, while no image came a second time; else None. Labels are
+        dropped as in training."""
+        curve = read_curves(self.folder / "metrics.csv").get("train/loss", {})
+        late = [loss for step, loss in curve.items() if step >= 0.9 * self.total_steps]
+        is_fresh = self.counters["images_seen"] <= unique
+        return sum(late) / len(late) if late and is_fresh else None
 
 
 def git_commit() -> str | None:
@@ -215,18 +229,6 @@ def summary(folder: Path) -> str:
     if draw_curves(folder):
         lines.append(f"  curves: {folder / 'curves.png'} (figures: {folder / 'metrics.csv'})")
     return "\n".join(lines)
-
-
-def read_curves(file: Path) -> dict[str, dict[int, float]]:
-    """metrics.csv as {name: {step: value}}. A step that was repeated after a restart counts as it was the last time."""
-    curves: dict[str, dict[int, float]] = {}
-    if file.is_file():
-        with open(file, newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if value and row["step"] and name not in ("step", "epoch"):
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
 def draw_curves(folder: Path) -> bool:

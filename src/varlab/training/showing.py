@@ -13,6 +13,7 @@ from PIL import Image
 from varlab import pictures, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.drawing import Settings
+from varlab.files import load_json
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling import generate_tokens
@@ -64,7 +65,11 @@ class Pictures(Callback):
 
 
 class Mirror(Callback):
-    """Gives W&B what its curves lack: data and tokenizer as artifacts (manifest and place), a table of the loss by scale."""
+    """Gives W&B what its curves lack: data and tokenizer as artifacts (manifest and place), a table of the loss by scale, the run's
+    row of the table of runs."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
 
     def loggers(self, trainer: Trainer) -> list[WandbLogger]:
         """W&B's loggers; none on the other ranks."""
@@ -89,7 +94,18 @@ class Mirror(Callback):
             json.dump(manifest, file, indent=2)
         logger.experiment.log_artifact(artifact)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.send_row(trainer)
+
+    def send_row(self, trainer: Trainer) -> None:
+        """The run's row of the table of runs, as its summary: what `varlab scaling` reads is the same wherever it reads it."""
+        file = self.folder / "run.json"
+        for logger in self.loggers(trainer):
+            if file.is_file():
+                logger.experiment.summary.update(load_json(file, "varlab train"))
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.send_row(trainer)
         if not isinstance(pl_module.net, VAR):
             return
         found = trainer.callback_metrics

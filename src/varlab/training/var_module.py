@@ -1,6 +1,7 @@
 """Training of a VAR, from images (tokenized on the fly) or from a token cache."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class VARModule(LightningModule):
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
     in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
     the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
+    With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
+    of the whole run that this one may be a branch of (Porian et al. 2024).
     `recompute`: see `AdaLNBlock`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
     """
 
@@ -42,6 +45,8 @@ class VARModule(LightningModule):
         recompute: str = "none",
         is_compiled: bool = False,
         progressive: Progressive | None = None,
+        warmup_tokens: float | None = None,
+        full_steps: int = -1,
     ) -> None:
         super().__init__()
         if recompute not in RECOMPUTES:
@@ -52,6 +57,7 @@ class VARModule(LightningModule):
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
         self.progressive = progressive
         self.schedule = schedule if progressive is None else progressive.schedule(schedule)
+        self.warmup_tokens, self.full_steps = warmup_tokens, full_steps
         self.base_lr, self.betas = base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
         self.label_smoothing, self.lr_reference_depth = label_smoothing, lr_reference_depth
@@ -71,6 +77,9 @@ class VARModule(LightningModule):
             codebook_dim=sizes["codebook_dim"],
             num_classes=data.num_classes,
         )
+        self.schedule = self.warmed_up_by_size(data.global_batch_size)
+        if self.progressive is not None and self.net.order == "raster":
+            raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
         if self.trainer.precision == "bf16-true":
             self.net.to(torch.bfloat16)
         for block in self.net.blocks:
@@ -80,6 +89,16 @@ class VARModule(LightningModule):
                 block.forward = torch.compile(block.forward)
         if self.device_mesh is not None:
             self.shard()
+
+    def warmed_up_by_size(self, batch: int) -> Schedule:
+        """The schedule with the warm-up that `warmup_tokens` asks for."""
+        if self.warmup_tokens is None:
+            return self.schedule
+        if self.full_steps < 0:
+            raise ValueError("module.warmup_tokens needs the length of the run in steps=N, not in epochs")
+        parameters = compute.parameter_counts(self.net.sizes)["params_main"]
+        steps = self.warmup_tokens * parameters / (scales.num_tokens(self.net.patch_nums) * batch)
+        return replace(self.schedule, warmup=float(max(1, round(min(steps, 0.05 * self.full_steps)))))
 
     def shard(self) -> None:
         """FSDP2, or HSDP on a mesh of two dimensions. Blocks are gathered in bf16 where they compute in bf16 anyway."""
@@ -135,7 +154,7 @@ class VARModule(LightningModule):
     def logits(self, token_maps: list[Tensor], labels: Tensor) -> Tensor:
         """Logits of all tokens from the true coarser ones."""
         with torch.no_grad():
-            inputs = self.tokenizer.quantizer.teacher_forcing_inputs(token_maps)
+            inputs = self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
         return self.net(inputs, labels)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -207,7 +226,9 @@ class VARModule(LightningModule):
 
     def run_facts(self) -> dict[str, Any]:
         """What a row of the table of runs says about the network and its cost for one image."""
-        from_images = not isinstance(self.trainer.datamodule, TokenDataModule)  # pyright: ignore[reportAttributeAccessIssue]
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        from_images, is_wsd = not isinstance(data, TokenDataModule), self.schedule.shape == "wsd"
+        total = int(self.trainer.estimated_stepping_batches)
         return {
             "kind": "var",
             "depth": self.net.depth,
@@ -220,8 +241,12 @@ class VARModule(LightningModule):
             "codes": self.tokenizer.sizes["codebook_size"],
             "lr_peak": self.peak_lr,
             "schedule": self.schedule.shape,
-            "warmup": self.schedule.warmup,
+            "warmup": self.schedule.warmup_steps(total) * data.global_batch_size,
+            "cooldown": (total - self.schedule.cooldown_start(total)) * data.global_batch_size if is_wsd else 0,
             "weight_decay": self.weight_decay[0],
+            "label_smoothing": self.label_smoothing,
+            "sizes": self.net.sizes,
+            **(data.marginal_entropies(self.net.sizes["codebook_size"]) if not from_images else {}),
         }
 
     def facts_per_image(self, num_scales: int) -> dict[str, int]:

@@ -1,0 +1,109 @@
+"""Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction? Scenes made
+fresh (study `scenes`), and emoji64, where data are few (study `emoji`). Steps that are done are not repeated; a killed run continues.
+
+    python experiments/depth_scaling/run.py scenes          (two CPU cores: about an hour)
+    python experiments/depth_scaling/run.py emoji           (needs data/emoji64: python experiments/tokenizer/prepare.py)
+    python experiments/depth_scaling/run.py scenes --plan   (FLOP and time of all jobs, starts none)
+    python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 64 px, 3 million scenes, depths 2 to 10)
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SHARES = "1,0.5,0.25,0.125"
+
+
+def varlab(*command: str) -> None:
+    """Runs one verb, printed before."""
+    print("varlab", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "varlab.cli", *command], check=True)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a training run reached its end."""
+    file = folder / "run.json"
+    return file.is_file() and json.loads(file.read_text())["state"] == "finished"
+
+
+class Study:
+    """One data set, one tokenizer, its sweeps."""
+
+    def __init__(
+        self, name: str, shards: Path, tokenizer: list[str], depths: str, steps: int, settings: list[str]
+    ) -> None:
+        self.name, self.shards, self.tokenizer, self.depths, self.steps = name, shards, tokenizer, depths, steps
+        self.settings, self.runs = settings, Path("runs") / name
+        self.plans: list[str] = []
+
+    def tokens(self, name: str = "tokens", *patch_nums: str) -> list[str]:
+        """Trains a tokenizer and caches tokens, unless that is done; the settings that name both."""
+        run, cache = self.runs / f"{name}-tokenizer", self.runs / name
+        if not finished(run):
+            training = [f"name={self.name}/{run.name}", f"data.path={self.shards}", "ckpt_path=last", "logger=csv"]
+            varlab("train", *self.tokenizer, *training, *patch_nums)
+        checkpoint = run / "checkpoints/last.ckpt"
+        if not (cache / "manifest.json").is_file():
+            varlab("tokenize", f"tokenizer={checkpoint}", f"shards={self.shards}", f"out={cache}", "resize_ratio=1.0")
+        return [f"tokenizer={checkpoint}", f"data.path={cache}"]
+
+    def sweep(self, name: str, tokens: list[str], *settings: str) -> Path:
+        """A sweep over depth and whatever else; jobs that are finished are kept."""
+        own = [f"name={self.name}/{name}", f"steps={self.steps}", *tokens, *self.settings, *self.plans]
+        quiet = ["logger=csv", "callbacks.pictures=null", "callbacks.best=null"]
+        varlab("train", "--multirun", "experiment=depth_scaling", *own, *quiet, *settings)
+        return self.runs / name
+
+    def fit(self, name: str, *settings: str) -> None:
+        """The scaling law of a sweep; its tables and figures are copied beside this script."""
+        out = self.runs / f"{name}-fit"
+        varlab("scaling", f"source={self.runs / name}", f"out={out}", f"title={self.name}: {name}", *settings)
+        target = HERE / f"{self.name}-{name}"
+        target.mkdir(exist_ok=True)
+        for file in sorted(out.iterdir()):
+            if file.suffix in (".csv", ".json", ".png"):
+                shutil.copy(file, target / file.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", choices=["scenes", "emoji"])
+    parser.add_argument("--full", action="store_true", help="the size for a GPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plan", action="store_true", help="print what the sweep costs, start nothing")
+    given = parser.parse_args()
+    shared = [f"trainer={given.device}", "trainer.precision=bf16-mixed", "module.lr_reference_depth=3"]
+    if given.study == "scenes":
+        images, shards = (3_000_000 if given.full else 60_000), Path("data/scenes/shards")
+        if not (shards / "manifest.json").is_file():
+            subprocess.run([sys.executable, str(HERE / "scenes.py"), str(shards), "--train", str(images)], check=True)
+        batch, depths = (256, "2,3,4,6,8,10") if given.full else (64, "1,2,3,4,5,6")
+        steps = images // batch // 8 * 8
+        settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
+        tokenizer = ["experiment=tokenizer_scenes", *(["steps=20000"] if given.full else [])]
+        study = Study("scenes", shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
+    else:
+        tokenizer = ["experiment=tokenizer_emoji64"]
+        settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=20", "save_every=200"]
+        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 1600)
+        settings += [f"val_every={steps // 8}"]
+        study = Study("emoji", Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
+    tokens = study.tokens()
+    if given.plan:
+        study.plans = ["plan=true", "planned_flops=1.5e11"]
+        study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={SHARES}")
+        return
+    study.sweep(
+        "var", tokens, f"model.depth={study.depths}", f"branch={SHARES}" if given.study == "scenes" else "branch=1"
+    )
+    if given.study == "scenes":  # the noise of a run, then the baseline
+        study.sweep("var", tokens, "model.depth=1,2,3", "seed=1", f"branch={SHARES}")
+    study.fit("var")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Questions to a fitted law: the loss of the next size, the best use of a compute budget, how far a run lies from its curve, which
+run would tell most."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from varlab.compute import parameter_counts, training_flops
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, run_of
+from varlab.scaling.parametric import ParametricLaw, fit_parametric
+from varlab.scaling.runs import Row
+
+DEPTHS = range(1, 129)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that could be made: its cost in FLOP and the half width of the target's interval after it, relative to now."""
+
+    depth: int
+    images: float | int
+    flops: float | int
+    narrowing: float
+
+
+def sizes_of(rows: list[Row], depth: int) -> dict[str, Any]:
+    """Sizes of a network of another depth, by the rule that the runs follow (width proportional to depth).
+
+    Raises ValueError where they follow none.
+    """
+    known = max(rows, key=lambda row: row["depth"])
+    ratios = {row["width"] / row["depth"] for row in rows}
+    if len(ratios) > 1 or not known.get("sizes"):
+        raise ValueError(
+            f"the runs do not say how width follows from depth (ratios {sorted(ratios)}): no other depth can be counted"
+        )
+    return {**known["sizes"], "depth": depth, "width": int(ratios.pop()) * depth, "num_heads": depth}
+
+
+def size_of(rows: list[Row], depth: int) -> int:
+    """N, the parameters of the blocks."""
+    return parameter_counts(sizes_of(rows, depth))[SIZE]
+
+
+def flops_of(rows: list[Row], depth: int) -> int:
+    """Training FLOP for one image."""
+    return training_flops(sizes_of(rows, depth))
+
+
+def parametric(analysis: Analysis) -> ParametricLaw:
+    """L(N, D). Raises ValueError where the runs do not give it."""
+    if analysis.parametric is None:
+        raise ValueError(next(line for line in analysis.missing if line.startswith("L(N, D)")))
+    return analysis.parametric
+
+
+def predict(analysis: Analysis, depth: int, images: float | int | None = None) -> list[str]:
+    """The loss of a depth after so many (new) images; without `images`, after as many as L(N) was fitted at."""
+    rows = analysis.runs.rows
+    size, at = size_of(rows, depth), float(analysis.fixed[0]["images_seen"])
+    if images is None or abs(images / at - 1) < 0.02:
+        law, name, images = analysis.laws["val_loss", SIZE], "L(N)", at
+        value, interval = float(law(size)), law.interval(size)
+    else:
+        surface = parametric(analysis)
+        name, value, interval = "L(N, D)", float(surface(size, images)), surface.interval(size, images)
+    largest, most = max(row[SIZE] for row in rows), max(row["images_seen"] for row in rows)
+    width = "no interval: too few sizes" if interval is None else f"95 %: {interval[0]:.4f} to {interval[1]:.4f}"
+    return [
+        f"depth {depth} ({size / 1e6:,.3g} M parameters in blocks) after {images:,.0f} images: loss {value:.4f} ({width}) by {name}",
+        f"cost: {flops_of(rows, depth) * images:.3g} FLOP; {size / largest:.3g} times the largest size and {images / most:.3g}"
+        " times the most images that were fitted",
+    ]
+
+
+def optimal(analysis: Analysis, compute: float | int) -> list[str]:
+    """Depth and images that the law holds best for a compute budget (FLOP), with the spread over bootstraps."""
+    law, rows = parametric(analysis), analysis.runs.rows
+    sizes = np.array([size_of(rows, depth) for depth in DEPTHS], dtype=float)
+    images = compute / np.array([flops_of(rows, depth) for depth in DEPTHS], dtype=float)
+    usable = images >= 1
+    if not usable.any():
+        raise ValueError(f"compute={compute:g} FLOP does not pay for one image of the smallest network")
+    losses = np.where(usable, law(sizes, np.maximum(images, 1)), np.inf)
+    best = int(losses.argmin())
+    lines = [
+        f"{compute:.3g} FLOP: depth {DEPTHS[best]} ({sizes[best] / 1e6:,.3g} M parameters in blocks), {images[best]:,.0f} images, loss"
+        f" {losses[best]:.4f}"
+    ]
+    if law.draws is not None:
+        from varlab.scaling.parametric import evaluate
+
+        found = [DEPTHS[int(np.where(usable, evaluate(draw, sizes, images), np.inf).argmin())] for draw in law.draws]
+        low, high = (int(depth) for depth in np.percentile(found, (2.5, 97.5), method="nearest"))
+        lines.append(
+            f"95 % of bootstraps: depth {low} to {high}, {images[high - 1]:,.0f} to {images[low - 1]:,.0f} images"
+        )
+    near = [i for i in (best - 1, best + 1) if 0 <= i < len(DEPTHS) and usable[i]]
+    lines += [f"  depth {DEPTHS[i]}: {images[i]:,.0f} images, loss {losses[i]:.4f}" for i in near]
+    if DEPTHS[best] in (DEPTHS[0], DEPTHS[-1]):
+        lines.append("the best depth lies at the edge of those tried: it says little")
+    return lines
+
+
+def compare(analysis: Analysis, run: str) -> list[str]:
+    """How far a run lies from the law of all others, in percent and in standard deviations of a run."""
+    rows = analysis.runs.rows
+    chosen = [row for row in rows if run in (row["name"], row.get("run_id"))]
+    if not chosen:
+        raise ValueError(f"run={run!r} is none of {', '.join(str(row['name']) for row in rows[:20])}")
+    law, lines = parametric(analysis), []
+    others = [row for row in rows if run_of(row) != run_of(chosen[0])]
+    images = [images_of(row, analysis.settings.repeated) for row in others]
+    loss = [row["val_loss"] for row in others]
+    groups = [run_of(row) for row in others]
+    rest = fit_parametric(
+        [row[SIZE] for row in others], images, loss, law.form, groups, min(analysis.settings.bootstraps, 500)
+    )
+    for row in chosen:
+        seen = images_of(row, analysis.settings.repeated)
+        expected, interval = float(rest(row[SIZE], seen)), rest.interval(row[SIZE], seen)
+        away = float(np.log(row["val_loss"] / expected))
+        verdict = ""
+        if interval is not None:
+            inside = interval[0] <= row["val_loss"] <= interval[1]
+            verdict = (
+                f"; 95 %: {interval[0]:.4f} to {interval[1]:.4f}: {'as expected' if inside else 'not as expected'}"
+            )
+        lines.append(
+            f"{row['name']}: loss {row['val_loss']:.4f}, the law of the others says {expected:.4f} ({100 * away:+.2f} %,"
+            f" {away / max(rest.noise, 1e-12):+.1f} standard deviations of a run){verdict}"
+        )
+    return lines
+
+
+def gradient(law: ParametricLaw, size: float | int, images: float | int) -> np.ndarray:
+    """Derivative of ln L by the parameters that the form leaves free."""
+    by_size, by_images = np.exp(law.log_a) / size**law.alpha, np.exp(law.log_b) / images**law.beta
+    alpha, beta = -np.log(size) * by_size, -np.log(images) * by_images
+    parts = [alpha + beta] if law.form.tied else [alpha, beta]
+    parts += [by_size, by_images] + ([1.0] if law.form.floor is None else [])
+    return np.array(parts) / float(law(size, images))
+
+
+def next_runs(
+    analysis: Analysis, depth: int | None = None, images: float | int | None = None, budget: float | int | None = None
+) -> list[Candidate]:
+    """Runs that would narrow the prediction for (depth, images) most, the best first; default target: twice the largest depth and
+    images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the dearest so far)."""
+    law, rows = parametric(analysis), analysis.runs.rows
+    most, deepest = max(row["images_seen"] for row in rows), max(row["depth"] for row in rows)
+    target = gradient(law, size_of(rows, depth or 2 * deepest), images or 2 * most)
+    budget = budget or 2 * max(row[COMPUTE] for row in rows)
+    design = np.array([gradient(law, row[SIZE], images_of(row, analysis.settings.repeated)) for row in rows])
+    scale = np.abs(design).max(axis=0)
+    covariance = np.linalg.pinv((design / scale).T @ (design / scale), rcond=1e-12)
+    target = target / scale
+    before = float(target @ covariance @ target)
+    found = []
+    for new_depth in range(1, 2 * deepest + 1):
+        for new_images in (most / 4, most / 2, most, 2 * most):
+            flops = flops_of(rows, new_depth) * new_images
+            if flops > budget:
+                continue
+            row = gradient(law, size_of(rows, new_depth), new_images) / scale
+            seen = covariance @ row
+            after = before - float(target @ seen) ** 2 / (1 + float(row @ seen))
+            found.append(Candidate(new_depth, new_images, flops, float(np.sqrt(max(after, 0) / before))))
+    return sorted(found, key=lambda candidate: candidate.narrowing)
+
+
+def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
+    """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a missing figure."""
+    if ask not in ("predict", "optimal", "compare", "next"):
+        raise ValueError(f"{ask!r} is no question: choose predict, optimal, compare or next")
+    needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
+    if needed is not None and given.get(needed) is None:
+        raise ValueError(f"varlab scaling {ask} needs {needed}=...")
+    if ask == "predict":
+        return predict(analysis, given["depth"], given["images"])
+    if ask == "optimal":
+        return optimal(analysis, given["compute"])
+    if ask == "compare":
+        return compare(analysis, str(given["run"]))
+    best = next_runs(analysis, given["depth"], given["images"], given["compute"])[:5]
+    if not best:
+        raise ValueError("no run fits the budget: give a larger compute=...")
+    return [
+        f"depth {c.depth}, {c.images:,.0f} images ({c.flops:.3g} FLOP): interval of the prediction {c.narrowing:.0%} as wide as now"
+        for c in best
+    ]

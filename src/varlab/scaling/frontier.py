@@ -1,0 +1,130 @@
+"""What a given compute buys: the frontier of all training curves, and the best size of each budget (IsoFLOP).
+
+Hoffmann et al. 2022, first and second approach. Compute is the exact count, not 6ND.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from varlab.scaling.fit import PowerLaw, Values, fit
+
+Row = dict[str, Any]
+SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are one
+EACH_SIDE = 3  # points beside the minimum that a parabola is laid through, at most
+
+
+def frontier(compute: Values, loss: Values) -> list[int]:
+    """Indices of the points that no other point beats with less compute, by rising compute."""
+    best, chosen = np.inf, []
+    for i in sorted(range(len(compute)), key=lambda i: (compute[i], loss[i])):
+        if loss[i] < best:
+            best = loss[i]
+            chosen.append(i)
+    return chosen
+
+
+def candidates(rows: Sequence[Row], curves: Sequence[Row], column: str = "val_loss") -> list[Row]:
+    """Points that may lie on the frontier: every validation past the warm-up where the learning rate stays constant, with any
+    schedule that decays only the end of each run (a point before it would be lower with a schedule of its own)."""
+    points = [
+        {key: row[key] for key in ("run_id", "depth", "flops_exact", "images_seen")} | {column: row[column]}
+        for row in rows
+    ]
+    constant = {row["run_id"]: row for row in rows if row.get("schedule") == "constant"}
+    for point in curves:
+        row = constant.get(point["run_id"])
+        if row is not None and point.get(column) is not None and point["images"] > float(row.get("warmup") or 0):
+            points.append(
+                {
+                    "run_id": row["run_id"],
+                    "depth": row["depth"],
+                    "flops_exact": point["flops_exact"],
+                    "images_seen": point["images"],
+                    column: point[column],
+                }
+            )
+    return points
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Loss against ln N at one compute budget (FLOP). `best`: N of its minimum and `spread`, the standard error of ln N."""
+
+    compute: float
+    coefficients: tuple[float, float, float]
+    best: float
+    best_images: float
+    spread: float
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class IsoFLOP:
+    """A parabola for each budget; the best size and the best number of images as powers of compute (None for fewer than three
+    budgets); what was refused, in words."""
+
+    parabolas: list[Parabola]
+    refused: list[str]
+    size_law: PowerLaw | None
+    images_law: PowerLaw | None
+
+
+def budgets(rows: Sequence[Row]) -> list[list[Row]]:
+    """Finished runs grouped by compute; groups of fewer than three sizes are left out."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row["flops_exact"]):
+        if groups and np.log(row["flops_exact"] / groups[-1][0]["flops_exact"]) < SAME_BUDGET:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [group for group in groups if len({row["params_main"] for row in group}) >= 3]
+
+
+def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 1000) -> IsoFLOP:
+    """Parabolas through the points near each budget's minimum. A minimum at the edge of the sizes is refused: it says only that
+    larger or smaller networks are missing."""
+    parabolas, refused = [], []
+    for group in budgets(rows):
+        compute = float(np.exp(np.mean([np.log(row["flops_exact"]) for row in group])))
+        sizes = np.array(sorted({row["params_main"] for row in group}))
+        means = np.array([np.mean([row[column] for row in group if row["params_main"] == size]) for size in sizes])
+        lowest = int(means.argmin())
+        near = sizes[max(lowest - EACH_SIDE, 0) : lowest + EACH_SIDE + 1]
+        chosen = [row for row in group if row["params_main"] in near]
+        x, y = np.log([row["params_main"] for row in chosen]), np.array([row[column] for row in chosen])
+        center = x.mean()
+        a, b, c = np.polyfit(x - center, y, 2)
+        best = center - b / (2 * a) if a > 0 else np.nan
+        if lowest in (0, len(sizes) - 1) or not x.min() <= best <= x.max():
+            side = "smallest" if lowest == 0 else "largest" if lowest == len(sizes) - 1 else "edge"
+            refused.append(
+                f"{compute:.3g} FLOP: the minimum lies at the {side} of {len(sizes)} sizes, no optimum is seen"
+            )
+            continue
+        by_size = sorted((row["params_main"], row["images_seen"]) for row in chosen)
+        images = np.exp(np.interp(best, np.log([n for n, _ in by_size]), np.log([d for _, d in by_size])))
+        spread = spread_of_minimum(x - center, y, (a, b, c))
+        coefficients = (float(a), float(b - 2 * a * center), float(c - b * center + a * center**2))
+        parabolas.append(Parabola(compute, coefficients, float(np.exp(best)), float(images), spread, chosen))
+    laws: list[PowerLaw | None] = [None, None]
+    if len(parabolas) >= 3:
+        compute = [parabola.compute for parabola in parabolas]
+        for i, values in enumerate([[p.best for p in parabolas], [p.best_images for p in parabolas]]):
+            laws[i] = fit(compute, values, floor=0.0, bootstraps=bootstraps)
+    return IsoFLOP(parabolas, refused, laws[0], laws[1])
+
+
+def spread_of_minimum(x: np.ndarray, y: np.ndarray, coefficients: tuple[float, float, float]) -> float:
+    """Standard error of -b / (2 a) by linear propagation; NaN where the parabola has no points to spare."""
+    degrees = len(x) - 3
+    if degrees < 1:
+        return float("nan")
+    a, b, _ = coefficients
+    design = np.vander(x, 3)
+    noise = np.square(y - design @ np.array(coefficients)).sum() / degrees
+    covariance = noise * np.linalg.inv(design.T @ design)
+    gradient = np.array([b / (2 * a**2), -1 / (2 * a), 0.0])
+    return float(np.sqrt(gradient @ covariance @ gradient))

@@ -1,0 +1,252 @@
+"""Loss by size and data: L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, third approach).
+
+Fitted as its authors meant it: the sum, not the mean, of Huber losses of ln L (Besiroglu et al. 2024), with ln N and ln D
+centered, which makes the flat valley round; many starts, the best polished. D is counted in images.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+
+from varlab.scaling.fit import Values
+
+Row = dict[str, Any]
+DELTA = 1e-3  # of the Huber loss, in ln L
+REPEATS_WORTH = 15.0  # R* of Muennighoff et al. 2023: passes over the same images that still count
+POLISHED = 4
+LOSSES = ("huber", "squares")
+
+
+class Form(NamedTuple):
+    """What is fitted: `tied` exponents (alpha = beta), the floor E (None: fitted), `huber` or `squares`."""
+
+    tied: bool = False
+    floor: float | None = None
+    loss: str = "huber"
+
+    @property
+    def words(self) -> str:
+        """The form in a few words."""
+        floor = "E fitted" if self.floor is None else "no E" if self.floor == 0 else f"E = {self.floor:g}"
+        return f"{'tied' if self.tied else 'free'} exponents, {floor}, {'Huber' if self.loss == 'huber' else 'least squares'}"
+
+
+CHINCHILLA = Form()  # free exponents, floor fitted, Huber
+
+
+@dataclass(frozen=True)
+class ParametricLaw:
+    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it. `draws`:
+    the same five parameters for each bootstrap (alpha, log_a, beta, log_b, floor)."""
+
+    form: Form
+    alpha: float
+    log_a: float
+    beta: float
+    log_b: float
+    floor: float
+    noise: float
+    objective: float
+    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> np.ndarray:
+        """alpha, log_a, beta, log_b, floor."""
+        return np.array([self.alpha, self.log_a, self.beta, self.log_b, self.floor])
+
+    def __call__(self, size: Any, images: Any) -> np.ndarray:
+        """Predicted loss."""
+        return evaluate(self.parameters, size, images)
+
+    def interval(self, size: float | int, images: float | int, seed: int = 0) -> tuple[float, float] | None:
+        """Where the loss of one further run lies in 95 % of cases: spread of the parameters and noise of a run together."""
+        if self.draws is None:
+            return None
+        values = evaluate(self.draws, size, images)
+        values = values * np.exp(np.random.default_rng(seed).normal(0, self.noise, len(values)))
+        low, high = np.percentile(values, (2.5, 97.5))
+        return float(low), float(high)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % of each parameter."""
+        if self.draws is None:
+            return {}
+        low, high = np.percentile(self.draws, (2.5, 97.5), axis=0)
+        names = ("alpha", "log_a", "beta", "log_b", "floor")
+        return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+
+
+def evaluate(parameters: np.ndarray, size: Any, images: Any) -> np.ndarray:
+    """The law of one row of parameters, or of many."""
+    alpha, log_a, beta, log_b, floor = np.moveaxis(parameters, -1, 0)
+    return np.asarray(floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(images)))
+
+
+def worth(images: Any, unique: Any, repeats_worth: float = REPEATS_WORTH) -> np.ndarray:
+    """How many new images the ones seen are worth, when each was seen several times (Muennighoff et al. 2023):
+    U + U R* (1 - exp(-R / R*)), R being the passes after the first."""
+    images, unique = np.asarray(images, dtype=float), np.asarray(unique, dtype=float)
+    repeats = np.maximum(images / unique - 1, 0)
+    return np.asarray(np.minimum(images, unique) + unique * repeats_worth * (1 - np.exp(-repeats / repeats_worth)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Centered points and the objective of a form. Variables: a, b (logs of both terms at the center), alpha, then beta unless
+    tied, then ln E if it is fitted."""
+
+    x: np.ndarray
+    z: np.ndarray
+    log_loss: np.ndarray
+    form: Form
+
+    def objective(self, v: np.ndarray, weights: np.ndarray | float = 1.0) -> tuple[float, np.ndarray]:
+        """(sum over points divided by delta, its gradient)."""
+        form = self.form
+        alpha, beta = v[2], v[2] if form.tied else v[3]
+        by_size, by_images = np.exp(v[0] - alpha * self.x), np.exp(v[1] - beta * self.z)
+        floor = np.exp(v[-1]) if form.floor is None else form.floor
+        total = floor + by_size + by_images
+        residual = np.log(total) - self.log_loss
+        if form.loss == "huber":
+            size = np.abs(residual)
+            value = np.where(size <= DELTA, residual**2 / (2 * DELTA), size - DELTA / 2)
+            slope = np.clip(residual / DELTA, -1, 1)
+        else:
+            value, slope = residual**2 / (2 * DELTA), residual / DELTA
+        pull = weights * slope / total
+        by_size, by_images = pull * by_size, pull * by_images
+        gradient = [by_size.sum(), by_images.sum(), -(by_size @ self.x)]
+        if form.tied:
+            gradient[2] -= by_images @ self.z
+        else:
+            gradient.append(-(by_images @ self.z))
+        if form.floor is None:
+            gradient.append(pull.sum() * floor)
+        return float((weights * value).sum()), np.array(gradient)
+
+    def starts(self) -> list[np.ndarray]:
+        """72 first guesses: floors, shares of the two terms, exponents."""
+        lowest, mean = np.exp(self.log_loss.min()), np.exp(self.log_loss.mean())
+        found = []
+        floors = (0.3, 0.6, 0.85, 0.97) if self.form.floor is None else (self.form.floor / lowest,)
+        for share, part, alpha, beta in itertools.product(floors, (0.3, 0.7), (0.1, 0.3, 0.6), (0.1, 0.3, 0.6)):
+            rest = max(mean - share * lowest, 1e-3)
+            guess = [np.log(rest * part), np.log(rest * (1 - part)), alpha]
+            guess += [] if self.form.tied else [beta]
+            guess += [np.log(share * lowest)] if self.form.floor is None else []
+            found.append(np.array(guess))
+        return found
+
+    def solve(self, start: np.ndarray, weights: np.ndarray | float = 1.0) -> tuple[float, np.ndarray]:
+        """(objective, variables) of a polished minimum."""
+        tight = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}
+        near = minimize(self.objective, start, (weights,), "L-BFGS-B", jac=True, options=tight)
+        best = minimize(self.objective, near.x, (weights,), "BFGS", jac=True, options={"maxiter": 200})
+        chosen = best if best.fun <= near.fun else near
+        return float(chosen.fun), chosen.x
+
+    def parameters(self, v: np.ndarray, center: tuple[float, float]) -> np.ndarray:
+        """alpha, log_a, beta, log_b, floor of uncentered data."""
+        alpha, beta = v[2], v[2] if self.form.tied else v[3]
+        floor = np.exp(v[-1]) if self.form.floor is None else self.form.floor
+        return np.array([alpha, v[0] + alpha * center[0], beta, v[1] + beta * center[1], floor])
+
+
+def fit_parametric(
+    size: Values,
+    images: Values,
+    loss: Values,
+    form: Form = CHINCHILLA,
+    groups: Sequence[Any] | None = None,
+    bootstraps: int = 0,
+    seed: int = 0,
+) -> ParametricLaw:
+    """The law through points (N, D, L). `groups` says which points belong to one run (a trunk and its branches): the bootstrap
+    draws runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or unusable losses."""
+    n, d, y = (np.asarray(values, dtype=float) for values in (size, images, loss))
+    for what, values in (("sizes", n), ("numbers of images", d)):
+        if len(np.unique(values)) < 3:
+            raise ValueError(f"L(N, D) needs at least 3 different {what}, there are {len(np.unique(values))}")
+    if not np.isfinite(y).all() or (form.floor is not None and not (y > form.floor).all()):
+        raise ValueError(f"losses must be finite and above the floor ({form.floor}), the smallest is {y.min():.4g}")
+    center = float(np.log(n).mean()), float(np.log(d).mean())
+    problem = Problem(np.log(n) - center[0], np.log(d) - center[1], np.log(y), form)
+    rough = [
+        minimize(problem.objective, start, (1.0,), "L-BFGS-B", jac=True, options={"maxiter": 25})
+        for start in problem.starts()
+    ]
+    rough = sorted((run for run in rough if np.isfinite(run.fun)), key=lambda run: run.fun)
+    objective, v = min((problem.solve(run.x) for run in rough[:POLISHED]), key=lambda found: found[0])
+    parameters = problem.parameters(v, center)
+    residuals = np.log(y) - np.log(evaluate(parameters, n, d))
+    degrees = max(len(y) - len(v), 1)
+    noise = (
+        robust_spread(residuals, degrees) if form.loss == "huber" else float(np.sqrt((residuals**2).sum() / degrees))
+    )
+    draws = bootstrap(problem, v, center, groups, bootstraps, seed) if bootstraps else None
+    alpha, log_a, beta, log_b, floor = (float(parameter) for parameter in parameters)
+    return ParametricLaw(form, alpha, log_a, beta, log_b, floor, noise, objective, draws)
+
+
+def robust_spread(residuals: np.ndarray, degrees: int) -> float:
+    """Standard deviation by the median of absolute deviations: outliers do not widen it."""
+    return float(1.4826 * np.median(np.abs(residuals)) * np.sqrt(len(residuals) / degrees))
+
+
+def bootstrap(
+    problem: Problem,
+    v: np.ndarray,
+    center: tuple[float, float],
+    groups: Sequence[Any] | None,
+    bootstraps: int,
+    seed: int,
+) -> np.ndarray:
+    """Parameters of refits in which each run counts as often as it was drawn, started from the full fit."""
+    names = list(range(len(problem.x))) if groups is None else list(groups)
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    member = np.array([numbers[name] for name in names])
+    rng, draws = np.random.default_rng(seed), []
+    options = {"maxiter": 300, "ftol": 1e-11, "gtol": 1e-7}
+    for _ in range(bootstraps):
+        weights = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)))[member].astype(float)
+        found = minimize(problem.objective, v, (weights,), "L-BFGS-B", jac=True, options=options)
+        draws.append(problem.parameters(found.x, center))
+    return np.array(draws)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How far a form misses what it was not shown: mean |error| of L in percent, for the largest size and the largest budget."""
+
+    form: Form
+    largest_size: float
+    largest_images: float
+
+    @property
+    def score(self) -> float:
+        """What forms are chosen by."""
+        return (self.largest_size + self.largest_images) / 2
+
+
+def compare_forms(
+    size: np.ndarray, images: np.ndarray, loss: np.ndarray, floors: Sequence[float | int | None] = (None, 0.0)
+) -> list[HeldOut]:
+    """All forms, the best at extrapolation first. A form that cannot be fitted without the points left out is not listed."""
+    found = []
+    for tied, floor, kind in itertools.product((True, False), floors, LOSSES):
+        form, errors = Form(tied, floor, kind), []
+        for values in (size, images):
+            kept = values < values.max() * 0.999
+            try:
+                law = fit_parametric(size[kept], images[kept], loss[kept], form)
+            except ValueError:
+                break
+            errors.append(100 * float(np.abs(law(size[~kept], images[~kept]) / loss[~kept] - 1).mean()))
+        if len(errors) == 2:
+            found.append(HeldOut(form, errors[0], errors[1]))
+    return sorted(found, key=lambda held: held.score)

@@ -1,0 +1,197 @@
+"""L(N, D) against synthetic truth, and what is asked of it."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from test_scaling import make_row, make_runs, scale, sizes, surface
+
+from varlab.compute import parameter_counts, training_flops
+from varlab.scaling.analysis import Settings, analyse
+from varlab.scaling.answers import compare, gradient, next_runs, optimal, predict
+from varlab.scaling.parametric import CHINCHILLA, Form, Problem, compare_forms, evaluate, fit_parametric, worth
+from varlab.scaling.runs import Runs
+
+BUDGETS = (5000, 10000, 20000, 40000)
+N = np.repeat(73728 * np.array([1.0, 2, 3, 4, 5, 6, 8]) ** 3, 4)
+D = np.tile(np.array(BUDGETS, dtype=float), 7)
+
+
+def noisy(seed, scatter=0.003, outliers=0.0):
+    rng = np.random.default_rng(seed)
+    y = surface(N, D) * np.exp(rng.normal(0, scatter, len(N)))
+    return np.where(rng.random(len(N)) < outliers, y * 1.03, y)
+
+
+@pytest.mark.parametrize("form", [CHINCHILLA, Form(loss="squares"), Form(floor=2.0)])
+def test_exact_points_give_back_their_law(form):
+    law = fit_parametric(N, D, surface(N, D), form)
+    assert (law.alpha, law.beta, law.floor) == pytest.approx((0.3, 0.4, 2.0), abs=2e-3)
+    assert law(1e9, 1e6) == pytest.approx(surface(1e9, 1e6), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_objective():
+    for form in (CHINCHILLA, Form(True, 0.0), Form(True, None, "squares"), Form(False, 1.5)):
+        problem = Problem(np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(noisy(0)), form)
+        start = problem.starts()[5]
+        value, slope = problem.objective(start)
+        for i in range(len(start)):
+            step = np.zeros(len(start))
+            step[i] = 1e-6
+            numeric = (problem.objective(start + step)[0] - problem.objective(start - step)[0]) / 2e-6
+            assert slope[i] == pytest.approx(numeric, rel=1e-4, abs=1e-6 * abs(value))
+
+
+def test_huber_is_hardly_moved_by_outliers_and_least_squares_is():
+    y = surface(N, D).copy()
+    y[[3, 10, 17]] *= 1.05
+    huber, squares = (fit_parametric(N, D, y, Form(loss=loss)) for loss in ("huber", "squares"))
+    assert abs(huber(1e9, 1e6) / surface(1e9, 1e6) - 1) < 1e-3 < abs(squares(1e9, 1e6) / surface(1e9, 1e6) - 1)
+
+
+def test_tied_exponents_are_one():
+    law = fit_parametric(N, D, 2 + (1e6 / N) ** 0.35 + (3e3 / D) ** 0.35, Form(tied=True))
+    assert law.alpha == law.beta == pytest.approx(0.35, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_the_intervals_cover_the_truth_as_often_as_they_say():
+    """200 draws with 4 % outliers; runs of one size and seed are drawn together. The prediction for a further run as well."""
+    covered, held, rng = 0, 0, np.random.default_rng(9)
+    names = np.repeat(np.arange(14), 2)
+    for seed in range(200):
+        law = fit_parametric(N, D, noisy(seed, outliers=0.04), Form(floor=2.0), groups=names, bootstraps=60, seed=seed)
+        low, high = law.intervals()["alpha"]
+        covered += low <= 0.3 <= high
+        low, high = law.interval(1e8, 1e5, seed)
+        held += low <= surface(1e8, 1e5) * np.exp(rng.normal(0, 0.003)) <= high
+    assert 180 <= covered <= 198, covered
+    assert 180 <= held <= 199, held
+
+
+def test_too_little_is_said():
+    with pytest.raises(ValueError, match="at least 3 different numbers of images, there are 1"):
+        fit_parametric(N, np.full(len(N), 5.0), noisy(0))
+    with pytest.raises(ValueError, match="above the floor"):
+        fit_parametric(N, D, noisy(0), Form(floor=4.0))
+
+
+def test_what_extrapolates_best_is_chosen_not_what_fits_best():
+    """The truth has tied exponents and a floor."""
+    y = (2 + (1e6 / N) ** 0.35 + (3e3 / D) ** 0.35) * np.exp(np.random.default_rng(3).normal(0, 0.002, len(N)))
+    held = compare_forms(N, D, y)
+    assert len(held) == 8 and [h.score for h in held] == sorted(h.score for h in held)
+    assert held[0].form.floor is None
+    worst = max(held, key=lambda h: h.score)
+    assert worst.form.floor == 0.0 and worst.score > 2 * held[0].score
+
+
+def test_images_seen_again_are_worth_less():
+    assert worth(1000, 1000) == 1000 and worth(500, 1000) == 500
+    assert worth(2000, 1000) == pytest.approx(1000 + 15000 * (1 - np.exp(-1 / 15)))
+    assert worth(10**9, 1000) == pytest.approx(16000)
+    assert 3.6 < worth(4000, 1000) / 1000 < 4
+
+
+def analysis(noise=0.002, bootstraps=30, **settings):
+    rng, rows = np.random.default_rng(0), []
+    for depth in (1, 2, 3, 4, 5, 6):
+        for images in BUDGETS:
+            row = make_row(depth, images)
+            rows.append({**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, noise)))})
+    return analyse(Runs(rows, [], []), Settings(bootstraps=bootstraps, form=CHINCHILLA, **settings))
+
+
+def test_a_prediction_says_loss_interval_cost_and_how_far_it_reaches():
+    found = analysis()
+    lines = predict(found, 12, 160000)
+    size = parameter_counts(sizes(12))["params_main"]
+    value = float(lines[0].split("loss ")[1].split()[0])
+    assert value == pytest.approx(surface(size, 160000), rel=0.01)
+    low, _, high = lines[0].split("95 %: ")[1].split(")")[0].partition(" to ")
+    assert float(low) < value < float(high)
+    assert f"{training_flops(sizes(12)) * 160000:.3g} FLOP" in lines[1] and "4 times the most images" in lines[1]
+    assert "by L(N)" in predict(found, 12)[0]
+
+
+def test_the_best_depth_for_a_budget_is_that_of_the_truth():
+    compute = 1e15
+    lines = optimal(analysis(noise=0.0005), compute)
+    losses = {
+        depth: surface(parameter_counts(sizes(depth))["params_main"], compute / training_flops(sizes(depth)))
+        for depth in range(1, 60)
+    }
+    best = min(losses, key=losses.get)
+    assert abs(int(lines[0].split("depth ")[1].split()[0]) - best) <= 1
+    with pytest.raises(ValueError, match="does not pay for one image"):
+        optimal(analysis(), 1.0)
+
+
+def test_a_run_that_went_wrong_stands_out():
+    rows = [make_row(depth, images) for depth in (1, 2, 3, 4, 5, 6) for images in BUDGETS]
+    rng = np.random.default_rng(0)
+    rows = [{**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, 0.002)))} for row in rows]
+    rows[9]["val_loss"] *= 1.05
+    found = analyse(Runs(rows, [], []), Settings(bootstraps=20, form=CHINCHILLA))
+    assert "not as expected" in compare(found, rows[9]["name"])[0]
+    others = [compare(found, row["name"])[0] for i, row in enumerate(rows) if i // 4 != 9 // 4]
+    assert sum("not as expected" not in line for line in others) >= 0.8 * len(others)
+    with pytest.raises(ValueError, match="run='d99' is none of"):
+        compare(found, "d99")
+
+
+def test_the_next_run_narrows_as_foreseen():
+    """Linear theory against the bootstrap: the best candidate is added and the interval measured."""
+    found = analysis(bootstraps=0)
+    best, *_, worst = next_runs(found, 12, 80000, budget=1e18)
+    assert best.narrowing < worst.narrowing <= 1
+    law = found.parametric
+    size = parameter_counts(sizes(12))["params_main"]
+    numeric = []
+    for i in range(5):
+        step = np.zeros(5)
+        step[i] = 1e-6
+        numeric.append(float(np.log(evaluate(law.parameters + step, size, 8e4) / law(size, 8e4))) / 1e-6)
+    alpha, beta, log_a, log_b, floor = gradient(law, size, 8e4)
+    assert (alpha, log_a, beta, log_b, floor) == pytest.approx(numeric, rel=1e-3)
+    assert all(candidate.flops <= 1e14 for candidate in next_runs(found, 12, 80000, budget=1e14))
+
+
+def test_the_verb_answers(tmp_path, capsys):
+    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
+    scale(tmp_path, tmp_path / "sweep")
+    printed = capsys.readouterr().out
+    assert "L(N, D) = E + A / N^alpha + B / D^beta" in printed and "by the other loss" in printed
+    for name in ("surface", "scaling", "extrapolation"):
+        assert (tmp_path / f"fit/{name}.png").is_file()
+    held = json.loads((tmp_path / "fit/fits.json").read_text())["held_out_error_percent"]
+    assert len(held) == 8
+    quick = ["form=free_huber", "bootstraps=10"]
+    for ask, given, expected in [
+        ("predict", ["depth=8", "images=1e5"], "depth 8"),
+        ("optimal", ["compute=1e15"], "95 % of bootstraps"),
+        ("compare", ["run=d3-20000"], "the law of the others says"),
+        ("next", [], "as wide as now"),
+    ]:
+        scale(tmp_path, tmp_path / "sweep", f"ask={ask}", *quick, *given)
+        assert expected in capsys.readouterr().out, ask
+
+
+def test_a_full_fit_takes_seconds_not_minutes():
+    """Its cost in evaluations, not in time: starts, polishing, and one refit a bootstrap."""
+    calls = 0
+    original = Problem.objective
+
+    def counted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        return original(self, *arguments)
+
+    n, d = np.tile(N, 9)[:250], np.tile(D, 9)[:250] * np.repeat(np.arange(1, 11), 25)
+    y = surface(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.003, 250))
+    start = time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "objective", counted)
+        fit_parametric(n, d, y)
+    assert calls < 8000 and time.perf_counter() - start < 30
