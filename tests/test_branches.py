@@ -12,7 +12,7 @@ from varlab.drawing import Settings
 from varlab.metrics.likelihood import likelihood_scores
 from varlab.published import to_released
 from varlab.sampling import Kept, generate, generate_tokens
-from varlab.training.optim import Schedule
+from varlab.training.optim import Schedule, reads_width
 
 
 @pytest.fixture
@@ -166,3 +166,22 @@ def test_a_tokenizer_of_one_scale_serves_the_classical_raster(labels):
     tokenizer = make_tokenizer(patch_nums=[4]).eval()
     raster = make_var(order="raster", patch_nums=[4]).eval()
     assert generate(raster, tokenizer, labels, cfg_scale=1.5, cfg_schedule="constant").shape == (2, 3, 16, 16)
+
+
+def test_muP_like_rates_slow_the_matrices_that_read_the_width_alone(tmp_path, study):
+    settings = [
+        *study,
+        "steps=3",
+        "module.lr_reference_depth=1",
+        "module.slows_matrices_only=true",
+        "module.warmup_tokens=null",
+    ]
+    fit(tmp_path / "run", *settings, "module.schedule.warmup=0.0")
+    saved = checkpoints.read(tmp_path / "run/checkpoints/last.ckpt")
+    rates = [group.get("lr_share", 1.0) for group in saved["optimizer_states"][0]["param_groups"]]
+    assert rates == [1.0, 1.0, 0.5]
+    net = make_var()
+    slowed = {name for name, parameter in net.named_parameters() if reads_width(name, parameter)}
+    assert {name.split(".")[-1] for name in slowed} == {"weight"}
+    assert {"head.weight", "blocks.0.attention.qkv.weight", "head_modulation.linear.weight"} <= slowed
+    assert not slowed & {"word_embed.weight", "class_embedding.weight", "position", "blocks.0.attention.q_bias"}

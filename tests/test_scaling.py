@@ -8,6 +8,7 @@ from runs import config
 
 from varlab import scaling_law
 from varlab.compute import parameter_counts, training_flops
+from varlab.scaling import plot
 from varlab.scaling.fit import exponents_by_floor, fit
 from varlab.scaling.frontier import candidates, frontier, isoflop
 from varlab.scaling.runs import collect, read_table, write_csv
@@ -260,3 +261,16 @@ def test_parabolas_find_the_best_size_and_its_power_of_compute():
 def test_a_minimum_at_the_edge_is_refused():
     found = isoflop(iso_rows(100.0), bootstraps=0)
     assert not found.parabolas and "the minimum lies at the largest of 7 sizes" in found.refused[0]
+
+
+def test_the_published_lines_are_those_of_the_paper(tmp_path):
+    """d16 after 200 epochs: N = 0.302 billion, 2.3e5 PFLOP; both namings of the lines against compute."""
+    floor, laws = plot.PUBLISHED["val_loss", "params_main"]
+    ((factor, alpha),) = laws.values()
+    assert floor + (factor * 0.302) ** -alpha == pytest.approx(6.058, abs=1e-3)
+    text, legend = plot.PUBLISHED["val_loss", "flops_exact"][1].values()
+    assert (text, legend) == tuple(reversed(plot.PUBLISHED["val_loss_last", "flops_exact"][1].values()))
+    make_runs(tmp_path / "sweep")
+    scale(tmp_path, tmp_path / "sweep", "published=true")
+    drawn = (tmp_path / "fit/scaling.svg").read_text()
+    assert drawn.count("published, ImageNet 256") == 2 and drawn.count("published (figure 6)") == 2

@@ -26,9 +26,11 @@ LABELS = {
     SIZE: "parameters of the blocks, N",
     COMPUTE: "training compute, C [FLOP]",
 }
-PUBLISHED = {  # floor, factor of N in billions, exponent (VAR, equations 11 and 12; ImageNet 256)
-    "val_loss": (5.0, 2.5, 0.20),
-    "val_loss_last": (4.5, 2.0, 0.23),
+PUBLISHED = {  # floor; factor and exponent of laws in N / 1e9 or C / 1e15 (VAR, equations 11 to 16 and figure 6; ImageNet 256)
+    ("val_loss", SIZE): (5.0, {"published, ImageNet 256": (2.5, 0.20)}),
+    ("val_loss_last", SIZE): (4.5, {"published, ImageNet 256": (2.0, 0.23)}),
+    ("val_loss", COMPUTE): (5.0, {"published (text)": (1.5e-5, 0.16), "published (figure 6)": (2.2e-5, 0.13)}),
+    ("val_loss_last", COMPUTE): (4.5, {"published (text)": (2.2e-5, 0.13), "published (figure 6)": (1.5e-5, 0.16)}),
 }
 KINDS = ("png", "svg", "pdf")
 POINT = "run:"  # how the id of a point in an SVG begins
@@ -95,16 +97,23 @@ def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figu
     panels = figure.subplots(2, len(ys), squeeze=False)
     for column, y in enumerate(ys):
         draw_law(panels[0][column], analysis.fixed, SIZE, y, analysis.laws[y, SIZE])
-        if is_published_shown and y in PUBLISHED:
-            floor, factor, alpha = PUBLISHED[y]
-            first, last = panels[0][column].get_xlim()
-            span = np.geomspace(first, last, 50)
-            line = floor + (factor * span / 1e9) ** -alpha
-            panels[0][column].plot(span, line, ":", color="tab:red", label="published, ImageNet 256")
-            panels[0][column].legend(fontsize=8)
         draw_compute(panels[1][column], analysis, y)
+        if is_published_shown:
+            draw_published(panels[0][column], y, SIZE)
+            draw_published(panels[1][column], y, COMPUTE)
     legend_of_depths(figure, analysis.runs.rows)
     return figure
+
+
+def draw_published(panel: Axes, y: str, x: str) -> None:
+    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way round: both are drawn."""
+    floor, laws = PUBLISHED.get((y, x), (0.0, {}))
+    first, last = panel.get_xlim()
+    span = np.geomspace(first, last, 50)
+    for (label, (factor, alpha)), style in zip(laws.items(), (":", "-."), strict=False):
+        line = floor + (factor * span / (1e9 if x == SIZE else 1e15)) ** -alpha
+        panel.plot(span, line, style, color="tab:red", linewidth=1, label=label)
+        panel.legend(fontsize=8)
 
 
 def draw_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) -> None:

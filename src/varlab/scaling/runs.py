@@ -71,8 +71,9 @@ def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "
                 f"source={source} holds no VAR runs: give a multirun folder (with run.json files), a table of runs as CSV, a folder of"
                 " offline W&B runs, or wandb:ENTITY/PROJECT"
             )
-        for row, curve in runs:
-            if row.get("kind") == "var" and row.get("order", "scales") == order:
+        for one, curve in runs:
+            row = {"order": "scales", **one}
+            if row.get("kind") == "var" and row["order"] == order:
                 found.setdefault(key_of(row), (row, curve))
     rows: list[Row] = []
     curves: dict[str, list[Row]] = {}

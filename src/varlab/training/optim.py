@@ -17,13 +17,32 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith("bias") and not name.endswith(UNDECAYED)
 
 
-def parameter_groups(net: nn.Module) -> list[dict]:
-    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule."""
+def reads_width(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix whose input grows with the width: those of the blocks and of the head."""
+    return parameter.ndim > 1 and name.endswith("weight") and name.startswith(("blocks.", "head", "shared_modulation."))
+
+
+def parameter_groups(net: nn.Module, matrix_share: float = 1.0) -> list[dict]:
+    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With a `matrix_share` the
+    matrices that read the width form two groups of their own, whose learning rate is that share of the others'."""
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for name, p in named if is_decayed(name, p)], "is_decayed": True},
-        {"params": [p for name, p in named if not is_decayed(name, p)], "is_decayed": False, "weight_decay": 0.0},
-    ]
+    shares = [(named, 1.0)]
+    if matrix_share != 1:
+        matrices = [(name, p) for name, p in named if reads_width(name, p)]
+        shares = [([(name, p) for name, p in named if not reads_width(name, p)], 1.0), (matrices, matrix_share)]
+    groups = []
+    for chosen, share in shares:
+        own = {} if share == 1 else {"lr_share": share}
+        groups += [
+            {"params": [p for name, p in chosen if is_decayed(name, p)], "is_decayed": True, **own},
+            {
+                "params": [p for name, p in chosen if not is_decayed(name, p)],
+                "is_decayed": False,
+                "weight_decay": 0.0,
+                **own,
+            },
+        ]
+    return [group for group in groups if group["params"]]
 
 
 def decay_share(shape: str, q: float, final_ratio: float) -> float:
@@ -108,7 +127,7 @@ class Schedule:
         """Sets learning rate and weight decay of all groups for this step; returns the learning rate."""
         lr = peak_lr * self.lr_share(step, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_share", 1.0)
             group["weight_decay"] = self.weight_decay(step, total_steps, *decay) if group["is_decayed"] else 0.0
         return lr
 

@@ -24,6 +24,8 @@ class VARModule(LightningModule):
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
     in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
     the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
+    With `slows_matrices_only` that factor acts on the matrices alone whose input grows with the width, not on embeddings, positions,
+    biases (the rule of muP for Adam; initial weights stay the paper's).
     With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
     of the whole run that this one may be a branch of (Porian et al. 2024).
     `recompute`: see `AdaLNBlock`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
@@ -45,6 +47,7 @@ class VARModule(LightningModule):
         recompute: str = "none",
         is_compiled: bool = False,
         progressive: Progressive | None = None,
+        slows_matrices_only: bool = False,
         warmup_tokens: float | None = None,
         full_steps: int = -1,
     ) -> None:
@@ -57,6 +60,7 @@ class VARModule(LightningModule):
         self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
         self.progressive = progressive
         self.schedule = schedule if progressive is None else progressive.schedule(schedule)
+        self.slows_matrices_only = slows_matrices_only
         self.warmup_tokens, self.full_steps = warmup_tokens, full_steps
         self.base_lr, self.betas = base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
@@ -131,15 +135,24 @@ class VARModule(LightningModule):
             )
 
     @property
+    def depth_share(self) -> float:
+        """What `lr_reference_depth` makes of the learning rate."""
+        return 1.0 if self.lr_reference_depth is None else self.lr_reference_depth / self.net.depth
+
+    @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
-        by_depth = 1.0 if self.lr_reference_depth is None else self.lr_reference_depth / self.net.depth
+        by_depth = 1.0 if self.slows_matrices_only else self.depth_share
         return by_depth * self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         is_fused = self.device.type == "cuda"
         return torch.optim.AdamW(
-            parameter_groups(self.net), lr=self.peak_lr, betas=self.betas, eps=1e-8, fused=is_fused
+            parameter_groups(self.net, self.depth_share if self.slows_matrices_only else 1.0),
+            lr=self.peak_lr,
+            betas=self.betas,
+            eps=1e-8,
+            fused=is_fused,
         )
 
     @torch.no_grad()
@@ -233,6 +246,7 @@ class VARModule(LightningModule):
             "kind": "var",
             "depth": self.net.depth,
             "width": self.net.width,
+            "order": self.net.order,
             **compute.parameter_counts(self.net.sizes),
             **self.facts_per_image(len(self.net.patch_nums)),
             "flops_tokenizer_per_image": compute.tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
