@@ -11,6 +11,7 @@ from varlab.compute import parameter_counts, training_flops
 from varlab.scaling import plot
 from varlab.scaling.fit import exponents_by_floor, fit
 from varlab.scaling.frontier import candidates, frontier, isoflop
+from varlab.scaling.report import seed_noise
 from varlab.scaling.runs import collect, read_table, write_csv
 
 SIZES = np.array([2.0, 3, 4, 6, 8, 10, 12, 16]) ** 3 * 73728
@@ -274,3 +275,21 @@ def test_the_published_lines_are_those_of_the_paper(tmp_path):
     scale(tmp_path, tmp_path / "sweep", "published=true")
     drawn = (tmp_path / "fit/scaling.svg").read_text()
     assert drawn.count("published, ImageNet 256") == 2 and drawn.count("published (figure 6)") == 2
+
+
+def test_a_run_that_learns_its_images_by_heart_is_told_from_where_on(tmp_path, capsys):
+    make_runs(tmp_path / "sweep", unique_images=10_000)
+    text = (tmp_path / "sweep/d1-38400/metrics.csv").read_text().splitlines()
+    losses = text[1].split(",")
+    losses[2] = str(float(losses[2]) * 0.95)
+    (tmp_path / "sweep/d1-38400/metrics.csv").write_text("\n".join([text[0], ",".join(losses), text[2]]) + "\n")
+    scale(tmp_path, tmp_path / "sweep")
+    printed = capsys.readouterr().out
+    assert "d1-38400: train and validation part after 19,200 images (1.92 passes)" in printed
+    assert "5.3 % higher" in printed and "d2-38400: train" not in printed
+
+
+def test_the_spread_of_seeds_is_told_apart_from_that_of_the_law():
+    rows = [make_row(depth, val_loss=loss, seed=seed) for depth in (1, 2) for seed, loss in enumerate((3.0, 3.03))]
+    assert seed_noise(rows) == pytest.approx(np.log(1.01) / np.sqrt(2))
+    assert seed_noise(rows[::2]) is None

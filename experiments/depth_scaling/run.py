@@ -89,7 +89,7 @@ def main() -> None:
     else:
         tokenizer = ["experiment=tokenizer_emoji64"]
         settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=20", "save_every=200"]
-        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 1600)
+        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 1000)
         settings += [f"val_every={steps // 8}"]
         study = Study("emoji", Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
     tokens = study.tokens()
@@ -102,7 +102,7 @@ def main() -> None:
     )
     if given.study == "scenes":  # the noise of a run, then the baseline
         study.sweep("var", tokens, "model.depth=1,2,3", "seed=1", f"branch={SHARES}")
-    study.fit("var")
+    study.fit("var", *([] if given.study == "scenes" else ["repeated=true"]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
 REPEATS_WORTH = 15.0  # R* of Muennighoff et al. 2023: passes over the same images that still count
 POLISHED = 4
+NO_FLOOR = 1e-3  # nat: a fitted floor below is none
 LOSSES = ("huber", "squares")
 
 
@@ -190,6 +191,7 @@ def fit_parametric(
     )
     draws = bootstrap(problem, v, center, groups, bootstraps, seed) if bootstraps else None
     alpha, log_a, beta, log_b, floor = (float(parameter) for parameter in parameters)
+    floor = floor if floor > NO_FLOOR else 0.0
     return ParametricLaw(form, alpha, log_a, beta, log_b, floor, noise, objective, draws)
 
 

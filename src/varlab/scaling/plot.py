@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from varlab.files import whole_file
 from varlab.scaling.analysis import COMPUTE, SCORES, SIZE, Analysis, images_of, scale_columns
@@ -243,6 +244,7 @@ def surface_panels(analysis: Analysis) -> Figure:
     points(middle, told, "images_seen", "residual", markersize=5)
     middle.axhline(0, color="0.5", linewidth=0.8)
     middle.set(xscale="log", xlabel="images, D", ylabel="found against fitted [%]")
+    middle.xaxis.set_minor_formatter(NullFormatter())
     for right in rest:
         names = [held.form.words for held in analysis.held_out]
         place = np.arange(len(names))
@@ -251,7 +253,7 @@ def surface_panels(analysis: Analysis) -> Figure:
         right.set_yticks(place, names, fontsize=7)
         right.invert_yaxis()
         right.set(xlabel="error of the prediction [%]")
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="lower right")
     return gridded(figure)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from varlab.files import whole_file
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis
 from varlab.scaling.plot import POINT, words
+from varlab.scaling.runs import key_of
 
 SHOWN = (
     "name",
@@ -42,7 +45,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left } .wide { overflow-x: auto }
 figure { margin: 0; background: #fff; padding: .5rem; border: 1px solid var(--line); overflow-x: auto }
 figure svg { max-width: 100%; height: auto; min-width: 480px }
-.note { background: var(--soft); padding: .6rem 1rem; border-left: 3px solid var(--line); font-size: .85rem }
+.note { white-space: pre-wrap; background: var(--soft); padding: .6rem 1rem; border-left: 3px solid var(--line); font-size: .85rem }
 g[id^="run:"]:hover path, g[id^="run:"]:hover use { stroke: #d62728; stroke-width: 3 }
 """
 
@@ -75,6 +78,14 @@ def lines_of(analysis: Analysis) -> list[str]:
                 f"  by the other loss ({other.form.words}): E {other.floor:.4g}, alpha {other.alpha:.3f}, beta {other.beta:.3f}"
                 + disagreement(spread, other)
             )
+    spread_of_seeds = seed_noise(rows)
+    if spread_of_seeds is not None:
+        lines.append(f"runs that differ in seed alone scatter by {100 * spread_of_seeds:.2f} %")
+        if law is not None and law.noise > 3 * spread_of_seeds:
+            lines.append(
+                f"L(N, D) does not describe these runs: they lie {law.noise / spread_of_seeds:.0f} times as far from it as seeds"
+                " from each other"
+            )
     lines += [f"IsoFLOP, {line}" for line in analysis.isoflop.refused]
     if analysis.isoflop.size_law is not None:
         lines.append(f"IsoFLOP: best N grows as C^{-analysis.isoflop.size_law.alpha:.3f}")
@@ -84,7 +95,41 @@ def lines_of(analysis: Analysis) -> list[str]:
             f"extrapolation: without the largest size L(N) predicts {found['predicted']:.4f} for it, found {found['found']:.4f}"
             f" ({found['error_percent']:+.2f} %)"
         )
+    lines += partings(analysis)
     lines += [f"not fitted: {line}" for line in analysis.missing]
+    return lines
+
+
+def seed_noise(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Standard deviation of ln L between runs that differ in their seed alone; None where there are none."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["depth"], row["images_seen"], row.get("lr_peak")), []).append(
+            float(np.log(row["val_loss"]))
+        )
+    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
+    if not repeated:
+        return None
+    squares = sum(float(np.square(values - values.mean()).sum()) for values in repeated)
+    return float(np.sqrt(squares / sum(len(values) - 1 for values in repeated)))
+
+
+def partings(analysis: Analysis) -> list[str]:
+    """Runs whose validation loss rose again, or which learned their images by heart: from where on, in words."""
+    lines, names = [], {key_of(row): row for row in analysis.runs.rows}
+    curves: dict[str, list[Any]] = {}
+    for point in analysis.runs.curves:
+        if point["run_id"] in names and point.get("val_loss") is not None:
+            curves.setdefault(point["run_id"], []).append(point)
+    for run_id, curve in curves.items():
+        row, lowest = names[run_id], min(curve, key=lambda point: point["val_loss"])
+        passes = lowest["images"] / max(row["unique_images"], 1)
+        rise = 100 * (row["val_loss"] / lowest["val_loss"] - 1)
+        if rise > 0.5:
+            lines.append(
+                f"{row['name']}: train and validation part after {lowest['images']:,.0f} images ({passes:.3g} passes), where validation"
+                f" loss was lowest ({lowest['val_loss']:.4f}); it ended {rise:.1f} % higher"
+            )
     return lines
 
 

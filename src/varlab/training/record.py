@@ -160,10 +160,11 @@ class RunRecord(Callback):
     def fresh_loss(self, unique: int) -> float | None:
         """Mean of the training loss logged in the last tenth of the run, while no image came a second time; else None. Labels are
         dropped as in training."""
+        if self.counters["images_seen"] > unique:
+            return None
         curve = read_curves(self.folder / "metrics.csv").get("train/loss", {})
         late = [loss for step, loss in curve.items() if step >= 0.9 * self.total_steps]
-        is_fresh = self.counters["images_seen"] <= unique
-        return sum(late) / len(late) if late and is_fresh else None
+        return sum(late) / len(late) if late else None
 
 
 def git_commit() -> str | None:
