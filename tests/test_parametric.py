@@ -1,6 +1,8 @@
 """L(N, D) against synthetic truth, and what is asked of it."""
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -195,3 +197,14 @@ def test_a_full_fit_takes_seconds_not_minutes():
         patch.setattr(Problem, "objective", counted)
         fit_parametric(n, d, y)
     assert calls < 8000 and time.perf_counter() - start < 30
+
+
+def test_questions_are_words_on_the_command_line(tmp_path):
+    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
+    command = [sys.executable, "-m", "varlab.cli", "scaling", "predict", f"source={tmp_path / 'sweep'}", "depth=8"]
+    answer = subprocess.run(
+        [*command, "images=1e5", "form=free_huber", "bootstraps=5"], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0 and answer.stdout.startswith("depth 8"), answer.stderr
+    unnamed = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
+    assert unnamed.returncode == 1 and "varlab scaling predict needs depth=..." in unnamed.stdout

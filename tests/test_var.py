@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import PATCH_NUMS, make_tokenizer, make_var
 
+import varlab.models.var as models_var
 from varlab import compute, scales
-from varlab.models.transformer import DropPath
+from varlab.models.transformer import DropPath, Split
 from varlab.models.var import VAR
 
 FORMS = [{}, {"shared_adaln": True}, {"qk_norm": False}, {"shared_adaln": True, "qk_norm": False}]
@@ -167,3 +168,26 @@ def test_logits_are_fp32_whatever_the_type_of_weights_and_products(var):
         mixed = var(inputs, labels)
         true = var.to(torch.bfloat16)(inputs, labels)
     assert mixed.dtype == true.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_split_attention_gives_the_same_logits_and_gradients(form, labels, monkeypatch):
+    """Scales of four tokens and more in calls of their own; a sequence cut short as well."""
+    monkeypatch.setattr(models_var, "SPLIT_FROM", 4)
+    var = make_var(**form).eval()
+    inputs = torch.randn(2, 29, 6)
+    found = {}
+    for attention in ("masked", "split"):
+        var.attention = attention
+        var.zero_grad()
+        logits = var(inputs, labels)
+        logits.square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in var.named_parameters() if p.grad is not None}
+        found[attention] = (logits, var(inputs[:, :13], labels), gradients)
+    assert isinstance(var.visible(30), Split) and var.visible(30).spans == ((1, 5), (5, 14), (14, 30))
+    for a, b in zip(found["masked"][:2], found["split"][:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for name, gradient in found["masked"][2].items():
+        torch.testing.assert_close(gradient, found["split"][2][name], rtol=1e-4, atol=1e-7, msg=name)
+    monkeypatch.undo()
+    assert isinstance(var.visible(30), torch.Tensor)  # scales as small as these are not worth a call

@@ -22,6 +22,7 @@ COSTLY = [  # what selective recomputation keeps: matrix products and attention
     aten._scaled_dot_product_cudnn_attention.default,
 ]
 RECOMPUTES = ("none", "selective", "all")
+ATTENTIONS = ("masked", "split")
 
 
 def modulate(
@@ -29,6 +30,36 @@ def modulate(
 ) -> Float[Tensor, "B l D"]:
     """Adaptive layer norm's affine part: x (1 + scale) + shift."""
     return x * (1 + scale) + shift
+
+
+@dataclass(frozen=True)
+class Split:
+    """Block-causal attention with hardly a mask: the coarse tokens, as many as `mask` has rows, attend under it in one call; each
+    span after them is one call without a mask, over all tokens up to its own end. The same result for fewer products, and kernels
+    that take no mask can serve."""
+
+    mask: Bool[Tensor, "c c"]
+    spans: tuple[tuple[int, int], ...]
+
+
+Visible = Bool[Tensor, "l l"] | Split | None
+
+
+def attend(
+    q: Float[Tensor, "B N l d"],
+    k: Float[Tensor, "B N m d"],
+    v: Float[Tensor, "B N m d"],
+    softmax_scale: float,
+    visible: Bool[Tensor, "l m"] | Split | None,
+) -> Float[Tensor, "B N l d"]:
+    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), or a `Split`."""
+    if not isinstance(visible, Split):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
+    coarse = len(visible.mask)
+    parts = [attend(q[:, :, :coarse], k[:, :, :coarse], v[:, :, :coarse], softmax_scale, visible.mask)]
+    for first, last in visible.spans:
+        parts.append(attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], softmax_scale, None))
+    return torch.cat(parts, dim=2)
 
 
 @dataclass
@@ -76,7 +107,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Float[Tensor, "B l D"], mask: Bool[Tensor, "l l"] | None = None, cache: BlockCache | None = None
+        self, x: Float[Tensor, "B l D"], visible: Visible = None, cache: BlockCache | None = None
     ) -> Float[Tensor, "B l D"]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = rearrange(
@@ -91,7 +122,7 @@ class Attention(nn.Module):
         q, k = q.type_as(v), k.type_as(v)  # autocast leaves the normalized ones in fp32
         if cache is not None:
             k, v = cache.append(k, v)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+        h = attend(q, k, v, softmax_scale, visible)
         return self.proj(rearrange(h, "B N l d -> B l (N d)"))
 
 
@@ -168,21 +199,21 @@ class AdaLNBlock(nn.Module):
         self,
         x: Float[Tensor, "B l D"],
         cond: Float[Tensor, "B *six D"],
-        mask: Bool[Tensor, "l l"] | None = None,
+        visible: Visible = None,
         cache: BlockCache | None = None,
     ) -> Float[Tensor, "B l D"]:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.transform(x, cond, mask, cache)
+            return self.transform(x, cond, visible, cache)
         if self.recompute == "all":
-            return checkpoint(self.transform, x, cond, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(self.transform, x, cond, visible, use_reentrant=False)  # pyright: ignore[reportReturnType]
         keeps = partial(create_selective_checkpoint_contexts, COSTLY)
-        return checkpoint(self.transform, x, cond, mask, use_reentrant=False, context_fn=keeps)  # pyright: ignore[reportReturnType]
+        return checkpoint(self.transform, x, cond, visible, use_reentrant=False, context_fn=keeps)  # pyright: ignore[reportReturnType]
 
     def transform(
         self,
         x: Float[Tensor, "B l D"],
         cond: Float[Tensor, "B *six D"],
-        mask: Bool[Tensor, "l l"] | None = None,
+        visible: Visible = None,
         cache: BlockCache | None = None,
     ) -> Float[Tensor, "B l D"]:
         """The block itself."""
@@ -190,5 +221,5 @@ class AdaLNBlock(nn.Module):
         if cache is not None:
             cache.modulation = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(dim=1)  # each B 1 D
-        x = x + self.drop_path(gamma1 * self.attention(modulate(self.norm(x), scale1, shift1), mask, cache))
+        x = x + self.drop_path(gamma1 * self.attention(modulate(self.norm(x), scale1, shift1), visible, cache))
         return x + self.drop_path(gamma2 * self.feed_forward(modulate(self.norm(x), scale2, shift2)))

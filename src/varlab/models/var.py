@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varlab import scales
-from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, modulate
+from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, Split, modulate
+
+SPLIT_FROM = 64  # tokens of a scale that attends in a call of its own
 
 
 def block_causal_mask(patch_nums: scales.PatchNums, order: str = "scales") -> Bool[Tensor, "L L"]:
@@ -30,12 +32,15 @@ class VAR(nn.Module):
     With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
     token, scale after scale and each row by row, seeing all tokens before. `spans` are then single tokens.
 
+    `attention`: how the block-causal mask is kept while training: `masked` in one call, or `split` (see `Split`); the same result.
+
     The residual stream is fp32 also under autocast. Label dropout and drop path act in training mode only (the released
     code drops labels in validation too).
     """
 
     scale_of_token: Tensor
     mask: Tensor
+    attention = "masked"
 
     def __init__(
         self,
@@ -193,9 +198,18 @@ class VAR(nn.Module):
         class_vector = self.class_embedding(self.drop_labels(labels))
         cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
         x = self.embed(inputs, class_vector, 0, ends.index(length))
+        visible = self.visible(length)
         for block in self.blocks:
-            x = block(x, cond, self.mask[:length, :length])
+            x = block(x, cond, visible)
         return self.predict(x, class_vector)
+
+    def visible(self, length: int) -> Tensor | Split:
+        """What each of the first `length` tokens may see."""
+        apart = tuple((first, last) for first, last in self.spans if last - first >= SPLIT_FROM and last <= length)
+        if self.attention == "masked" or not apart:
+            return self.mask[:length, :length]
+        coarse = apart[0][0]
+        return Split(self.mask[:coarse, :coarse], apart)
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
         """An empty cache for `predict_scale`, one entry a block, with room for all scales but the last, which none looks back at."""

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from varlab import checkpoints, compute, losses, scales
 from varlab.data.imagenet import ImageBatch
 from varlab.data.tokens import TokenBatch, TokenDataModule
-from varlab.models.transformer import RECOMPUTES, AdaLNBlock
+from varlab.models.transformer import ATTENTIONS, RECOMPUTES, AdaLNBlock
 from varlab.models.var import VAR
 from varlab.training.optim import Progressive, Schedule, parameter_groups
 from varlab.training.scores import ImageMean
@@ -28,7 +28,7 @@ class VARModule(LightningModule):
     biases (the rule of muP for Adam; initial weights stay the paper's).
     With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
     of the whole run that this one may be a branch of (Porian et al. 2024).
-    `recompute`: see `AdaLNBlock`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
+    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
     """
 
     net: VAR
@@ -47,6 +47,7 @@ class VARModule(LightningModule):
         recompute: str = "none",
         is_compiled: bool = False,
         progressive: Progressive | None = None,
+        attention: str = "masked",
         slows_matrices_only: bool = False,
         warmup_tokens: float | None = None,
         full_steps: int = -1,
@@ -54,6 +55,9 @@ class VARModule(LightningModule):
         super().__init__()
         if recompute not in RECOMPUTES:
             raise ValueError(f"module.recompute={recompute!r}: choose one of {', '.join(RECOMPUTES)}")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"module.attention={attention!r}: choose one of {', '.join(ATTENTIONS)}")
+        self.attention = attention
         self.make_net, self.recompute, self.is_compiled = net, recompute, is_compiled
         self.tokenizer_path = tokenizer
         self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
@@ -81,6 +85,7 @@ class VARModule(LightningModule):
             codebook_dim=sizes["codebook_dim"],
             num_classes=data.num_classes,
         )
+        self.net.attention = self.attention
         self.schedule = self.warmed_up_by_size(data.global_batch_size)
         if self.progressive is not None and self.net.order == "raster":
             raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
