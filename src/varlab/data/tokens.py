@@ -254,6 +254,7 @@ class TokenDataModule(OrderedDataModule):
                 f" expected tokens of format {FORMAT}"
             )
         self.train_set, self.val_set = self.read("train"), self.read("val")
+        self.views = self.train_set.tokens.shape[1]
         self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
         self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
 

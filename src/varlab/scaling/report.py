@@ -64,9 +64,11 @@ def lines_of(analysis: Analysis) -> list[str]:
     if scales:
         lines.append(f"exponents by scale, coarse to fine: {', '.join(f'{alpha:.3f}' for alpha in scales)}")
     if law is not None:
-        spread = law.intervals()
+        spread = {name: ends for name, ends in law.intervals().items() if name != "floor" or law.form.floor is None}
         said = ", ".join(
-            f"{name} {spread[name][0]:.3g} to {spread[name][1]:.3g}" for name in ("floor", "alpha", "beta") if spread
+            f"{name} {spread[name][0]:.3g} to {spread[name][1]:.3g}"
+            for name in ("floor", "alpha", "beta")
+            if name in spread
         )
         lines.append(
             f"L(N, D) = E + A / N^alpha + B / D^beta: E {law.floor:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}"
@@ -138,7 +140,7 @@ def disagreement(spread: dict[str, tuple[float, float]], other: Any) -> str:
     outside = [
         name
         for name in ("alpha", "beta", "floor")
-        if spread and not spread[name][0] <= getattr(other, name) <= spread[name][1]
+        if name in spread and not spread[name][0] <= getattr(other, name) <= spread[name][1]
     ]
     return f" - outside the interval: {', '.join(outside)}" if outside else ""
 
