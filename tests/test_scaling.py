@@ -1,6 +1,7 @@
 """Fits against synthetic truth; the table keeps apart what does not belong together."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from runs import config
 from varlab import scaling_law
 from varlab.compute import parameter_counts, training_flops
 from varlab.scaling import plot
+from varlab.scaling.analysis import misfit, seed_noise
 from varlab.scaling.fit import exponents_by_floor, fit
 from varlab.scaling.frontier import candidates, frontier, isoflop
-from varlab.scaling.report import seed_noise
+from varlab.scaling.parametric import CHINCHILLA, ParametricLaw
 from varlab.scaling.runs import collect, read_table, write_csv
 
 SIZES = np.array([2.0, 3, 4, 6, 8, 10, 12, 16]) ** 3 * 73728
@@ -293,3 +295,6 @@ def test_the_spread_of_seeds_is_told_apart_from_that_of_the_law():
     rows = [make_row(depth, val_loss=loss, seed=seed) for depth in (1, 2) for seed, loss in enumerate((3.0, 3.03))]
     assert seed_noise(rows) == pytest.approx(np.log(1.01) / np.sqrt(2))
     assert seed_noise(rows[::2]) is None
+    law = ParametricLaw(CHINCHILLA, 0.3, 1.0, 0.3, 1.0, 0.0, noise=0.1, objective=0.0)
+    assert "14 times as far" in misfit(rows, law)[0]
+    assert misfit(rows, replace(law, noise=0.02)) == [] == misfit(rows[::2], law)

@@ -1,10 +1,10 @@
 """Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction? Scenes made
 fresh (study `scenes`), and emoji64, where data are few (study `emoji`). Steps that are done are not repeated; a killed run continues.
 
-    python experiments/depth_scaling/run.py scenes          (two CPU cores: about an hour)
-    python experiments/depth_scaling/run.py emoji           (needs data/emoji64: python experiments/tokenizer/prepare.py)
+    python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
+    python experiments/depth_scaling/run.py emoji           (ten minutes; needs python experiments/tokenizer/prepare.py)
     python experiments/depth_scaling/run.py scenes --plan   (FLOP and time of all jobs, starts none)
-    python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 64 px, 3 million scenes, depths 2 to 10)
+    python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 3 million scenes, depths 2 to 10)
 """
 
 import argparse
@@ -13,6 +13,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+
+from varlab.files import load_json, save_json, sha256
 
 HERE = Path(__file__).parent
 SHARES = "1,0.5,0.25,0.125"
@@ -69,6 +73,19 @@ class Study:
                 shutil.copy(file, target / file.name)
 
 
+def first_images(cache: Path, num: int) -> Path:
+    """A token cache of the first training images of another one, with the same validation set."""
+    out = cache.with_name(f"{cache.name}-{num}")
+    if not (out / "manifest.json").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        for file in cache.glob("*.npy"):
+            np.save(out / file.name, np.load(file)[: num if file.name.startswith("train") else None])
+        manifest = load_json(cache / "manifest.json", "varlab tokenize")
+        manifest["splits"]["train"] |= {"num_images": num, "sha256": sha256(out / "train.tokens.npy")}
+        save_json(out / "manifest.json", manifest)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("study", choices=["scenes", "emoji"])
@@ -77,22 +94,25 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="print what the sweep costs, start nothing")
     given = parser.parse_args()
     shared = [f"trainer={given.device}", "trainer.precision=bf16-mixed", "module.lr_reference_depth=3"]
+    name = f"{given.study}-full" if given.full else given.study
     if given.study == "scenes":
-        images, shards = (3_000_000 if given.full else 60_000), Path("data/scenes/shards")
+        images, shards = (3_000_000 if given.full else 60_000), Path(f"data/{name}/shards")
         if not (shards / "manifest.json").is_file():
             subprocess.run([sys.executable, str(HERE / "scenes.py"), str(shards), "--train", str(images)], check=True)
         batch, depths = (256, "2,3,4,6,8,10") if given.full else (64, "1,2,3,4,5,6")
         steps = images // batch // 8 * 8
         settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
         tokenizer = ["experiment=tokenizer_scenes", *(["steps=20000"] if given.full else [])]
-        study = Study("scenes", shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
+        study = Study(name, shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
     else:
         tokenizer = ["experiment=tokenizer_emoji64"]
         settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=20", "save_every=200"]
-        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 1000)
+        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 480)
         settings += [f"val_every={steps // 8}"]
-        study = Study("emoji", Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
+        study = Study(name, Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
     tokens = study.tokens()
+    if given.study == "emoji" and not given.full:  # so few that two cores can see them often
+        tokens[1] = f"data.path={first_images(study.runs / 'tokens', 1500)}"
     if given.plan:
         study.plans = ["plan=true", "planned_flops=1.5e11"]
         study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={SHARES}")

@@ -182,6 +182,30 @@ def parametric_laws(
     return law, fit_parametric(size, images, loss, other), held_out
 
 
+def seed_noise(rows: Sequence[Row]) -> float | None:
+    """Standard deviation of ln L between runs that differ in their seed alone; None where there are none."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["depth"], row["images_seen"], row.get("lr_peak")), []).append(
+            float(np.log(row["val_loss"]))
+        )
+    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
+    if not repeated:
+        return None
+    squares = sum(float(np.square(values - values.mean()).sum()) for values in repeated)
+    return float(np.sqrt(squares / sum(len(values) - 1 for values in repeated)))
+
+
+def misfit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
+    """A warning where runs lie much farther from the law than seeds from each other; none where there are no seeds to tell."""
+    spread = seed_noise(rows)
+    if spread is None or law.noise <= 3 * spread:
+        return []
+    return [
+        f"L(N, D) does not describe these runs: they lie {law.noise / spread:.0f} times as far from it as seeds from each other"
+    ]
+
+
 def extrapolated(fixed: Sequence[Row], settings: Settings, missing: list[str]) -> dict[str, Any] | None:
     """L(N) fitted without the largest size, its prediction for it and the error."""
     largest = max(row[SIZE] for row in fixed)

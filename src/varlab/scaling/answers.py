@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from varlab.compute import parameter_counts, training_flops
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, run_of
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, misfit, run_of
 from varlab.scaling.parametric import ParametricLaw, fit_parametric
 from varlab.scaling.runs import Row
 
@@ -177,16 +177,18 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
     if needed is not None and given.get(needed) is None:
         raise ValueError(f"varlab scaling {ask} needs {needed}=...")
+    warning = [] if analysis.parametric is None else misfit(analysis.runs.rows, analysis.parametric)
     if ask == "predict":
-        return predict(analysis, given["depth"], given["images"])
+        lines = predict(analysis, given["depth"], given["images"])
+        return lines + (warning if "by L(N, D)" in lines[0] else [])
     if ask == "optimal":
-        return optimal(analysis, given["compute"])
+        return optimal(analysis, given["compute"]) + warning
     if ask == "compare":
-        return compare(analysis, str(given["run"]))
+        return compare(analysis, str(given["run"])) + warning
     best = next_runs(analysis, given["depth"], given["images"], given["compute"])[:5]
     if not best:
         raise ValueError("no run fits the budget: give a larger compute=...")
-    return [
+    return warning + [
         f"depth {c.depth}, {c.images:,.0f} images ({c.flops:.3g} FLOP): interval of the prediction {c.narrowing:.0%} as wide as now"
         for c in best
     ]

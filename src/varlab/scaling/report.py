@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from varlab.files import whole_file
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, misfit, seed_noise
 from varlab.scaling.plot import POINT, words
 from varlab.scaling.runs import key_of
 
@@ -83,11 +81,8 @@ def lines_of(analysis: Analysis) -> list[str]:
     spread_of_seeds = seed_noise(rows)
     if spread_of_seeds is not None:
         lines.append(f"runs that differ in seed alone scatter by {100 * spread_of_seeds:.2f} %")
-        if law is not None and law.noise > 3 * spread_of_seeds:
-            lines.append(
-                f"L(N, D) does not describe these runs: they lie {law.noise / spread_of_seeds:.0f} times as far from it as seeds"
-                " from each other"
-            )
+    if law is not None:
+        lines += misfit(rows, law)
     lines += [f"IsoFLOP, {line}" for line in analysis.isoflop.refused]
     if analysis.isoflop.size_law is not None:
         lines.append(f"IsoFLOP: best N grows as C^{-analysis.isoflop.size_law.alpha:.3f}")
@@ -100,20 +95,6 @@ def lines_of(analysis: Analysis) -> list[str]:
     lines += partings(analysis)
     lines += [f"not fitted: {line}" for line in analysis.missing]
     return lines
-
-
-def seed_noise(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Standard deviation of ln L between runs that differ in their seed alone; None where there are none."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["depth"], row["images_seen"], row.get("lr_peak")), []).append(
-            float(np.log(row["val_loss"]))
-        )
-    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
-    if not repeated:
-        return None
-    squares = sum(float(np.square(values - values.mean()).sum()) for values in repeated)
-    return float(np.sqrt(squares / sum(len(values) - 1 for values in repeated)))
 
 
 def partings(analysis: Analysis) -> list[str]:
