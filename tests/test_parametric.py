@@ -143,6 +143,18 @@ def test_a_run_that_went_wrong_stands_out():
         compare(found, "d99")
 
 
+def test_where_all_saw_equal_images_a_run_is_compared_by_size_alone():
+    rng = np.random.default_rng(0)
+    rows = [make_row(depth) for depth in (1, 2, 3, 4, 5, 6, 8)]
+    rows = [{**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, 0.002)))} for row in rows]
+    rows[4]["val_loss"] *= 1.1
+    found = analyse(Runs(rows, [], []), Settings(floor=2.0, bootstraps=50))
+    line = compare(found, rows[4]["name"])[0]
+    assert "L(N) of the others says" in line and "not as expected" in line
+    with pytest.raises(ValueError, match="needs more than 5 runs"):
+        optimal(found, 1e15)
+
+
 def test_the_next_run_narrows_as_foreseen():
     """Linear theory against the bootstrap: the best candidate is added and the interval measured."""
     found = analysis(bootstraps=0)
@@ -173,7 +185,7 @@ def test_the_verb_answers(tmp_path, capsys):
     for ask, given, expected in [
         ("predict", ["depth=8", "images=1e5"], "depth 8"),
         ("optimal", ["compute=1e15"], "95 % of bootstraps"),
-        ("compare", ["run=d3-20000"], "the law of the others says"),
+        ("compare", ["run=d3-20000"], "L(N, D) of the others says"),
         ("next", [], "as wide as now"),
     ]:
         scale(tmp_path, tmp_path / "sweep", f"ask={ask}", *quick, *given)

@@ -1,13 +1,13 @@
 """Questions to a fitted law: the loss of the next size, the best use of a compute budget, how far a run lies from its curve, which
 run would tell most."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from varlab.compute import parameter_counts, training_flops
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, misfit, run_of
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, misfit, power_law, run_of
 from varlab.scaling.parametric import ParametricLaw, fit_parametric
 from varlab.scaling.runs import Row
 
@@ -104,22 +104,27 @@ def optimal(analysis: Analysis, compute: float | int) -> list[str]:
 
 
 def compare(analysis: Analysis, run: str) -> list[str]:
-    """How far a run lies from the law of all others, in percent and in standard deviations of a run."""
+    """How far a run lies from the law of all others (L(N, D), or L(N) where that is all there is), in percent and in standard
+    deviations of a run."""
     rows = analysis.runs.rows
     chosen = [row for row in rows if run in (row["name"], row.get("run_id"))]
     if not chosen:
         raise ValueError(f"run={run!r} is none of {', '.join(str(row['name']) for row in rows[:20])}")
-    law, lines = parametric(analysis), []
-    others = [row for row in rows if run_of(row) != run_of(chosen[0])]
-    images = [images_of(row, analysis.settings.repeated) for row in others]
-    loss = [row["val_loss"] for row in others]
-    groups = [run_of(row) for row in others]
-    rest = fit_parametric(
-        [row[SIZE] for row in others], images, loss, law.form, groups, min(analysis.settings.bootstraps, 500)
-    )
+    surface, settings, lines = analysis.parametric, analysis.settings, []
+    others = [row for row in (rows if surface else analysis.fixed) if run_of(row) != run_of(chosen[0])]
+    sizes, loss = [row[SIZE] for row in others], [row["val_loss"] for row in others]
+    bootstraps = min(settings.bootstraps, 500)
     for row in chosen:
-        seen = images_of(row, analysis.settings.repeated)
-        expected, interval = float(rest(row[SIZE], seen)), rest.interval(row[SIZE], seen)
+        if surface is None:
+            if row not in analysis.fixed:
+                raise ValueError(f"run={run!r} saw {row['images_seen']:,} images, L(N) is fitted at another number")
+            law = power_law(sizes, loss, settings.floor, replace(settings, bootstraps=bootstraps))
+            name, expected, interval, noise = "L(N)", float(law(row[SIZE])), law.interval(row[SIZE]), law.noise
+        else:
+            seen, images = images_of(row, settings.repeated), [images_of(other, settings.repeated) for other in others]
+            rest = fit_parametric(sizes, images, loss, surface.form, [run_of(other) for other in others], bootstraps)
+            name, expected, noise = "L(N, D)", float(rest(row[SIZE], seen)), rest.noise
+            interval = rest.interval(row[SIZE], seen)
         away = float(np.log(row["val_loss"] / expected))
         verdict = ""
         if interval is not None:
@@ -127,9 +132,9 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             verdict = (
                 f"; 95 %: {interval[0]:.4f} to {interval[1]:.4f}: {'as expected' if inside else 'not as expected'}"
             )
+        spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {row['val_loss']:.4f}, the law of the others says {expected:.4f} ({100 * away:+.2f} %,"
-            f" {away / max(rest.noise, 1e-12):+.1f} standard deviations of a run){verdict}"
+            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others says {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines
 
