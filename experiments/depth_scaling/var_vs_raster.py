@@ -103,7 +103,7 @@ def main() -> None:
         for row, name in zip(rows, networks, strict=True):
             writer.writerow([*row, f"{1e3 * alone[name]:.2f}", f"{1e3 * together[name]:.2f}", *about])
             print(*row, f"{1e3 * alone[name]:.1f} ms alone, {1e3 * together[name]:.2f} ms in batches of 50")
-    shown = [Image.open(file).crop((0, 0, 340, 240)) for _, file in grids]
+    shown = [Image.open(file).crop((0, 0, 330, 264)) for _, file in grids]
     sheet = Image.new("RGB", (sum(image.width + 10 for image in shown), shown[0].height + 18), "white")
     for i, (image, (arm, _)) in enumerate(zip(shown, grids, strict=True)):
         sheet.paste(image, (i * (image.width + 10), 18))
