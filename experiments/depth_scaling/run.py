@@ -2,7 +2,7 @@
 fresh (study `scenes`), and emoji64, where data are few (study `emoji`). Steps that are done are not repeated; a killed run continues.
 
     python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
-    python experiments/depth_scaling/run.py emoji           (ten minutes; needs python experiments/tokenizer/prepare.py)
+    python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
     python experiments/depth_scaling/run.py scenes --plan   (FLOP and time of all jobs, starts none)
     python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 3 million scenes, depths 2 to 10)
 """
@@ -106,13 +106,13 @@ def main() -> None:
         study = Study(name, shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
     else:
         tokenizer = ["experiment=tokenizer_emoji64"]
-        settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=20", "save_every=200"]
-        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 480)
+        settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=5", "save_every=60"]
+        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 120)
         settings += [f"val_every={steps // 8}"]
         study = Study(name, Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
     tokens = study.tokens()
     if given.study == "emoji" and not given.full:  # so few that two cores can see them often
-        tokens[1] = f"data.path={first_images(study.runs / 'tokens', 1500)}"
+        tokens[1] = f"data.path={first_images(study.runs / 'tokens', 400)}"
     if given.plan:
         study.plans = ["plan=true", "planned_flops=1.5e11"]
         study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={SHARES}")

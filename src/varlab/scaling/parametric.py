@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from varlab.scaling.fit import Values
+from varlab.scaling.fit import Values, stretch
 
 Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
@@ -163,7 +163,7 @@ def fit_parametric(
     images: Values,
     loss: Values,
     form: Form = CHINCHILLA,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
     bootstraps: int = 0,
     seed: int = 0,
 ) -> ParametricLaw:
@@ -204,11 +204,12 @@ def bootstrap(
     problem: Problem,
     v: np.ndarray,
     center: tuple[float, float],
-    groups: Sequence[Any] | None,
+    groups: Sequence[Any] | np.ndarray | None,
     bootstraps: int,
     seed: int,
 ) -> np.ndarray:
-    """Parameters of refits in which each run counts as often as it was drawn, started from the full fit."""
+    """Parameters of refits in which each run counts as often as it was drawn, started from the full fit. Draws of few runs vary too
+    little, so they are stretched by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full fit."""
     names = list(range(len(problem.x))) if groups is None else list(groups)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     member = np.array([numbers[name] for name in names])
@@ -218,7 +219,10 @@ def bootstrap(
         weights = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)))[member].astype(float)
         found = minimize(problem.objective, v, (weights,), "L-BFGS-B", jac=True, options=options)
         draws.append(problem.parameters(found.x, center))
-    return np.array(draws)
+    full, num_runs = problem.parameters(v, center), len(numbers)
+    widened = full + (np.array(draws) - full) * stretch(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
+    widened[:, -1] = np.maximum(widened[:, -1], 0.0)
+    return widened
 
 
 @dataclass(frozen=True)
