@@ -281,14 +281,20 @@ def test_the_published_lines_are_those_of_the_paper(tmp_path):
 
 def test_a_run_that_learns_its_images_by_heart_is_told_from_where_on(tmp_path, capsys):
     make_runs(tmp_path / "sweep", unique_images=10_000)
-    text = (tmp_path / "sweep/d1-38400/metrics.csv").read_text().splitlines()
-    losses = text[1].split(",")
-    losses[2] = str(float(losses[2]) * 0.95)
-    (tmp_path / "sweep/d1-38400/metrics.csv").write_text("\n".join([text[0], ",".join(losses), text[2]]) + "\n")
+    file = tmp_path / "sweep/d1-38400/metrics.csv"
+    header, first, last = (line.split(",") for line in file.read_text().splitlines())
+    first[2] = str(float(first[2]) * 0.95)  # validation loss half way
+    last[1] = str(float(last[2]) * 0.9)  # training loss at the end
+    file.write_text("\n".join(",".join(line) for line in (header, first, last)) + "\n")
     scale(tmp_path, tmp_path / "sweep")
     printed = capsys.readouterr().out
-    assert "d1-38400: train and validation part after 19,200 images (1.92 passes)" in printed
-    assert "5.3 % higher" in printed and "d2-38400: train" not in printed
+    assert (
+        "d1-38400: validation loss was lowest" in printed
+        and "19,200 images (1.92 passes) and ended 5.3 % higher" in printed
+    )
+    assert "d1-38400: train and validation part after 38,400 images (3.84 passes)" in printed
+    assert "ends 11.1 % above training loss" in printed
+    assert "d2-38400: " not in printed
 
 
 def test_the_spread_of_seeds_is_told_apart_from_that_of_the_law():

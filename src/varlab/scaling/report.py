@@ -32,6 +32,7 @@ NAMES = {
     "surface": "Loss by size and data",
     "extrapolation": "Prediction of the largest size from the others",
 }
+PARTED = 0.02  # share by which validation loss exceeds training loss where images are learned by heart
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d7dae0; --soft: #f4f5f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --paper: #16181c; --line: #3a3e46; --soft: #20242a; } }
@@ -98,20 +99,35 @@ def lines_of(analysis: Analysis) -> list[str]:
 
 
 def partings(analysis: Analysis) -> list[str]:
-    """Runs whose validation loss rose again, or which learned their images by heart: from where on, in words."""
+    """Runs which learned their images by heart, in words: from where on validation loss lies above training loss by more than
+    `PARTED`, and where it was lowest if it rose again."""
     lines, names = [], {key_of(row): row for row in analysis.runs.rows}
     curves: dict[str, list[Any]] = {}
     for point in analysis.runs.curves:
-        if point["run_id"] in names and point.get("val_loss") is not None:
+        if point["run_id"] in names:
             curves.setdefault(point["run_id"], []).append(point)
     for run_id, curve in curves.items():
-        row, lowest = names[run_id], min(curve, key=lambda point: point["val_loss"])
-        passes = lowest["images"] / max(row["unique_images"], 1)
-        rise = 100 * (row["val_loss"] / lowest["val_loss"] - 1)
-        if rise > 0.5:
+        row, validated, trained, gaps = names[run_id], [], [], []
+        for point in curve:
+            if point.get("train_loss") is not None:
+                trained.append(point["train_loss"])
+            if point.get("val_loss") is not None:
+                validated.append(point)
+                gaps.append(point["val_loss"] / (sum(trained) / len(trained)) - 1 if trained else 0.0)
+                trained = []
+        if gaps and gaps[-1] > PARTED:
+            first = next(i for i in range(len(gaps)) if min(gaps[i:]) > PARTED)
+            images = validated[first]["images"]
             lines.append(
-                f"{row['name']}: train and validation part after {lowest['images']:,.0f} images ({passes:.3g} passes), where validation"
-                f" loss was lowest ({lowest['val_loss']:.4f}); it ended {rise:.1f} % higher"
+                f"{row['name']}: train and validation part after {images:,.0f} images ({images / row['unique_images']:.3g} passes);"
+                f" validation loss ends {100 * gaps[-1]:.1f} % above training loss"
+            )
+        lowest = min(validated, key=lambda point: point["val_loss"], default=None)
+        if lowest is not None and row["val_loss"] > 1.005 * lowest["val_loss"]:
+            rise = 100 * (row["val_loss"] / lowest["val_loss"] - 1)
+            lines.append(
+                f"{row['name']}: validation loss was lowest ({lowest['val_loss']:.4f}) after {lowest['images']:,.0f} images"
+                f" ({lowest['images'] / row['unique_images']:.3g} passes) and ended {rise:.1f} % higher"
             )
     return lines
 
