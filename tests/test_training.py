@@ -160,6 +160,23 @@ def test_accumulated_batches_equal_the_whole_batch(tmp_path, var_overrides):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_loss_in_chunks_is_the_same_loss(tmp_path, var_overrides):
+    for name, change in [("whole", []), ("chunks", ["module.loss_chunks=3"])]:
+        fit(tmp_path / name, *var_overrides, *change, "log_every=1")
+    whole, chunks = (
+        [
+            (row["step"], key, float(row[key]))
+            for row in csv.DictReader((tmp_path / name / "metrics.csv").open())
+            for key in row
+            if key.startswith(("train/loss", "train/err", "val/loss")) and row[key]
+        ]
+        for name in ("whole", "chunks")
+    )
+    assert len(whole) > 80
+    assert [row[:2] for row in chunks] == [row[:2] for row in whole]
+    assert [row[2] for row in chunks] == pytest.approx([row[2] for row in whole], rel=1e-4, abs=1e-4)
+
+
 def test_the_run_leaves_log_row_pictures_and_a_checkpoint_that_samples(tmp_path, var_overrides):
     overrides = [override for override in var_overrides if override != "logger=csv"]
     fit(tmp_path, *overrides, "logger=default", "logger.wandb.mode=offline")
@@ -299,6 +316,8 @@ def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
         ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
         ("steps=-1", "the run has no end: give epochs=N or steps=N"),
         ("module.recompute=some", "module.recompute='some': choose one of none, selective, all"),
+        ("module.loss_chunks=0", "module.loss_chunks=0: give 1 or more"),
+        ("module.attention=dense", "module.attention='dense': choose one of masked, split, flex"),
         ("accumulate=3", "global_batch_size=8 does not divide into 1 devices x 3"),
         ("tokenizer=nowhere.ckpt", "checkpoint nowhere.ckpt does not exist"),
         ("data.path=nowhere", r"nowhere/manifest.json does not exist: make it with `varlab tokenize`"),

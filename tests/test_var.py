@@ -7,7 +7,7 @@ import torch
 from conftest import PATCH_NUMS, make_tokenizer, make_var
 
 import varlab.models.var as models_var
-from varlab import compute, scales
+from varlab import compute, losses, scales
 from varlab.models.transformer import DropPath, Split
 from varlab.models.var import VAR
 
@@ -168,6 +168,56 @@ def test_logits_are_fp32_whatever_the_type_of_weights_and_products(var):
         mixed = var(inputs, labels)
         true = var.to(torch.bfloat16)(inputs, labels)
     assert mixed.dtype == true.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("form", FORMS)
+def test_flex_attention_gives_the_same_logits(form, labels):
+    var = make_var(**form).eval().requires_grad_(False)
+    inputs = torch.randn(2, 29, 6)
+    var.attention = "masked"
+    expected = var(inputs, labels), var(inputs[:, :13], labels)
+    var.attention = "flex"
+    found = var(inputs, labels), var(inputs[:, :13], labels)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_attentions_have_the_same_gradients_on_a_gpu(labels):
+    var, inputs, found = make_var().eval().cuda(), torch.randn(2, 29, 6).cuda(), []
+    for attention in ("masked", "split", "flex"):
+        var.attention = attention
+        var.zero_grad()
+        var(inputs, labels.cuda()).square().mean().backward()
+        found.append([p.grad.clone() for p in var.parameters() if p.grad is not None])
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4, 7])
+def test_loss_in_chunks_has_the_same_gradients_and_keeps_fewer_logits(num_chunks, labels):
+    """7 does not divide 30 tokens. What is kept for the backward pass is counted."""
+    var, inputs, sequence = make_var().eval(), torch.randn(2, 29, 6), torch.randint(12, (2, 30))
+    expected = losses.cross_entropy(var(inputs, labels), sequence)
+    expected.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in var.named_parameters() if p.grad is not None}
+    var.zero_grad()
+    seen, kept = [], []
+
+    def judge(logits, place):
+        seen.append(logits.shape[1])
+        return losses.cross_entropy(logits, sequence[:, place])
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = var(inputs, labels, judge, num_chunks)
+    assert len(seen) == num_chunks and sum(seen) == 30 and max(seen) - min(seen) <= 1
+    assert any(x.shape[-1] == 12 for x in kept) == (num_chunks == 1)
+    torch.testing.assert_close(found, expected)
+    found.mean().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(var.get_parameter(name).grad, gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("form", FORMS)

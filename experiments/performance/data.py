@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+from measure import interleaved
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
@@ -66,21 +67,8 @@ class PlainFolder(Dataset):
         return recipe(Image.open(self.files[i]).convert("RGB")), int(self.files[i].parent.name[-1])
 
 
-def interleaved(contenders: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of each contender, taking turns, after one warm-up each."""
-    for run in contenders.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(REPEATS):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
-    """Images a second through decode and preprocess, one process."""
+def decoding_contenders(folder: Path) -> tuple[dict[str, int], dict[str, Callable[[], object]]]:
+    """Images read and the reading itself, by code: decode and preprocess in one process."""
     make_photos(folder / "photos")
     pack(folder_source(folder / "photos", 0.05, 0), folder / "shards", shard_images=100, seed=0)
     reader = ShardReader(folder / "shards", "train")
@@ -101,15 +89,20 @@ def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
             pass
 
     counts = {
-        "shards by index (varlab)": len(reader) // BATCH * BATCH,
+        "varlab, shards by index": len(reader) // BATCH * BATCH,
         "plain folder and DataLoader": NUM_IMAGES,
         "webdataset as a stream": len(reader),
     }
-    contenders = [from_shards, lambda: [None for _ in plain], from_webdataset]
-    seconds = interleaved(dict(zip(counts, contenders, strict=True)))
+    runs = [from_shards, lambda: [None for _ in plain], from_webdataset]
+    return counts, dict(zip(counts, runs, strict=True))
+
+
+def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
+    """Images a second through decode and preprocess, one process."""
+    counts, runs = decoding_contenders(folder)
     return [
         (f"decode 500x375 to 256: {name}", counts[name] / statistics.median(s), "images/s")
-        for name, s in seconds.items()
+        for name, s in interleaved(runs, repeats=REPEATS).items()
     ]
 
 
@@ -127,8 +120,8 @@ def measure_agreement(folder: Path) -> list[tuple[str, float, str]]:
     ]
 
 
-def measure_tokens() -> list[tuple[str, float, str]]:
-    """Sequences of 680 tokens a second, in shuffled batches of 768 from memory."""
+def token_contender() -> tuple[Callable[[], object], int]:
+    """Reading sequences of 680 tokens in shuffled batches of 768 from memory, and how many it reads."""
     rows = 200_000
     tokens = np.random.default_rng(0).integers(0, 4096, (rows, 1, 680), dtype=np.uint16)
     cache = TokenDataset(tokens, np.zeros(rows, dtype=np.int64))
@@ -138,8 +131,14 @@ def measure_tokens() -> list[tuple[str, float, str]]:
         for batch in batches:
             cache.__getitems__(batch)
 
-    seconds = interleaved({"tokens": read})["tokens"]
-    return [("token sequences from memory, 680 tokens", len(batches) * 768 / statistics.median(seconds), "sequences/s")]
+    return read, len(batches) * 768
+
+
+def measure_tokens() -> list[tuple[str, float, str]]:
+    """Sequences of 680 tokens a second."""
+    read, count = token_contender()
+    seconds = interleaved({"tokens": read}, repeats=REPEATS)["tokens"]
+    return [("token sequences from memory, 680 tokens", count / statistics.median(seconds), "sequences/s")]
 
 
 def measure_resume(folder: Path) -> list[tuple[str, float, str]]:

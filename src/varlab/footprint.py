@@ -5,6 +5,7 @@ proportion to images, and evenly with width and depth.
 """
 
 import itertools
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,62 +23,66 @@ def linear_weights(sizes: dict[str, Any]) -> int:
     return sum(module.weight.numel() for module in var.modules() if isinstance(module, nn.Linear))
 
 
-def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str) -> float:
+def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
     """Bytes that one image keeps for the backward pass.
 
     Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then carried on in a straight line
     in each of the three: of the network's terms none holds a product of width and width for each image.
     """
     codes = max(sizes["codebook_size"] // 10, 2)
-    shared: dict[str, Any] = {
-        key: sizes[key] for key in ("patch_nums", "codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm")
-    }
-    shared["drop_path"] = sizes["drop_path"]
-
-    def at(depth: int, heads: int, codebook_size: int) -> int:
-        small: dict[str, Any] = {
-            "depth": depth,
-            "width": 64 * heads,
-            "num_heads": heads,
-            "codebook_size": codebook_size,
-        }
-        return saved_bytes(VAR(**shared, **small), precision, recompute)
-
-    base, wider, deeper, both, coded = (
-        at(1, 1, codes),
-        at(1, 2, codes),
-        at(2, 1, codes),
-        at(2, 2, codes),
-        at(1, 1, 2 * codes),
-    )
-    width, depth = sizes["width"] / 64 - 1, sizes["depth"] - 1
-    by_width, by_depth, by_both, by_code = (
-        wider - base,
-        deeper - base,
-        both - wider - deeper + base,
-        (coded - base) / codes,
-    )
+    at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
+    base, coded = at(1, 1, codes), at(1, 1, 2 * codes)
+    width = sizes["width"] / 64 - 1
+    first_block = base + (at(1, 2, codes) - base) * width
+    by_code = (coded - base) / codes
     return (
-        base
-        + by_width * width
-        + by_depth * depth
-        + by_both * width * depth
+        first_block
+        + block_bytes(sizes, precision, recompute, loss_chunks) * (sizes["depth"] - 1)
         + by_code * (sizes["codebook_size"] - codes)
     )
 
 
-def saved_bytes(var: VAR, precision: str, recompute: str) -> int:
+def block_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
+    """Bytes that one more block keeps for one image."""
+    codes = max(sizes["codebook_size"] // 10, 2)
+    at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
+    narrow, wide = (at(2, heads, codes) - at(1, heads, codes) for heads in (1, 2))
+    return narrow + (wide - narrow) * (sizes["width"] / 64 - 1)
+
+
+def kept_sizes(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What the small networks have in common with the large one."""
+    names = ("codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm", "drop_path")
+    return (("patch_nums", tuple(sizes["patch_nums"])), *((name, sizes[name]) for name in names))
+
+
+@cache
+def small_network_bytes(
+    shared: tuple[tuple[str, Any], ...],
+    precision: str,
+    recompute: str,
+    loss_chunks: int,
+    depth: int,
+    num_heads: int,
+    codebook_size: int,
+) -> int:
+    """`saved_bytes` of a network whose heads are 64 wide."""
+    var = VAR(**dict(shared), depth=depth, width=64 * num_heads, num_heads=num_heads, codebook_size=codebook_size)
+    return saved_bytes(var, precision, recompute, loss_chunks)
+
+
+def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> int:
     """Bytes for one more image: two images' less one's."""
     for block in var.train().blocks:
         assert isinstance(block, AdaLNBlock)
         block.recompute = recompute
     if precision == "bf16-true":
         var.to(torch.bfloat16)
-    found = [saved_by(var, num_images, precision) for num_images in (1, 2)]
+    found = [saved_by(var, num_images, precision, loss_chunks) for num_images in (1, 2)]
     return found[1] - found[0]
 
 
-def saved_by(var: VAR, num_images: int, precision: str) -> int:
+def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int:
     """Bytes of all tensors that a step keeps between forward and backward, parameters apart."""
     kept: dict[int, Tensor] = {}
 
@@ -88,12 +93,16 @@ def saved_by(var: VAR, num_images: int, precision: str) -> int:
     length, codebook_dim = scales.num_tokens(var.patch_nums), var.sizes["codebook_dim"]
     inputs = torch.randn(num_images, length - var.spans[0][1], codebook_dim)
     sequence = torch.zeros(num_images, length, dtype=torch.long)
+
+    def judge(logits: Tensor, place: slice) -> Tensor:
+        return losses.cross_entropy(logits, sequence[:, place])
+
     with (
         torch.random.fork_rng(devices=[]),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
     ):
-        loss = losses.cross_entropy(var(inputs, sequence[:, 0]), sequence).mean()
+        loss = var(inputs, sequence[:, 0], judge, loss_chunks).mean()
     own = {p.untyped_storage().data_ptr() for p in itertools.chain(var.parameters(), var.buffers())}
     del loss
     return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)

@@ -27,17 +27,24 @@ def cross_entropy(
     return loss.view_as(sequence)
 
 
+def token_errors(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """100 for each token whose most likely code is another, else 0: their mean is percent."""
+    return 100 * (logits.argmax(dim=-1) != sequence).float()
+
+
 @torch.no_grad()
 def token_scores(
     logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], patch_nums: scales.PatchNums
 ) -> TokenScores:
     """Loss and error by image and scale."""
-    loss = cross_entropy(logits, sequence)
-    error = 100 * (logits.argmax(dim=-1) != sequence).float()
-    spans = scales.spans(patch_nums)
     return TokenScores(
-        *(torch.stack([x[:, first:last].mean(dim=1) for first, last in spans], dim=1) for x in (loss, error))
+        by_scale(cross_entropy(logits, sequence), patch_nums), by_scale(token_errors(logits, sequence), patch_nums)
     )
+
+
+def by_scale(by_token: Float[Tensor, "B L"], patch_nums: scales.PatchNums) -> Float[Tensor, "B K"]:
+    """Means over the tokens of each scale."""
+    return torch.stack([by_token[:, first:last].mean(dim=1) for first, last in scales.spans(patch_nums)], dim=1)
 
 
 def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, " *rows"]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from varlab import checkpoints, compute, scales
 from varlab.data.shards import load_manifest
 from varlab.files import load_json
-from varlab.footprint import activation_bytes, linear_weights
+from varlab.footprint import activation_bytes, block_bytes, linear_weights
 from varlab.models.var import VAR
 from varlab.training.optim import HOLD
 
@@ -53,12 +53,14 @@ class Setup:
     is_sharded: bool
     recompute: str
     accumulate: int
+    loss_chunks: int = 1
 
     @property
     def overrides(self) -> str:
         """The settings that ask for it."""
         trainer = "fsdp" if self.is_sharded else "ddp" if self.num_devices > 1 else "gpu"
-        return f"trainer={trainer} module.recompute={self.recompute} accumulate={self.accumulate}"
+        in_chunks = f" module.loss_chunks={self.loss_chunks}" if self.loss_chunks > 1 else ""
+        return f"trainer={trainer} module.recompute={self.recompute} accumulate={self.accumulate}{in_chunks}"
 
 
 def affordable_steps(cfg: DictConfig) -> int:
@@ -152,7 +154,7 @@ def configured(cfg: DictConfig) -> Setup:
     if devices in ("auto", -1):
         devices = torch.cuda.device_count() or 8
     is_sharded = "FSDP2" in str(OmegaConf.select(cfg, "trainer.strategy._target_"))
-    return Setup(int(devices) * cfg.nodes, is_sharded, cfg.module.recompute, cfg.accumulate)
+    return Setup(int(devices) * cfg.nodes, is_sharded, cfg.module.recompute, cfg.accumulate, cfg.module.loss_chunks)
 
 
 def memory(cfg: DictConfig, found: Facts, setup: Setup) -> dict[str, float]:
@@ -173,14 +175,18 @@ def memory(cfg: DictConfig, found: Facts, setup: Setup) -> dict[str, float]:
         "gradients": params * weight_bytes / shards,
         "Adam's moments": 2 * params * weight_bytes / shards,
         "averaged weights": params * weight_bytes / shards if cfg.callbacks.get("ema") else 0,
-        "bf16 copies of weights": 2 * linear_weights(sizes)
-        if precision == "bf16-mixed" and not setup.is_sharded
-        else 0,
         "gathered blocks": 2 * 2 * params / sizes["depth"] if setup.is_sharded else 0,
-        "activations": images * activation_bytes(sizes, precision, setup.recompute),
-        "logits and their gradient": images * largest * (8 if "bf16" in precision else 12),
+        "activations": images * activation_bytes(sizes, precision, setup.recompute, setup.loss_chunks),
         "frozen tokenizer": 4 * found.tokenizer_params,
     }
+    copies = 2 * linear_weights(sizes) if precision == "bf16-mixed" and not setup.is_sharded else 0
+    again = block_bytes(sizes, precision, "none") - block_bytes(sizes, precision, setup.recompute)
+    at_the_loss = {
+        "logits and their gradient": images * largest * (8 if "bf16" in precision else 12) / setup.loss_chunks,
+        "bf16 copies of weights": copies,
+    }
+    in_a_block = {"one block computed again": images * again, "bf16 copies of weights": copies / sizes["depth"]}
+    parts.update(max(at_the_loss, in_a_block, key=lambda moment: sum(moment.values())))
     if cfg.data.get("keep") == "device":
         parts["token cache"] = 2 * scales.num_tokens(sizes["patch_nums"]) * found.num_images
     return {name: size / GB for name, size in parts.items() if size}
@@ -209,7 +215,7 @@ def check_fit(cfg: DictConfig, found: Facts, setup: Setup) -> None:
     gpu = GPUS[cfg.planned_gpu]
     room = gpu.memory - RESERVED
     needed = sum(memory(cfg, found, setup).values())
-    best = cheapest(cfg, found, setup.num_devices, room)
+    best = cheapest(cfg, found, setup, room)
     if best is None:
         raise ValueError(
             f"{cfg.name} does not fit {setup.num_devices} x {cfg.planned_gpu} ({gpu.memory:g} GB) in any layout: take more devices"
@@ -222,9 +228,10 @@ def check_fit(cfg: DictConfig, found: Facts, setup: Setup) -> None:
     print(f"fits {cfg.planned_gpu} ({needed:.1f} of {room:.1f} GB); the cheapest layout that does: {best.overrides}")
 
 
-def cheapest(cfg: DictConfig, found: Facts, num_devices: int, room: float) -> Setup | None:
+def cheapest(cfg: DictConfig, found: Facts, given: Setup, room: float) -> Setup | None:
     """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then sharding's
     traffic, then recomputing all (a third more FLOPs)."""
+    num_devices = given.num_devices
     shards = (False, True) if num_devices > 1 else (False,)
     recomputes = [
         (False, "none"),
@@ -239,7 +246,7 @@ def cheapest(cfg: DictConfig, found: Facts, num_devices: int, room: float) -> Se
         for accumulate in (1, 2, 4, 8, 16):
             if is_sharded not in shards or per_device % accumulate or per_device < accumulate:
                 continue
-            setup = Setup(num_devices, is_sharded, recompute, accumulate)
+            setup = Setup(num_devices, is_sharded, recompute, accumulate, given.loss_chunks)
             if sum(memory(cfg, found, setup).values()) <= room:
                 return setup
     return None

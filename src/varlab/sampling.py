@@ -1,7 +1,7 @@
 """Sampling: the next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the
 baseline in raster order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,16 @@ def compile_scales(var: VAR) -> None:
     var.predict_scale = torch.compile(var.predict_scale, dynamic=False)
 
 
-@torch.no_grad()
 def generate_tokens(
+    var: VAR, tokenizer: MSVQVAE, labels: Int[Tensor, " B"], settings: Settings, **given: Any
+) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
+    """The sum of codes `f_hat` of all scales and the token maps of the given classes. `given`: see `generate_scales`."""
+    by_scale = list(generate_scales(var, tokenizer, labels, settings, **given))
+    return by_scale[-1][0], [tokens for _, tokens in by_scale]
+
+
+@torch.no_grad()
+def generate_scales(
     var: VAR,
     tokenizer: MSVQVAE,
     labels: Int[Tensor, " B"],
@@ -73,8 +81,8 @@ def generate_tokens(
     seed: int | Sequence[int] = 0,
     kept: Kept | None = None,
     randomness: Randomness | None = None,
-) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
-    """The sum of codes `f_hat` and the token maps of the given classes: the loop over scales.
+) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
+    """The loop over scales: after each, coarse to fine, the sum of codes so far and the scale's tokens.
 
     Image i depends on `labels[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens returned are the ones
     drawn, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would give.
@@ -102,16 +110,17 @@ def generate_tokens(
         cond, uncond = logits.chunk(2)
         return guide(cond, uncond, how.guidance)
 
-    f_hat, inputs, token_maps = quantizer.empty(len(labels)), None, []
+    f_hat, inputs = quantizer.empty(len(labels)), None
     if var.order == "raster":
         for k, how in enumerate(by_scale):
             drawn = []
             for i, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
                 drawn.append(draw_codes(predict(i, inputs, how), uniform, how))
                 inputs = quantizer.codebook(drawn[-1])
-            token_maps.append(torch.cat(drawn, dim=1))
-            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(token_maps[k]), k)
-        return f_hat, token_maps
+            tokens = torch.cat(drawn, dim=1)
+            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(tokens), k)
+            yield f_hat, tokens
+        return
     for k, how in enumerate(by_scale):
         logits = predict(k, inputs, how)
         uniform = randomness.uniform(k).to(device)
@@ -130,8 +139,7 @@ def generate_tokens(
             f_hat = torch.where(kept.latents.to(device) > 0.5, kept.partial_sums[k], f_hat)
         if k + 1 < num_scales:
             inputs = quantizer.at_scale(f_hat, k + 1)
-        token_maps.append(tokens)
-    return f_hat, token_maps
+        yield f_hat, tokens
 
 
 def soft_codes(

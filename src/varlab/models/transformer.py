@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ COSTLY = [  # what selective recomputation keeps: matrix products and attention
     aten._scaled_dot_product_cudnn_attention.default,
 ]
 RECOMPUTES = ("none", "selective", "all")
-ATTENTIONS = ("masked", "split")
+ATTENTIONS = ("masked", "split", "flex")
 
 
 def modulate(
@@ -42,7 +43,7 @@ class Split:
     spans: tuple[tuple[int, int], ...]
 
 
-Visible = Bool[Tensor, "l l"] | Split | None
+Visible = Bool[Tensor, "l l"] | Split | BlockMask | None
 
 
 def attend(
@@ -50,9 +51,13 @@ def attend(
     k: Float[Tensor, "B N m d"],
     v: Float[Tensor, "B N m d"],
     softmax_scale: float,
-    visible: Bool[Tensor, "l m"] | Split | None,
+    visible: Bool[Tensor, "l m"] | Split | BlockMask | None,
 ) -> Float[Tensor, "B N l d"]:
-    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), or a `Split`."""
+    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), a `Split`, or the mask of
+    FlexAttention, whose kernel skips what no token of a block may see."""
+    if isinstance(visible, BlockMask):
+        kernel = compiled_flex_attention() if q.is_cuda else flex_attention
+        return kernel(q, k, v, block_mask=visible, scale=softmax_scale)  # pyright: ignore[reportReturnType]
     if not isinstance(visible, Split):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
     coarse = len(visible.mask)
@@ -60,6 +65,12 @@ def attend(
     for first, last in visible.spans:
         parts.append(attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], softmax_scale, None))
     return torch.cat(parts, dim=2)
+
+
+@cache
+def compiled_flex_attention():
+    """One compiled kernel for all blocks: without compiling FlexAttention computes every score."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @dataclass

@@ -6,11 +6,16 @@ The network knows nothing of the tokenizer: it maps embeddings (sums of coarser 
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 
 from varlab import scales
 from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, Split, modulate
@@ -25,6 +30,14 @@ def block_causal_mask(patch_nums: scales.PatchNums, order: str = "scales") -> Bo
     return step[:, None] >= step[None, :]
 
 
+@lru_cache(maxsize=16)
+def flex_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
+    """The block-causal mask of the steps that end at these tokens, as FlexAttention takes it."""
+    lengths = torch.tensor([last - first for first, last in zip((0, *ends), ends, strict=False)])
+    step = torch.repeat_interleave(torch.arange(len(ends)), lengths).to(device)
+    return create_block_mask(lambda _b, _h, q, kv: step[q] >= step[kv], None, None, ends[-1], ends[-1], device)  # pyright: ignore[reportArgumentType]
+
+
 class VAR(nn.Module):
     """Next-scale transformer. `depth` is the one dial of size; what is None follows from it as in the paper:
     width 64 * depth, num_heads depth, drop_path 0.1 * depth / 24 (rate of the last block, rising linearly from 0).
@@ -32,7 +45,8 @@ class VAR(nn.Module):
     With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
     token, scale after scale and each row by row, seeing all tokens before. `spans` are then single tokens.
 
-    `attention`: how the block-causal mask is kept while training: `masked` in one call, or `split` (see `Split`); the same result.
+    `attention`: how the block-causal mask is kept while training: `masked` in one call, `split` (see `Split`), or `flex`, by
+    FlexAttention (trains on GPUs only); the same result.
 
     The residual stream is fp32 also under autocast. Label dropout and drop path act in training mode only (the released
     code drops labels in validation too).
@@ -40,7 +54,7 @@ class VAR(nn.Module):
 
     scale_of_token: Tensor
     mask: Tensor
-    attention = "masked"
+    attention = "split"
 
     def __init__(
         self,
@@ -183,11 +197,20 @@ class VAR(nn.Module):
         scale, shift = self.head_modulation(class_vector)[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
-    def forward(self, inputs: Float[Tensor, "B l C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B m V"]:
-        """Logits of the L tokens from the true coarser ones.
+    def forward(
+        self,
+        inputs: Float[Tensor, "B l C"],
+        labels: Int[Tensor, " B"],
+        judge: Callable[[Tensor, slice], Tensor] | None = None,
+        num_chunks: int = 1,
+    ) -> Tensor:
+        """Logits of the L tokens from the true coarser ones, B m V.
 
         `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends with a step gives
         the logits of the steps it holds.
+
+        With `judge`, what it makes of them instead (B m and more): it is given the logits and the place of their tokens in the
+        sequence, a chunk at a time, and no logits outlive their chunk (the backward pass computes them again).
         """
         length = inputs.shape[1] + self.spans[0][1]
         ends = [end for _, end in self.spans]
@@ -201,10 +224,26 @@ class VAR(nn.Module):
         visible = self.visible(length)
         for block in self.blocks:
             x = block(x, cond, visible)
-        return self.predict(x, class_vector)
+        if judge is None:
+            return self.predict(x, class_vector)
 
-    def visible(self, length: int) -> Tensor | Split:
+        def judged(x: Tensor, class_vector: Tensor, place: slice) -> Tensor:
+            return judge(self.predict(x, class_vector), place)
+
+        if num_chunks == 1:
+            return judged(x, class_vector, slice(0, length))
+        bounds = [length * i // num_chunks for i in range(num_chunks + 1)]
+        parts = [
+            checkpoint(judged, x[:, first:last], class_vector, slice(first, last), use_reentrant=False)
+            for first, last in pairwise(bounds)
+        ]
+        return torch.cat(parts, dim=1)  # pyright: ignore[reportArgumentType]
+
+    def visible(self, length: int) -> Tensor | Split | BlockMask:
         """What each of the first `length` tokens may see."""
+        if self.attention == "flex":
+            ends = tuple(last for _, last in self.spans if last <= length)
+            return flex_mask(ends, self.mask.device)
         apart = tuple((first, last) for first, last in self.spans if last - first >= SPLIT_FROM and last <= length)
         if self.attention == "masked" or not apart:
             return self.mask[:length, :length]

@@ -28,7 +28,9 @@ class VARModule(LightningModule):
     biases (the rule of muP for Adam; initial weights stay the paper's).
     With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
     of the whole run that this one may be a branch of (Porian et al. 2024).
-    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `is_compiled`: torch.compile for each block. `progressive`: scale by scale.
+    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss come in so many parts, of which only one is
+    in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for each block. `progressive`: scale by
+    scale.
     """
 
     net: VAR
@@ -47,7 +49,8 @@ class VARModule(LightningModule):
         recompute: str = "none",
         is_compiled: bool = False,
         progressive: Progressive | None = None,
-        attention: str = "masked",
+        attention: str = "split",
+        loss_chunks: int = 1,
         slows_matrices_only: bool = False,
         warmup_tokens: float | None = None,
         full_steps: int = -1,
@@ -57,7 +60,9 @@ class VARModule(LightningModule):
             raise ValueError(f"module.recompute={recompute!r}: choose one of {', '.join(RECOMPUTES)}")
         if attention not in ATTENTIONS:
             raise ValueError(f"module.attention={attention!r}: choose one of {', '.join(ATTENTIONS)}")
-        self.attention = attention
+        if loss_chunks < 1:
+            raise ValueError(f"module.loss_chunks={loss_chunks}: give 1 or more")
+        self.attention, self.loss_chunks = attention, loss_chunks
         self.make_net, self.recompute, self.is_compiled = net, recompute, is_compiled
         self.tokenizer_path = tokenizer
         self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
@@ -169,11 +174,14 @@ class VARModule(LightningModule):
             return torch.cat(token_maps, dim=1), token_maps
         return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
 
+    @torch.no_grad()
+    def inputs(self, token_maps: list[Tensor]) -> Tensor:
+        """What the network sees of the true coarser scales."""
+        return self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
+
     def logits(self, token_maps: list[Tensor], labels: Tensor) -> Tensor:
         """Logits of all tokens from the true coarser ones."""
-        with torch.no_grad():
-            inputs = self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
-        return self.net(inputs, labels)
+        return self.net(self.inputs(token_maps), labels)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -186,15 +194,28 @@ class VARModule(LightningModule):
         num_scales, newest_weight = self.active_scales()
         self.trained_scales = num_scales
         active = scales.spans(self.net.patch_nums)[num_scales - 1][1]
-        logits = self.logits(token_maps[:num_scales], batch.labels)
-        by_token = losses.cross_entropy(logits, sequence[:, :active], self.label_smoothing)
+        target = sequence[:, :active]
+        is_logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+        def judge(logits: Tensor, place: slice) -> Tensor:
+            """Loss to learn from; where it is logged, loss without smoothing and error besides. B l n"""
+            loss = losses.cross_entropy(logits, target[:, place], self.label_smoothing)
+            if not is_logged:
+                return loss[..., None]
+            with torch.no_grad():
+                scores = losses.cross_entropy(logits, target[:, place]), losses.token_errors(logits, target[:, place])
+            return torch.stack([loss, *scores], dim=-1)
+
+        by_token, *scores = self.net(
+            self.inputs(token_maps[:num_scales]), batch.labels, judge, self.loss_chunks
+        ).unbind(dim=-1)
         if newest_weight != 1:
             newest = scales.lengths(self.net.patch_nums)[num_scales - 1]
             by_token = torch.cat([by_token[:, :-newest], newest_weight * by_token[:, -newest:]], dim=1)
         loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # each token 1/L, however many are active
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            scores = losses.token_scores(logits, sequence[:, :active], self.net.patch_nums[:num_scales])
-            self.log_scores("train", scores.loss.mean(dim=0), scores.error.mean(dim=0))
+        if is_logged:
+            scores = [losses.by_scale(score, self.net.patch_nums[:num_scales]).mean(dim=0) for score in scores]
+            self.log_scores("train", *scores)
             self.log("lr", self.lr)
             if self.progressive is not None:
                 self.log("train/num_scales", float(num_scales))

@@ -1,0 +1,65 @@
+"""The largest batch of each depth on 80 and 141 as `plan=true` counts memory: 256 px, cached tokens, bf16-mixed, one GPU.
+
+python experiments/performance/batches.py        (any machine, about two minutes)
+
+Estimates, within 15 % of all tensors counted one by one on CPU (tests/test_planning.py); not measured on a GPU. Writes batches.csv and
+prints a table.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from varlab.footprint import activation_bytes
+from varlab.models.var import VAR
+from varlab.planning import GPUS, RESERVED, Facts, Setup, memory
+
+RESULTS = Path(__file__).with_name("batches.csv")
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+DEPTHS = (12, 16, 20, 24, 30, 36)
+LAYOUTS = [("none", 1), ("none", 8), ("selective", 8), ("all", 8)]
+PRECISION = "bf16-mixed"
+
+
+def main() -> None:
+    rows = []
+    for depth in DEPTHS:
+        sizes = sizes_of(depth)
+        for recompute, chunks in LAYOUTS:
+            setup = Setup(1, False, recompute, 1, chunks)
+            one, two = (total(sizes, setup, batch) for batch in (1, 2))
+            kept = activation_bytes(sizes, PRECISION, recompute, chunks) / 1e6
+            for gpu in ("h100", "h200"):
+                room = GPUS[gpu].memory - RESERVED
+                largest = max(0, int((room - one) / (two - one)) + 1) if one <= room else 0
+                rows.append([depth, recompute, chunks, f"{kept:.0f}", GPUS[gpu].memory, largest])
+        print(depth, [row[-1] for row in rows[-2 * len(LAYOUTS) :]], flush=True)
+    with open(RESULTS, "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["depth", "recompute", "loss_chunks", "kept an image [MB]", "memory [GB]", "largest batch"], *rows]
+        )
+    for depth in DEPTHS:
+        own = [row for row in rows if row[0] == depth]
+        print(
+            f"| {depth} | "
+            + " | ".join(f"{a[3]}: {a[5]}, {b[5]}" for a, b in zip(own[::2], own[1::2], strict=True))
+            + " |"
+        )
+
+
+def total(sizes: dict, setup: Setup, batch: int) -> float:
+    """GB at the peak of a step, without tokenizer: the tokens are cached, its codebook is small."""
+    cfg = OmegaConf.create({"trainer": {"precision": PRECISION}, "data": {"global_batch_size": batch}, "callbacks": {}})
+    return sum(memory(cfg, Facts(sizes, 1, 0, []), setup).values())
+
+
+def sizes_of(depth: int) -> dict:
+    """Sizes of the paper's network."""
+    with torch.device("meta"):
+        return VAR(depth, PATCH_NUMS, 4096, 32, 1000).sizes
+
+
+if __name__ == "__main__":
+    main()
