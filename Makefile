@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export bench-data
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export bench bench-data
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ evaluate: $(INSTALLED) ## scores of a tokenizer, a VAR or samples: ARGS="checkpo
 
 export: $(INSTALLED) ## checkpoint -> folder for use anywhere: ARGS="checkpoint=FILE out=FOLDER"
 	$(BIN)/varlab export $(ARGS)
+
+bench: $(INSTALLED) ## training, tokenizer, sampling, data, start-up; beside the released code with ARGS="--released FOLDER"
+	$(BIN)/python experiments/performance/bench.py $(ARGS)
 
 bench-data: $(INSTALLED) ## how fast data flows on this machine -> experiments/performance/data.csv
 	$(BIN)/python experiments/performance/data.py
