@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export bench bench-data
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export app docs bench bench-data
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ evaluate: $(INSTALLED) ## scores of a tokenizer, a VAR or samples: ARGS="checkpo
 
 export: $(INSTALLED) ## checkpoint -> folder for use anywhere: ARGS="checkpoint=FILE out=FOLDER"
 	$(BIN)/varlab export $(ARGS)
+
+app: $(INSTALLED) ## a web page on this machine, after the demo; ARGS="checkpoint=FILE" for another model
+	$(BIN)/varlab app $(or $(ARGS),checkpoint=runs/demo/var/checkpoints/last.ckpt runs=runs/demo/sweep)
+
+docs: $(INSTALLED) ## the documentation as a site, links checked -> site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(INSTALLED) ## training, tokenizer, sampling, data, start-up; beside the released code with ARGS="--released FOLDER"
 	$(BIN)/python experiments/performance/bench.py $(ARGS)

@@ -6,7 +6,7 @@ from runs import config
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from varlab import compute, losses, train
-from varlab.footprint import saved_by
+from varlab.footprint import activation_bytes, saved_by
 from varlab.models.var import VAR
 from varlab.planning import Facts, Setup, memory
 from varlab.training.optim import parameter_groups
@@ -37,24 +37,23 @@ def peak_gb(var: VAR, num_images: int, precision: str, loss_chunks: int) -> floa
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize(("recompute", "loss_chunks"), [("none", 1), ("all", 1), ("all", 8)])
-def test_the_memory_of_a_step_is_foretold_within_15_percent(recompute, loss_chunks, precision, tmp_path):
+@pytest.mark.parametrize(("recompute", "loss_chunks"), [("none", 1), ("selective", 1), ("all", 1), ("all", 8)])
+def test_the_memory_of_a_step_is_foretold_within_5_percent(recompute, loss_chunks, precision, tmp_path):
     """A network twice as deep and three times as wide as the largest that the plan measures."""
     var = VAR(depth=4, width=384, num_heads=6, drop_path=0.1, **SIZES).train()
     for block in var.blocks:
         block.recompute = recompute
     cfg = config(tmp_path, "experiment=var_d16", f"trainer.precision={precision}", "data.global_batch_size=6")
     parts = memory(cfg, Facts(var.sizes, 1000, 0, []), Setup(1, False, recompute, 1, loss_chunks))
-    assert sum(parts.values()) == pytest.approx(peak_gb(var, 6, precision, loss_chunks), rel=0.15)
+    assert sum(parts.values()) == pytest.approx(peak_gb(var, 6, precision, loss_chunks), rel=0.05)
 
 
-def test_activations_of_a_larger_network_lie_on_the_line(tmp_path):
+def test_activations_of_a_larger_network_lie_on_the_line():
     for recompute in ("none", "selective", "all"):
         var = VAR(depth=5, width=320, num_heads=5, drop_path=0.1, **SIZES).train()
         for block in var.blocks:
             block.recompute = recompute
-        cfg = config(tmp_path, "experiment=var_d16", "data.global_batch_size=1")
-        planned = memory(cfg, Facts(var.sizes, 1000, 0, []), Setup(1, False, recompute, 1))["activations"]
+        planned = activation_bytes(var.sizes, "32-true", recompute) / 1e9
         counted = (saved_by(var, 3, "32-true", 1) - saved_by(var, 2, "32-true", 1)) / 1e9
         assert planned == pytest.approx(counted, rel=0.02), recompute
 

@@ -315,6 +315,7 @@ def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
         ("module.schedule.shape=cosine", "schedule 'cosine' is unknown"),
         ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
         ("steps=-1", "the run has no end: give epochs=N or steps=N"),
+        ("epochs=null", "epochs=None: give a whole number"),
         ("module.recompute=some", "module.recompute='some': choose one of none, selective, all"),
         ("module.loss_chunks=0", "module.loss_chunks=0: give 1 or more"),
         ("module.attention=dense", "module.attention='dense': choose one of masked, split, flex"),

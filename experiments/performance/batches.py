@@ -1,12 +1,14 @@
-"""The largest batch of each depth on 80 and 141 as `plan=true` counts memory: 256 px, cached tokens, bf16-mixed, one GPU.
+"""The largest batch of each depth on 80 and 141 GB as `plan=true` counts memory: 256 px, cached tokens, bf16-mixed, one GPU.
 
 python experiments/performance/batches.py        (any machine, about two minutes)
 
-Estimates, within 15 % of all tensors counted one by one on CPU (tests/test_planning.py); not measured on a GPU. Writes batches.csv and
+Estimates, within 5 % of all tensors counted one by one on CPU (tests/test_planning.py); not measured on a GPU. Writes batches.csv and
 prints a table.
 """
 
 import csv
+from bisect import bisect
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +31,10 @@ def main() -> None:
         sizes = sizes_of(depth)
         for recompute, chunks in LAYOUTS:
             setup = Setup(1, False, recompute, 1, chunks)
-            one, two = (total(sizes, setup, batch) for batch in (1, 2))
             kept = activation_bytes(sizes, PRECISION, recompute, chunks) / 1e6
             for gpu in ("h100", "h200"):
                 room = GPUS[gpu].memory - RESERVED
-                largest = max(0, int((room - one) / (two - one)) + 1) if one <= room else 0
+                largest = bisect(range(1, 1 << 14), room, key=partial(total, sizes, setup))
                 rows.append([depth, recompute, chunks, f"{kept:.0f}", GPUS[gpu].memory, largest])
         print(depth, [row[-1] for row in rows[-2 * len(LAYOUTS) :]], flush=True)
     with open(RESULTS, "w", newline="") as file:

@@ -6,9 +6,10 @@ device can do.
     make bench ARGS="--released FOLDER --device cuda"                            on a GPU: d12, d16, d24, bf16, larger batches
     make bench ARGS="--only sampling --sampled d16 --released FOLDER --device cuda"
 
-In each comparison both codes have the same weights, the same batch and take turns; outputs are compared first. Every row: the median of
-7 repeats, their spread, the ratio to the released code in fp32 (on a GPU: as it runs by default, under autocast), the share of the rate of
-a large matrix product and of a large copy measured in the same process, the peak of memory that one call adds.
+Each part runs in a process of its own, as a user's would: memory that an earlier part left behind would help the slower code. In each
+comparison both codes have the same weights, the same batch and take turns; outputs are compared first. Every row: the median of 7 repeats,
+their spread, the ratio to the released code in fp32 (on a GPU: as it runs by default, under autocast), the share of the rate of a large
+matrix product and of a large copy measured in the same process, the peak of memory that one call adds.
 Writes results.csv (results_cuda.csv), a figure of the ratios, and the table in README.md. The released code is no part of this project.
 """
 
@@ -18,9 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +294,30 @@ class Bench:
         return rows
 
 
+def measure_part(given: argparse.Namespace, part: str) -> list[dict[str, Any]]:
+    """Rows of one part, after those of the ceilings."""
+    bench = Bench(given)
+    if bench.is_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    ceilings = Ceilings.measure(given.device)
+    print(
+        f"{machine(given.device)}: matrix product {ceilings.flops['fp32'] / 1e9:,.0f} GFLOP/s in fp32,"
+        f" {ceilings.flops['bf16'] / 1e9:,.0f} in bf16; copy {ceilings.bytes / 1e9:,.1f} GB/s",
+        flush=True,
+    )
+    rows: list[dict[str, Any]] = [
+        {"what": "ceiling", "network": f"matrix product, {precision}", "per_second": f"{rate:.4g}", "unit": "FLOP"}
+        for precision, rate in ceilings.flops.items()
+    ]
+    rows.append({"what": "ceiling", "network": "copy", "per_second": f"{ceilings.bytes:.4g}", "unit": "B"})
+    if part == "start":
+        return rows + bench.start()
+    comparisons = {
+        "training": bench.training, "tokenizer": bench.tokenizing, "sampling": bench.sampling, "data": bench.data,
+    }[part]  # fmt: skip
+    return rows + [row for contenders in comparisons() for row in compete(contenders, given.device, ceilings)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--released", help="folder of the released code (github.com/FoundationVision/VAR)")
@@ -311,27 +338,10 @@ def main() -> None:
     given.coded = given.coded or (64 if is_gpu else 1)
     given.sampled = given.sampled or (["d16"] if is_gpu else ["tiny", "d2"])
     given.batches = given.batches or ([1, 64] if is_gpu else [4])
-    bench, start = Bench(given), time.perf_counter()
-    if is_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    ceilings = Ceilings.measure(given.device)
-    print(
-        f"{machine(given.device)}: matrix product {ceilings.flops['fp32'] / 1e9:,.0f} GFLOP/s in fp32,"
-        f" {ceilings.flops['bf16'] / 1e9:,.0f} in bf16; copy {ceilings.bytes / 1e9:,.1f} GB/s"
-    )
-    parts = {
-        "training": bench.training, "tokenizer": bench.tokenizing, "sampling": bench.sampling, "data": bench.data,
-    }  # fmt: skip
-    rows = [
-        {"what": "ceiling", "network": f"matrix product, {precision}", "per_second": f"{rate:.4g}", "unit": "FLOP"}
-        for precision, rate in ceilings.flops.items()
-    ] + [{"what": "ceiling", "network": "copy", "per_second": f"{ceilings.bytes:.4g}", "unit": "B"}]
-    for name in given.only:
-        if name == "start":
-            rows += bench.start()
-        else:
-            for contenders in parts[name]():
-                rows += compete(contenders, given.device, ceilings)
+    start, rows = time.perf_counter(), []
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+        for found in fresh.map(measure_part, [given] * len(given.only), given.only):
+            rows += [row for row in found if not rows or row["what"] != "ceiling"]
     columns = max((list(row) for row in rows), key=len)
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s")

@@ -66,7 +66,7 @@ def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, floa
     def sample() -> None:
         var.eval()
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
-            generate_tokens(var, tokenizer, labels, Settings(1.5, top_k=900))
+            generate_tokens(var, tokenizer, labels, Settings(1.5, top_k=min(900, codes)))
 
     seconds = interleaved({"training": step, "sampling": sample}, device, repeats=5)
     return {name: statistics.median(values) / batch for name, values in seconds.items()}

@@ -73,7 +73,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run()
-    return (resident("VmHWM") - before) / GB
+    return max(0.0, resident("VmHWM") - before) / GB
 
 
 def resident(field: str) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varlab import pretrained, scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.own import build
 from varlab.models.var import VAR
 from varlab.pretrained import tokenizer_fingerprint
 from varlab.published import tokenizer_from_released
@@ -155,7 +156,7 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
 def tokenizer_of(checkpoint: dict[str, Any], path: str | Path, use_ema: bool) -> MSVQVAE:
     """The tokenizer of a training checkpoint that was read."""
     entry = entry_of(checkpoint, path)
-    tokenizer = MSVQVAE(**entry["tokenizer"])
+    tokenizer = build(MSVQVAE, entry["tokenizer"])
     pretrained.fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
     return tokenizer.eval()
 
@@ -171,7 +172,7 @@ def load_any(
         return load_tokenizer(path, patch_nums), None, None
     entry, tokenizer, var = entry_of(checkpoint, path), tokenizer_of(checkpoint, path, use_ema), None
     if entry["var"] is not None:
-        var = VAR(**entry["var"])
+        var = build(VAR, entry["var"])
         pretrained.fill(var, weights(checkpoint, "net.", use_ema), path)
         var.eval()
     return tokenizer, var, entry["class_names"]

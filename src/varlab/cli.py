@@ -14,6 +14,7 @@ VERBS = {
     "import": "the authors' weights -> folder for use anywhere",
     "sync": "upload runs that were logged offline to W&B, resumed ones as one curve",
     "edit": "in-painting, out-painting, class-conditional editing of an image",
+    "app": "a web page: sample, edit, look inside the tokenizer, watch a sweep",
     "sweep": "status, resume, retry-failed, table of a multirun",
     "scaling": "runs -> table, power laws with intervals, figure",
 }
@@ -33,6 +34,7 @@ def main() -> None:
             return
         sys.exit(f"varlab: {verb!r} is no verb\n\n{usage}")
     sys.argv = [sys.argv[0], *sys.argv[2:]]
+    sys.path.append("")  # classes of your own are found in the current folder, as with `python -m`
     # as `python -m varlab.VERB`: processes that DDP starts run the same command again
     runpy.run_module(f"varlab.{MODULES.get(verb, verb)}", run_name="__main__", alter_sys=True)
 

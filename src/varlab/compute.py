@@ -84,9 +84,10 @@ def tokenizer_flops(sizes: Sizes) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from varlab.models.msvqvae import MSVQVAE
+    from varlab.models.own import build
 
     with torch.device("meta"), torch.no_grad():
-        tokenizer = MSVQVAE(**sizes)
+        tokenizer = build(MSVQVAE, dict(sizes))
         flops = {}
         for name, network, shape in [
             ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),

@@ -5,21 +5,25 @@ proportion to images, and evenly with width and depth.
 """
 
 import itertools
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from varlab import losses, scales
-from varlab.models.transformer import AdaLNBlock
+from varlab.models.own import build
+from varlab.models.transformer import COSTLY, AdaLNBlock
 from varlab.models.var import VAR
 
 
 def linear_weights(sizes: dict[str, Any]) -> int:
     """Weights of the Linears, of which autocast keeps a copy until the backward pass."""
     with torch.device("meta"):
-        var = VAR(**sizes)
+        var = build(VAR, sizes)
     return sum(module.weight.numel() for module in var.modules() if isinstance(module, nn.Linear))
 
 
@@ -82,6 +86,24 @@ def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> i
     return found[1] - found[0]
 
 
+class Products(TorchDispatchMode):
+    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does out of autograd's sight."""
+
+    def __init__(self, var: VAR) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+        self.is_inside = False
+        for block in var.blocks:
+            block.register_forward_pre_hook(lambda *_: setattr(self, "is_inside", True))
+            block.register_forward_hook(lambda *_: setattr(self, "is_inside", False))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.is_inside and func in COSTLY:
+            self.outputs += [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        return result
+
+
 def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int:
     """Bytes of all tensors that a step keeps between forward and backward, parameters apart."""
     kept: dict[int, Tensor] = {}
@@ -90,6 +112,8 @@ def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int
         kept[x.untyped_storage().data_ptr()] = x
         return x
 
+    is_selective = any(block.recompute == "selective" for block in var.blocks)
+    products = Products(var) if is_selective else nullcontext()
     length, codebook_dim = scales.num_tokens(var.patch_nums), var.sizes["codebook_dim"]
     inputs = torch.randn(num_images, length - var.spans[0][1], codebook_dim)
     sequence = torch.zeros(num_images, length, dtype=torch.long)
@@ -99,10 +123,14 @@ def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int
 
     with (
         torch.random.fork_rng(devices=[]),
+        products,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
     ):
         loss = var(inputs, sequence[:, 0], judge, loss_chunks).mean()
+    if isinstance(products, Products):
+        for x in products.outputs:
+            keep(x)
     own = {p.untyped_storage().data_ptr() for p in itertools.chain(var.parameters(), var.buffers())}
     del loss
     return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)

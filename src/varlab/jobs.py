@@ -41,9 +41,9 @@ class Ledger(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.planned: list[float] = []
+        HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
         if config.get("plan"):
             return  # nothing is started
-        HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
         folder = Path(config.hydra.sweep.dir)
         jobs = job_overrides(config)
         if config.get("dry_run"):

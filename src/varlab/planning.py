@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from varlab import checkpoints, compute, scales
 from varlab.data.shards import load_manifest
 from varlab.files import load_json
 from varlab.footprint import activation_bytes, block_bytes, linear_weights
-from varlab.models.var import VAR
 from varlab.training.optim import HOLD
 
 GB = 1e9
@@ -144,7 +144,9 @@ def facts(cfg: DictConfig) -> Facts:
         given["num_classes"] = len(manifest["class_names"])
     settings: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportAssignmentType]
     with torch.device("meta"):
-        var = VAR(**{key: value for key, value in settings.items() if not key.startswith("_")}, **given)
+        var = get_object(settings["_target_"])(
+            **{key: value for key, value in settings.items() if not key.startswith("_")}, **given
+        )
     return Facts(var.sizes, num_images, tokenizer_params, assumed)
 
 
@@ -170,23 +172,33 @@ def memory(cfg: DictConfig, found: Facts, setup: Setup) -> dict[str, float]:
             f" devices x {setup.accumulate} accumulated batches"
         )
     largest = scales.num_tokens(sizes["patch_nums"]) * sizes["codebook_size"]
+    gradients = params * weight_bytes / shards
     parts = {
         "weights": params * weight_bytes / shards,
-        "gradients": params * weight_bytes / shards,
         "Adam's moments": 2 * params * weight_bytes / shards,
         "averaged weights": params * weight_bytes / shards if cfg.callbacks.get("ema") else 0,
         "gathered blocks": 2 * 2 * params / sizes["depth"] if setup.is_sharded else 0,
-        "activations": images * activation_bytes(sizes, precision, setup.recompute, setup.loss_chunks),
         "frozen tokenizer": 4 * found.tokenizer_params,
     }
     copies = 2 * linear_weights(sizes) if precision == "bf16-mixed" and not setup.is_sharded else 0
-    again = block_bytes(sizes, precision, "none") - block_bytes(sizes, precision, setup.recompute)
+    kept = images * activation_bytes(sizes, precision, setup.recompute, setup.loss_chunks)
+    again = images * (block_bytes(sizes, precision, "none") - block_bytes(sizes, precision, setup.recompute))
+    earlier = gradients if setup.num_devices > 1 or setup.accumulate > 1 else 0  # else they come up as activations go
     at_the_loss = {
+        "gradients": earlier,
+        "activations": kept,
         "logits and their gradient": images * largest * (8 if "bf16" in precision else 12) / setup.loss_chunks,
         "bf16 copies of weights": copies,
     }
-    in_a_block = {"one block computed again": images * again, "bf16 copies of weights": copies / sizes["depth"]}
-    parts.update(max(at_the_loss, in_a_block, key=lambda moment: sum(moment.values())))
+    in_the_last_block = {
+        "gradients": earlier,
+        "activations": kept,
+        "one block computed again": again,
+        "bf16 copies of weights": copies / sizes["depth"],
+    }
+    in_the_first_block = {**in_the_last_block, "gradients": gradients, "activations": kept / sizes["depth"]}
+    moments = (at_the_loss, in_the_last_block, in_the_first_block)
+    parts.update(max(moments, key=lambda moment: sum(moment.values())))
     if cfg.data.get("keep") == "device":
         parts["token cache"] = 2 * scales.num_tokens(sizes["patch_nums"]) * found.num_images
     return {name: size / GB for name, size in parts.items() if size}

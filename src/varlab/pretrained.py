@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from varlab import __version__
 from varlab.files import load_json, save_json, whole_folder
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.own import build
 from varlab.models.var import VAR
 
 FORMAT = 1
@@ -98,11 +99,11 @@ def save_pretrained(
 def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
     """(tokenizer, transformer if there is one, class names). Raises ValueError naming file and reason."""
     folder, config = Path(folder), read_config(folder)
-    tokenizer = MSVQVAE(**config["tokenizer"])
+    tokenizer = build(MSVQVAE, config["tokenizer"])
     fill(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
     var = None
     if config["var"] is not None:
-        var = VAR(**config["var"])
+        var = build(VAR, config["var"])
         fill(var, read_safetensors(folder / "var.safetensors"), folder / "var.safetensors")
         var.eval()
     return tokenizer.eval(), var, config["class_names"]

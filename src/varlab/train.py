@@ -86,6 +86,9 @@ def set_steps(cfg: DictConfig) -> None:
         from varlab.planning import affordable_steps
 
         cfg.steps = affordable_steps(cfg)
+    for name in ("epochs", "steps"):
+        if not isinstance(cfg[name], int):
+            raise ValueError(f"{name}={cfg[name]}: give a whole number; -1 leaves it to the other of epochs and steps")
     if cfg.epochs < 0 and cfg.steps < 0:
         raise ValueError("the run has no end: give epochs=N or steps=N")
     if not 0 < cfg.branch <= 1:

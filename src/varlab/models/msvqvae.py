@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from varlab import scales
 from varlab.models.autoencoder import Decoder, Encoder
+from varlab.models.own import named
 from varlab.models.quantizer import MultiScaleQuantizer
 
 
@@ -27,6 +28,8 @@ class MSVQVAE(nn.Module):
     Raises ValueError for a pyramid or widths that do not fit together, and in `encode` for images of another side than
     `downsample` times the last entry of patch_nums.
     """
+
+    quantizer_class = MultiScaleQuantizer
 
     def __init__(
         self,
@@ -60,12 +63,13 @@ class MSVQVAE(nn.Module):
             "lookup": lookup,
             "beta": beta,
             "dropout": dropout,
+            **named(self, MSVQVAE),
         }
         self.patch_nums = self.sizes["patch_nums"]
         self.downsample = 2 ** (len(channel_mult) - 1)
         self.encoder = Encoder(channels, channel_mult, num_blocks, codebook_dim, num_groups, dropout)
         self.pre_conv = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
-        self.quantizer = MultiScaleQuantizer(
+        self.quantizer = self.quantizer_class(
             patch_nums,
             codebook_size,
             codebook_dim,

@@ -187,13 +187,14 @@ class AdaLNBlock(nn.Module):
     """
 
     recompute = "none"
+    attention_class = Attention
 
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, shared_adaln: bool, qk_norm: bool
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(width, num_heads, qk_norm)
+        self.attention = self.attention_class(width, num_heads, qk_norm)
         self.feed_forward = FeedForward(width, mlp_ratio)
         self.drop_path = DropPath(drop_path)
         self.modulation = None if shared_adaln else Modulation(width, 6)

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from varlab import scales
+from varlab.models.own import named
 from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, Split, modulate
 
 SPLIT_FROM = 64  # tokens of a scale that attends in a call of its own
@@ -55,6 +56,7 @@ class VAR(nn.Module):
     scale_of_token: Tensor
     mask: Tensor
     attention = "split"
+    block_class = AdaLNBlock
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class VAR(nn.Module):
             "label_dropout": label_dropout,
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
+            **named(self, VAR),
         }
         if order != "scales":  # what was saved before there was a choice lacks the word
             self.sizes["order"] = order
@@ -115,7 +118,7 @@ class VAR(nn.Module):
         self.scale_embedding = nn.Embedding(len(patch_nums), width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            AdaLNBlock(width, num_heads, mlp_ratio, rate, shared_adaln, qk_norm) for rate in rates
+            self.block_class(width, num_heads, mlp_ratio, rate, shared_adaln, qk_norm) for rate in rates
         )
         self.shared_modulation = Modulation(width, 6) if shared_adaln else None
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)

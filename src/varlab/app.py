@@ -1,0 +1,65 @@
+"""`varlab app`: a page to sample, edit, look inside the tokenizer, watch a sweep, compare two models."""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from omegaconf import DictConfig
+
+from varlab.config import verb
+
+
+def run(cfg: DictConfig) -> None:
+    """Serves the page until Ctrl-C."""
+    from varlab.page.studio import Model, Sweep
+    from varlab.share import own_device
+
+    if cfg.max_batch < 1 or cfg.max_upload_mb <= 0 or cfg.refresh_s <= 0:
+        raise ValueError("max_batch, max_upload_mb and refresh_s must be positive")
+    device = own_device(cfg.device)
+    model = Model(str(cfg.checkpoint), device)
+    other = None if cfg.compare is None else Model(str(cfg.compare), device)
+    with tempfile.TemporaryDirectory(prefix="varlab-app-") as folder:
+        gradio = import_gradio(folder)
+        from varlab.page.layout import CSS, THEME, build
+
+        sweep = None if cfg.runs is None else Sweep(str(cfg.runs), Path(folder))
+        page = build(model, other, sweep, cfg.max_batch, cfg.refresh_s)
+        if cfg.host not in ("127.0.0.1", "localhost"):
+            print(f"anybody who reaches {cfg.host}:{cfg.port} can use this page: there is no password")
+        try:
+            _, url, _ = page.launch(
+                server_name=cfg.host,
+                server_port=cfg.port,
+                max_file_size=int(cfg.max_upload_mb * gradio.FileSize.MB),
+                theme=THEME,
+                css=CSS,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=False,
+                footer_links=[],
+            )
+        except OSError as error:
+            raise ValueError(f"host={cfg.host} port={cfg.port} cannot be used: {error}") from None
+        print(f"{url}  ({model.name}; Ctrl-C ends it)", flush=True)
+        page.block_thread()
+
+
+def import_gradio(folder: str) -> ModuleType:
+    """The library, told to keep uploads in `folder` and to talk to nobody; it reads that while it is imported."""
+    os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError("the page needs the package gradio: pip install 'varlab[app]'") from None
+    return gradio
+
+
+main = verb("app")(run)
+
+if __name__ == "__main__":
+    main()

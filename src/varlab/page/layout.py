@@ -1,0 +1,338 @@
+"""The web page: what can be set, what is shown, which function of the studio fills it. Built on Gradio."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from inspect import isgeneratorfunction
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio import themes
+from PIL import Image
+
+from varlab import pictures
+from varlab.page.studio import Dissection, Model, Sweep, enlarged, read_upload
+
+log = logging.getLogger(__name__)
+NETWORK = "network"  # whatever computes with a network waits in one line, first come, first served
+CSS = """
+.gradio-container { width: 100%; min-width: 0; max-width: 1200px !important; margin: 0 auto !important }
+footer { display: none !important }
+.pixels img { image-rendering: pixelated }
+.grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; padding-top: 2.2rem !important }
+#film .image-container { padding-top: 2.2rem }
+#figures .grid-container { grid-auto-rows: auto }
+#figures .gallery-item, #figures .thumbnail-item { aspect-ratio: auto; height: auto; overflow-x: auto }
+#figures img { height: auto; width: 100%; max-height: 36rem }
+@media (max-width: 600px) {
+  .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important }
+  .caption-label { font-size: 0.65rem !important; padding: 0 0.2rem !important }
+  #figures .grid-container { grid-template-columns: minmax(0, 1fr) !important }
+  #figures img { width: auto; max-width: none; height: 18rem }
+}
+#words pre, #words code { white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+THEME = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def told(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same handler; what a visitor can mend is shown as a message, anything else as one sentence, never a traceback."""
+
+    def message(error: Exception) -> gr.Error:
+        if isinstance(error, ValueError):
+            return gr.Error(str(error), title="This did not work", duration=8, print_exception=False)
+        log.exception("a request to the page failed")
+        return gr.Error("Something went wrong here; the terminal says what.", title="Error", print_exception=False)
+
+    if isgeneratorfunction(run):
+
+        @wraps(run)
+        def step_by_step(*args: Any) -> Iterator[Any]:
+            try:
+                yield from run(*args)
+            except Exception as error:
+                raise message(error) from None
+
+        return step_by_step
+
+    @wraps(run)
+    def at_once(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except Exception as error:
+            raise message(error) from None
+
+    return at_once
+
+
+def number_within(name: str, value: Any, low: float, high: float) -> float:
+    """Raises ValueError for a number outside its bounds: the browser's own bounds bind nobody."""
+    if value is None or not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low:g} and {high:g}, not {value}")
+    return value
+
+
+class Controls:
+    """How tokens are drawn: guidance, filters, seed, count."""
+
+    def __init__(self, model: Model, max_batch: int, num: int, cfg_scale: float) -> None:
+        self.codes, self.max_batch = model.tokenizer.sizes["codebook_size"], max_batch
+        with gr.Row():
+            self.cfg = gr.Slider(0, 10, cfg_scale, step=0.1, label="guidance (cfg)", min_width=140)
+            self.num = gr.Slider(1, max_batch, min(num, max_batch), step=1, label="images", min_width=140)
+        with gr.Row():
+            self.top_k = gr.Slider(0, self.codes, 0, step=1, label="top-k (0: off)", min_width=140)
+            self.top_p = gr.Slider(0, 1, 0.95, step=0.01, label="top-p (0: off)", min_width=140)
+        self.seed = gr.Number(0, label="seed", precision=0, minimum=0)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """In the order that `read` takes."""
+        return [self.cfg, self.top_k, self.top_p, self.seed, self.num]
+
+    def read(self, cfg: float, top_k: float, top_p: float, seed: float, num: float) -> dict[str, Any]:
+        """What was set, checked."""
+        return {
+            "cfg_scale": float(number_within("guidance", cfg, 0, 10)),
+            "top_k": int(number_within("top-k", top_k, 0, self.codes)),
+            "top_p": float(number_within("top-p", top_p, 0, 1)),
+            "seed": int(number_within("the seed", seed, 0, 2**31 - 1)),
+            "num": int(number_within("the number of images", num, 1, self.max_batch)),
+        }
+
+
+def class_choice(model: Model, label: str, value: str | None) -> gr.Dropdown:
+    """A class by number or name, searched while typing."""
+    return gr.Dropdown(model.choices, value=value, label=label, info="type to search", allow_custom_value=True)
+
+
+def gallery(label: str, name: str, columns: int = 4) -> gr.Gallery:
+    """Pictures side by side, pixels kept sharp."""
+    return gr.Gallery(
+        label=label,
+        columns=columns,
+        elem_id=name,
+        elem_classes="pixels",
+        height="auto",
+        object_fit="contain",
+        format="png",
+    )
+
+
+def upload_box(label: str, name: str, height: int) -> gr.Image:
+    """Where an image is dropped; what it gives is the place of the uploaded file."""
+    return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=height, elem_id=name)
+
+
+def paced(frames: Iterator[Any], seconds: float = 0.3) -> Iterator[Any]:
+    """The same, with so much time in between that a browser has shown each."""
+    last = -seconds
+    for frame in frames:
+        time.sleep(max(0.0, last + seconds - time.monotonic()))
+        last = time.monotonic()
+        yield frame
+
+
+def film(frames: list[list[Image.Image]]) -> Image.Image:
+    """Rows of images, a column for each scale done."""
+    columns = [
+        torch.stack([torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float() for image in frame[:4]])
+        for frame in frames
+    ]
+    return pictures.grid(pictures.columns_of(*columns), columns=len(columns), min_side=96)
+
+
+def sample_tab(model: Model, max_batch: int) -> gr.State:
+    """Classes to images, scale by scale. Returns the samples made last."""
+    samples = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            label = class_choice(model, "class", model.choices[0])
+            controls = Controls(model, max_batch, 8, 1.5)
+            button = gr.Button("Sample", variant="primary", elem_id="sample-button")
+        with gr.Column(scale=2, min_width=300):
+            status = gr.Markdown("The image appears scale by scale, coarse to fine.", elem_id="sample-status")
+            images = gallery("samples", "samples")
+            strip = gr.Image(label="scale by scale", elem_id="film", elem_classes="pixels", format="png", buttons=[])
+
+    def draw(choice: str | None, *given: Any) -> Iterator[Any]:
+        settings = controls.read(*given)
+        frames: list[list[Image.Image]] = []
+        for drawn, scales in paced(model.sample(model.label(choice), **settings)):
+            frames.append(drawn)
+            done = len(scales) == len(model.scales)
+            text = f"**{' → '.join(scales)}**" + (f", seed {settings['seed']}" if done else " …")
+            yield [enlarged(image) for image in drawn], film(frames), text, drawn
+
+    button.click(
+        told(draw), [label, *controls.inputs], [images, strip, status, samples], concurrency_id=NETWORK,
+        concurrency_limit=1, show_progress="minimal", api_visibility="private",
+    )  # fmt: skip
+    return samples
+
+
+def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
+    """An image, a painted region, a class: what it becomes."""
+    current = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            upload = upload_box("an image of your own", "edit-upload", 160)
+            take = gr.Button("or take the first sample", elem_id="take-sample")
+            editor = gr.ImageEditor(
+                label="paint over what is to change", type="numpy", sources=[], layers=False, transforms=[], elem_id="editor",
+                brush=gr.Brush(default_size=32, colors=["#ff3b30"], color_mode="fixed"), height=380, format="png",
+                buttons=[], elem_classes="pixels",
+            )  # fmt: skip
+        with gr.Column(scale=1, min_width=300):
+            label = class_choice(model, "new class (empty: none)", None)
+            region = gr.Radio(["inside", "outside"], value="inside", label="draw anew what lies ... of the paint")
+            strength = gr.Slider(0.1, 1, 1, step=0.05, label="strength (below 1 the coarse scales stay)")
+            controls = Controls(model, max_batch, 4, 3.0)
+            button = gr.Button("Edit", variant="primary", elem_id="edit-button")
+            status = gr.Markdown("", elem_id="edit-status")
+            results = gallery("edits", "edits")
+
+    def show(image: Image.Image) -> tuple[Any, Image.Image]:
+        large = enlarged(image, 360)
+        return {"background": np.asarray(large), "layers": [], "composite": np.asarray(large)}, image
+
+    def bring(path: str | None) -> tuple[Any, Any]:
+        return (None, None) if path is None else show(read_upload(path, model.side))
+
+    def take_sample(made: list[Image.Image]) -> tuple[Any, Image.Image]:
+        if not made:
+            raise ValueError("there is no sample yet: draw one in the first tab")
+        return show(made[0])
+
+    def change(
+        image: Image.Image | None,
+        painted: dict[str, Any] | None,
+        choice: str | None,
+        where: str,
+        strong: float,
+        *given: Any,
+    ) -> tuple[list[Image.Image], str]:
+        settings = controls.read(*given)
+        if image is None or not painted:
+            raise ValueError("bring an image first, or take a sample")
+        layers = painted["layers"]
+        marked = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
+        strong = number_within("strength", strong, 0.1, 1)
+        edited, words = model.edit(
+            image, marked, model.label(choice), is_inverted=where == "outside", strength=strong, **settings
+        )
+        return [enlarged(result) for result in edited], words
+
+    shown = [editor, current]
+    upload.change(told(bring), upload, shown, show_progress="minimal", api_visibility="private")
+    take.click(told(take_sample), samples, shown, api_visibility="private")
+    button.click(
+        told(change), [current, editor, label, region, strength, *controls.inputs], [results, status],
+        concurrency_id=NETWORK, show_progress="minimal", api_visibility="private",
+    )  # fmt: skip
+
+
+def tokenizer_tab(model: Model) -> None:
+    """One image through the tokenizer: what each scale adds."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            upload = upload_box("drop an image", "drop", 220)
+            table = gr.Dataframe(
+                headers=list(Dissection.HEAD), interactive=False, elem_id="scales", wrap=True, buttons=[],
+                column_widths=["22%", "23%", "22%", "33%"],
+            )  # fmt: skip
+        with gr.Column(scale=2, min_width=300):
+            reconstructions = gallery("reconstruction after each scale", "reconstructions", 6)
+            residuals = gallery("residual left after each scale (bright: much)", "residuals", 6)
+            indices = gallery("codebook indices (one color, one code)", "indices", 6)
+
+    def dissect(path: str | None) -> tuple[Any, ...]:
+        if path is None:
+            return [], [], [], []
+        seen = read_upload(path, model.side)
+        found = model.dissect(seen)
+        named = zip(found.reconstructions, model.scales, strict=True)
+        return (
+            [(enlarged(seen), "original"), *((enlarged(image), scale) for image, scale in named)],
+            list(zip(found.residuals, model.scales, strict=True)),
+            list(zip(found.indices, model.scales, strict=True)),
+            [list(row) for row in found.rows],
+        )
+
+    upload.change(
+        told(dissect), upload, [reconstructions, residuals, indices, table], concurrency_id=NETWORK, show_progress="minimal",
+        api_visibility="private",
+    )  # fmt: skip
+
+
+def scaling_tab(sweep: Sweep | None, every: float) -> None:
+    """The sweep's runs and figures, read again while it goes on."""
+    if sweep is None:
+        gr.Markdown("Start the page with `runs=FOLDER` to see a sweep here: its table, its figures, while it runs.")
+        return
+    gr.Markdown(f"Runs of `{sweep.source}`, read again every {every:g} seconds while this tab is open.")
+    words = gr.Code(label="what they say", language=None, elem_id="words", interactive=False, lines=3, wrap_lines=True)
+    figures = gr.Gallery(
+        label="figures", columns=1, height="auto", object_fit="contain", elem_id="figures", format="png"
+    )
+    table = gr.Dataframe(interactive=False, elem_id="runs", label="runs", buttons=[])
+    seen: dict[str, Any] = {}
+
+    def look(is_first: bool = False) -> tuple[Any, Any, Any]:
+        columns, rows, drawn, text = sweep.look()
+        state = {"rows": rows, "text": text}
+        if seen == state and not is_first:
+            return gr.skip(), gr.skip(), gr.skip()
+        seen.clear()
+        seen.update(state)
+        return text, [Image.open(file).convert("RGB") for file in drawn], {"headers": columns, "data": rows}
+
+    outputs: list[Any] = [words, figures, table]
+    gr.Timer(every).tick(told(look), None, outputs, show_progress="hidden", api_visibility="private")
+    gr.on(None, told(partial(look, True)), None, outputs, show_progress="minimal", api_visibility="private")
+
+
+def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
+    """Two checkpoints, same class, same seeds."""
+    if other is None:
+        gr.Markdown("Start the page with `compare=CHECKPOINT` to see two models side by side.")
+        return
+    label = class_choice(model, "class", model.choices[0])
+    controls = Controls(model, max_batch, 8, 1.5)
+    button = gr.Button("Sample both", variant="primary", elem_id="compare-button")
+    with gr.Row():
+        first, second = gallery(model.name, "first-model"), gallery(other.name, "second-model")
+
+    def draw(choice: str | None, *given: Any) -> Iterator[Any]:
+        settings = controls.read(*given)
+        name = None if not choice else choice.split(": ", 1)[-1]
+        for drawn, _ in paced(model.sample(model.label(choice), **settings)):
+            yield [enlarged(image) for image in drawn], gr.skip()
+        for drawn, _ in paced(other.sample(other.label(name), **settings)):
+            yield gr.skip(), [enlarged(image) for image in drawn]
+
+    button.click(
+        told(draw), [label, *controls.inputs], [first, second], concurrency_id=NETWORK, show_progress="minimal",
+        api_visibility="private",
+    )  # fmt: skip
+
+
+def build(model: Model, other: Model | None, sweep: Sweep | None, max_batch: int, refresh_s: float) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="varlab", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        sides = ", ".join(model.scales)
+        gr.Markdown(f"# varlab\n`{model.name}`: VAR of depth {model.var.depth}, {model.side} px, token maps {sides}.")
+        with gr.Tab("Sample"):
+            samples = sample_tab(model, max_batch)
+        with gr.Tab("Edit"):
+            edit_tab(model, max_batch, samples)
+        with gr.Tab("Tokenizer"):
+            tokenizer_tab(model)
+        with gr.Tab("Scaling"):
+            scaling_tab(sweep, refresh_s)
+        with gr.Tab("Compare"):
+            compare_tab(model, other, max_batch)
+    return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)

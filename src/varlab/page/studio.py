@@ -1,0 +1,208 @@
+"""What the page shows, as plain functions: a trained model, images that people bring, a sweep. Knows nothing of the browser."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.colors import hsv_to_rgb
+from PIL import Image
+from torch import Tensor
+
+from varlab import checkpoints, pictures
+from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
+from varlab.drawing import Settings
+from varlab.editing import composite, edit, edit_errors, latent_mask
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+from varlab.pipeline import label_of
+from varlab.sampling import decode, generate_scales
+from varlab.scaling.analysis import Settings as FitSettings
+from varlab.scaling.analysis import analyse
+from varlab.scaling.plot import figures
+from varlab.scaling.report import SHOWN, lines_of, shown
+from varlab.scaling.runs import collect
+
+MAX_PIXELS = 50_000_000  # of an image that somebody brings
+SHOWN_SIDE = 256  # pixels to which small images are enlarged by whole factors
+
+
+def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
+    """A small image with every pixel repeated, so that a browser does not blur it."""
+    factor = max(1, side // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def to_images(batch: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
+    """Images in [0, 1] as pictures."""
+    return [Image.fromarray(pixels) for pixels in pictures.to_uint8(batch)]
+
+
+def read_upload(path: str | Path, side: int) -> Image.Image:
+    """The square of `side` pixels that the model sees of an image file: cut from its middle.
+
+    Raises ValueError, in a sentence without the file's place, for what is no image or a far too large one.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"the image has {image.width} x {image.height} pixels: bring one of 50 million at most"
+                )
+            return Image.fromarray(np.asarray(preprocess(open_rgb(image), side, 1.0, Crop())))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("this file is no image that can be read: bring a PNG, JPEG or WebP") from error
+
+
+class Model:
+    """One checkpoint, ready to draw."""
+
+    def __init__(self, path: str, device: str) -> None:
+        self.name = Path(path).parent.parent.name if Path(path).suffix == ".ckpt" else Path(path).name
+        self.tokenizer: MSVQVAE
+        self.var: VAR
+        self.tokenizer, self.var, names = checkpoints.load(path)
+        self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
+        self.class_names = names or [str(number) for number in range(self.var.num_classes)]
+        self.side = self.tokenizer.image_size[0]
+
+    @property
+    def scales(self) -> list[str]:
+        """1x1, 2x2, ..."""
+        return [f"{h}x{w}" for h, w in self.tokenizer.quantizer.sides]
+
+    @property
+    def choices(self) -> list[str]:
+        """Classes by number and name, to be searched through."""
+        return [f"{number}: {name}" for number, name in enumerate(self.class_names)]
+
+    def label(self, choice: str | None) -> int:
+        """The class that was chosen or typed; none is the null label. Raises ValueError naming the nearest names."""
+        if not choice or not choice.strip():
+            return self.var.null_label
+        number = choice.split(":")[0]
+        return label_of(int(number) if number.isdigit() else choice, self.class_names, self.var.num_classes)
+
+    def sample(self, label: int, num: int, seed: int, **drawing: Any) -> Iterator[tuple[list[Image.Image], list[str]]]:
+        """After each scale: the images so far, `num` of them, and the names of the scales done."""
+        labels = torch.full((num,), label, device=self.device)
+        loop = generate_scales(self.var, self.tokenizer, labels, Settings(**drawing), seed=seed)
+        for k, (f_hat, _) in enumerate(loop):
+            yield to_images(decode(self.tokenizer, f_hat)), self.scales[: k + 1]
+
+    def tensor(self, image: Image.Image) -> Float[Tensor, "1 3 H W"]:
+        """One image as the networks want it."""
+        return to_tensor([np.asarray(image)]).to(self.device)
+
+    def edit(
+        self,
+        image: Image.Image,
+        region: np.ndarray,
+        label: int,
+        num: int,
+        seed: int,
+        is_inverted: bool,
+        **settings: Any,
+    ) -> tuple[list[Image.Image], str]:
+        """Edits of the square `image` where `region` (H W, of any size) is above 0, or everywhere else; and what came of it in words.
+
+        Raises ValueError for an empty region."""
+        mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize(
+            (self.side, self.side), Image.Resampling.NEAREST
+        )
+        chosen = torch.from_numpy(np.asarray(mask) > 0).float().to(self.device)
+        keep = chosen if is_inverted else 1 - chosen
+        if not (keep == 0).any() or not chosen.any():
+            raise ValueError("paint over the part that is to change: nothing is marked yet")
+        original = self.tensor(image).repeat(num, 1, 1, 1)
+        labels = torch.full((num,), label, device=self.device)
+        kept = latent_mask(keep, self.tokenizer.quantizer.sides[-1])
+        edited = edit(self.var, self.tokenizer, original, kept, labels, seed=seed, **settings)
+        pixels = original / 2 + 0.5
+        errors = edit_errors(edited, pixels, keep)
+        told = (
+            f"{100 * float(1 - keep.mean()):.0f} % of the image was drawn anew. Before the kept pixels were put back the seam was"
+            f" {errors.seam:.1f} levels of 255 (usual step {errors.usual:.1f})."
+        )
+        return to_images(composite(edited, pixels, keep)), told
+
+    @torch.no_grad()
+    def dissect(self, image: Image.Image) -> "Dissection":
+        """What the tokenizer makes of a square image, scale by scale."""
+        images = self.tensor(image)
+        quantizer = self.tokenizer.quantizer
+        features = self.tokenizer.features(images).float()
+        token_maps = quantizer.encode(features)
+        partial = quantizer.partial_sums(token_maps)
+        whole = float(features.square().mean())
+        energy = [float((features - f_hat).square().mean()) / whole for f_hat in partial]
+        residuals = [(features - f_hat)[0].square().mean(dim=0).sqrt().cpu().numpy() for f_hat in partial]
+        return Dissection(
+            reconstructions=[to_images(decode(self.tokenizer, f_hat))[0] for f_hat in partial],
+            residuals=[heatmap(residual, max(float(r.max()) for r in residuals)) for residual in residuals],
+            indices=[
+                indices_picture(tokens[0].cpu().numpy().reshape(sides), quantizer.codebook_size)
+                for tokens, sides in zip(token_maps, quantizer.sides, strict=True)
+            ],
+            rows=[
+                [scale, len(tokens[0]), len(tokens[0].unique()), round(100 * share, 1)]
+                for scale, tokens, share in zip(self.scales, token_maps, energy, strict=True)
+            ],
+        )
+
+
+class Dissection:
+    """Pictures and figures of each scale, coarse to fine."""
+
+    def __init__(
+        self,
+        reconstructions: Sequence[Image.Image],
+        residuals: Sequence[Image.Image],
+        indices: Sequence[Image.Image],
+        rows: Sequence[Sequence[Any]],
+    ) -> None:
+        self.reconstructions, self.residuals, self.indices, self.rows = reconstructions, residuals, indices, rows
+
+    HEAD = ("scale", "tokens", "codes", "energy left, %")
+
+
+def heatmap(values: np.ndarray, top: float) -> Image.Image:
+    """A map of values from 0 to `top` in colours, dark to bright."""
+    colours = matplotlib.colormaps["magma"](np.clip(values / max(top, 1e-12), 0, 1))[..., :3]
+    return enlarged(Image.fromarray((colours * 255).astype(np.uint8)))
+
+
+def indices_picture(indices: np.ndarray, codebook_size: int) -> Image.Image:
+    """Codebook indices as colours: the same code has the same colour at every place and scale."""
+    hue = (np.arange(codebook_size) * 0.61803398875) % 1  # neighbors in the codebook get colours far apart
+    value = 0.55 + 0.45 * ((np.arange(codebook_size) * 0.7548776662) % 1)
+    palette = hsv_to_rgb(np.stack([hue, np.full(codebook_size, 0.65), value], axis=1))
+    return enlarged(Image.fromarray((palette[indices] * 255).astype(np.uint8)))
+
+
+class Sweep:
+    """Runs of a sweep, finished or still going, and the figures drawn of them."""
+
+    def __init__(self, source: str, folder: Path) -> None:
+        self.source, self.folder = source, folder
+
+    def look(self) -> tuple[list[str], list[list[str]], list[Path], str]:
+        """Columns, a row for each run, figures (PNG), what was found in words. What cannot be fitted yet is said, not raised."""
+        try:
+            runs = collect([self.source], use_unfinished=True)
+        except (ValueError, OSError) as error:
+            return list(SHOWN), [], [], f"No runs yet: {error}"
+        columns = ["state", *SHOWN]
+        rows = [[shown(row.get(column)) for column in columns] for row in runs.rows]
+        told = [*runs.left_out]
+        drawn: list[Path] = []
+        try:
+            analysis = analyse(runs, FitSettings(floor=0.0, bootstraps=200))
+            told = [*lines_of(analysis), *told]
+            drawn = [kinds[0].with_suffix(".png") for kinds in figures(analysis, self.folder).values()]
+        except (ValueError, ZeroDivisionError) as error:
+            told.append(f"Not fitted yet: {error}")
+        return columns, rows, drawn, "\n".join(told)
