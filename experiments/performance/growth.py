@@ -83,6 +83,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             panel.loglog(x, y, "o", color="#08519c", label="measured")
             panel.loglog(x, flops * y[middle] / flops[middle], "-", color="#888888", label="FLOPs counted")
             panel.set_xlabel(label)
+            panel.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
+            panel.set_xticks([], minor=True)
             panel.set_title(f"{work}: slope {own[0]['slope']}" if own[0]["slope"] else work, fontsize=10)
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("seconds an image")

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 from inspect import isgeneratorfunction
 from typing import Any
 
@@ -123,8 +123,10 @@ def gallery(label: str, name: str, columns: int = 4) -> gr.Gallery:
 
 
 def upload_box(label: str, name: str, height: int) -> gr.Image:
-    """Where an image is dropped; what it gives is the place of the uploaded file."""
-    return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=height, elem_id=name)
+    """Where an image is dropped. Handlers get the place of the file: Gradio would open it first, and show a bare "Error" for a bad one."""
+    box = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=height, elem_id=name)
+    box.preprocess = lambda payload: payload and payload.path
+    return box
 
 
 def paced(frames: Iterator[Any], seconds: float = 0.3) -> Iterator[Any]:
@@ -279,20 +281,17 @@ def scaling_tab(sweep: Sweep | None, every: float) -> None:
         label="figures", columns=1, height="auto", object_fit="contain", elem_id="figures", format="png"
     )
     table = gr.Dataframe(interactive=False, elem_id="runs", label="runs", buttons=[])
-    seen: dict[str, Any] = {}
+    known = gr.State(-1)  # which view this visitor sees
 
-    def look(is_first: bool = False) -> tuple[Any, Any, Any]:
-        columns, rows, drawn, text = sweep.look()
-        state = {"rows": rows, "text": text}
-        if seen == state and not is_first:
-            return gr.skip(), gr.skip(), gr.skip()
-        seen.clear()
-        seen.update(state)
-        return text, [Image.open(file).convert("RGB") for file in drawn], {"headers": columns, "data": rows}
+    def look(number: int) -> tuple[Any, ...]:
+        view = sweep.look()
+        if view.number == number:
+            return (gr.skip(),) * 4
+        return view.text, view.figures, {"headers": view.columns, "data": view.rows}, view.number
 
-    outputs: list[Any] = [words, figures, table]
-    gr.Timer(every).tick(told(look), None, outputs, show_progress="hidden", api_visibility="private")
-    gr.on(None, told(partial(look, True)), None, outputs, show_progress="minimal", api_visibility="private")
+    outputs = [words, figures, table, known]
+    gr.Timer(every).tick(told(look), known, outputs, show_progress="hidden", api_visibility="private")
+    gr.on(None, told(look), known, outputs, show_progress="minimal", api_visibility="private")
 
 
 def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:

@@ -1,8 +1,10 @@
 """What the page shows, as plain functions: a trained model, images that people bring, a sweep. Knows nothing of the browser."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -24,7 +26,7 @@ from varlab.scaling.analysis import Settings as FitSettings
 from varlab.scaling.analysis import analyse
 from varlab.scaling.plot import figures
 from varlab.scaling.report import SHOWN, lines_of, shown
-from varlab.scaling.runs import collect
+from varlab.scaling.runs import Runs, collect
 
 MAX_PIXELS = 50_000_000  # of an image that somebody brings
 SHOWN_SIDE = 256  # pixels to which small images are enlarged by whole factors
@@ -154,19 +156,15 @@ class Model:
         )
 
 
+@dataclass(frozen=True)
 class Dissection:
-    """Pictures and figures of each scale, coarse to fine."""
+    """Pictures and figures of each scale, coarse to fine; the columns of `rows` are named by HEAD."""
 
-    def __init__(
-        self,
-        reconstructions: Sequence[Image.Image],
-        residuals: Sequence[Image.Image],
-        indices: Sequence[Image.Image],
-        rows: Sequence[Sequence[Any]],
-    ) -> None:
-        self.reconstructions, self.residuals, self.indices, self.rows = reconstructions, residuals, indices, rows
-
-    HEAD = ("scale", "tokens", "codes", "energy left, %")
+    HEAD: ClassVar = ("scale", "tokens", "codes", "energy left, %")
+    reconstructions: Sequence[Image.Image]
+    residuals: Sequence[Image.Image]
+    indices: Sequence[Image.Image]
+    rows: Sequence[Sequence[Any]]
 
 
 def heatmap(values: np.ndarray, top: float) -> Image.Image:
@@ -183,26 +181,45 @@ def indices_picture(indices: np.ndarray, codebook_size: int) -> Image.Image:
     return enlarged(Image.fromarray((palette[indices] * 255).astype(np.uint8)))
 
 
+@dataclass(frozen=True)
+class View:
+    """What a sweep looked like when it was read. `number` rises with each change."""
+
+    number: int
+    columns: list[str]
+    rows: list[list[str]]
+    figures: list[Image.Image]
+    text: str
+
+
 class Sweep:
-    """Runs of a sweep, finished or still going, and the figures drawn of them."""
+    """Runs of a sweep, finished or still going, and the figures drawn of them; fitted and drawn once for all visitors."""
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source, self.folder = source, folder
+        self.lock, self.rows = Lock(), None
+        self.view = View(0, list(SHOWN), [], [], "")
 
-    def look(self) -> tuple[list[str], list[list[str]], list[Path], str]:
-        """Columns, a row for each run, figures (PNG), what was found in words. What cannot be fitted yet is said, not raised."""
-        try:
-            runs = collect([self.source], use_unfinished=True)
-        except (ValueError, OSError) as error:
-            return list(SHOWN), [], [], f"No runs yet: {error}"
-        columns = ["state", *SHOWN]
+    def look(self) -> View:
+        """The runs as they are now. What cannot be fitted yet is said, not raised."""
+        with self.lock:
+            try:
+                runs = collect([self.source], use_unfinished=True)
+            except (ValueError, OSError) as error:
+                return View(0, list(SHOWN), [], [], f"No runs yet: {error}")
+            if runs.rows != self.rows:
+                self.rows, self.view = runs.rows, self.drawn(runs, self.view.number + 1)
+            return self.view
+
+    def drawn(self, runs: Runs, number: int) -> View:
+        """Table, figures and words of these runs."""
+        columns, told, images = ["state", *SHOWN], list(runs.left_out), []
         rows = [[shown(row.get(column)) for column in columns] for row in runs.rows]
-        told = [*runs.left_out]
-        drawn: list[Path] = []
         try:
             analysis = analyse(runs, FitSettings(floor=0.0, bootstraps=200))
             told = [*lines_of(analysis), *told]
-            drawn = [kinds[0].with_suffix(".png") for kinds in figures(analysis, self.folder).values()]
+            files = [kinds[0].with_suffix(".png") for kinds in figures(analysis, self.folder).values()]
+            images = [Image.open(file).convert("RGB") for file in files]
         except (ValueError, ZeroDivisionError) as error:
             told.append(f"Not fitted yet: {error}")
-        return columns, rows, drawn, "\n".join(told)
+        return View(number, columns, rows, images, "\n".join(told))

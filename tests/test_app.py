@@ -1,0 +1,308 @@
+"""The page in a real browser: sample, edit, drop an image, watch a sweep, compare; what attackers and mistakes get."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer, make_var
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+from servers import free_port
+from test_scaling import make_runs
+
+from varlab.page.studio import Model, indices_picture, read_upload
+from varlab.pictures import to_uint8
+from varlab.pretrained import save_pretrained
+from varlab.sampling import generate
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two export folders of untrained networks with named classes."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        save_pretrained(folder / name, make_tokenizer(), make_var(), ["cat", "dog", "owl"], {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Runs of three depths."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_runs(folder, depths=(1, 2, 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(models, sweep):
+    """Address of the page, served as a user would."""
+    port = free_port()
+    given = [f"checkpoint={models / 'first'}", f"compare={models / 'second'}", f"runs={sweep}", f"port={port}"]
+    command = [sys.executable, "-m", "varlab.cli", "app", *given, "refresh_s=1", "max_upload_mb=0.5"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert server.stdout is not None
+    said = server.stdout.readline()
+    assert f"http://127.0.0.1:{port}" in said, said
+    yield f"http://127.0.0.1:{port}"
+    server.send_signal(signal.SIGINT)
+    rest = server.communicate(timeout=30)[0]
+    assert "a request to the page failed" not in rest, rest
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[1280, 390], ids=["wide", "narrow"])
+def page(request, browser, url):
+    """The page, open; nothing may stick out, and no script may fail."""
+    page, errors = browser.new_page(viewport={"width": request.param, "height": 820}), []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.set_default_timeout(30_000)
+    page.goto(url)
+    page.wait_for_selector("#sample-button")
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert not errors
+    page.close()
+
+
+def open_tab(page, name: str) -> None:
+    """Also where a narrow page hides it in a menu."""
+    tab = page.get_by_role("tab", name=name)
+    if not tab.count():
+        page.locator(".overflow-menu > button").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name)
+    tab.click()
+
+
+def sources(page, selector: str) -> list[str]:
+    """Addresses of the pictures shown in a part of the page."""
+    return page.eval_on_selector_all(f"{selector} img", "all => all.map(image => image.src)")
+
+
+def sample(page, seed: int = 0) -> list[str]:
+    """Draws with what is set; addresses of the images."""
+    page.click("#sample-button")
+    page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for()
+    page.wait_for_selector("#film img")
+    return sources(page, "#samples")
+
+
+def picture(folder: Path) -> Path:
+    """A noisy image of 40 x 30 pixels."""
+    file = folder / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+@needs_browser
+def test_samples_appear_and_follow_seed_and_class(page):
+    first = sample(page)
+    assert len(first) == 8 and len(set(first)) == 8
+    seed = page.get_by_label("seed").first
+    seed.fill("5")
+    seed.blur()
+    other = sample(page, seed=5)
+    assert other[:3] == first[5:]  # image i has seed + i
+    assert not set(other[3:]) & set(first)
+
+
+@needs_browser
+def test_a_class_is_found_by_its_name(page):
+    box = page.get_by_label("class").first
+    box.click()
+    box.fill("")
+    box.press_sequentially("ow")
+    expect(page.get_by_role("option")).to_have_count(1)
+    page.get_by_role("option").click()
+    expect(box).to_have_value("2: owl")
+    assert sample(page)
+
+
+@needs_browser
+def test_a_painted_mask_edits_a_sample(page):
+    sample(page)
+    open_tab(page, "Edit")
+    page.click("#edit-button")
+    page.get_by_text("bring an image first, or take a sample").wait_for()
+    page.click("#take-sample")
+    canvas = page.locator("#editor canvas").first
+    page.wait_for_function("document.querySelector('#editor canvas').offsetHeight > 100")
+    page.wait_for_timeout(1500)  # the editor draws the image on its own time
+    page.click("#edit-button")
+    page.get_by_text("nothing is marked yet").wait_for()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y - 20)
+    page.mouse.down()
+    page.mouse.move(x + 40, y - 20, steps=8)
+    page.mouse.move(x + 40, y + 30, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(700)
+    page.click("#edit-button")
+    page.wait_for_selector("#edits img")
+    share = int(re.search(r"(\d+) % of the image", page.inner_text("#edit-status"))[1])
+    assert 2 < share < 60
+    assert len(sources(page, "#edits")) == 4
+
+
+@needs_browser
+def test_a_dropped_image_shows_what_each_scale_adds(page, tmp_path):
+    open_tab(page, "Tokenizer")
+    page.set_input_files("#drop input[type=file]", picture(tmp_path))
+    page.wait_for_selector("#indices img")
+    assert [len(sources(page, f"#{name}")) for name in ("reconstructions", "residuals", "indices")] == [5, 4, 4]
+    text = page.inner_text("#scales")
+    assert all(scale in text for scale in ("1x1", "2x2", "3x3", "4x4"))
+
+
+@needs_browser
+@pytest.mark.parametrize("tab", ["Tokenizer", "Edit"])
+def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
+    (tmp_path / "bad.png").write_bytes(b"no image at all" * 50)
+    open_tab(page, tab)
+    page.set_input_files(
+        {"Tokenizer": "#drop", "Edit": "#edit-upload"}[tab] + " input[type=file]", tmp_path / "bad.png"
+    )
+    page.get_by_text("this file is no image that can be read").first.wait_for()
+    assert "Traceback" not in page.content()
+
+
+@needs_browser
+def test_a_sweep_is_read_again_while_it_grows(page, sweep):
+    open_tab(page, "Scaling")
+    page.wait_for_selector("#figures img")
+    assert "val_loss" in page.inner_text("#words")
+    assert all(f"d{depth}-38400" in page.inner_text("#runs") for depth in (1, 2, 3))
+    before, new = page.inner_text("#words"), max(int(run.name[1:].split("-")[0]) for run in sweep.iterdir()) + 1
+    make_runs(sweep, depths=(new,))
+    page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for()
+    assert page.inner_text("#words") != before
+
+
+@needs_browser
+def test_two_models_are_compared(page):
+    open_tab(page, "Compare")
+    page.click("#compare-button")
+    page.wait_for_selector("#second-model img")
+    page.wait_for_function("document.querySelectorAll('#second-model img').length == 8")
+    assert set(sources(page, "#first-model")) != set(sources(page, "#second-model"))
+
+
+def refused(address: str, data: bytes | None = None, kind: str = "application/json") -> int:
+    """Status of an answer that gives nothing away."""
+    request = urllib.request.Request(address, data=data, headers={"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert b"root:" not in answer.read()
+            return answer.status
+    except urllib.error.HTTPError as error:
+        assert b"root:" not in error.read()
+        return error.code
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "//etc/passwd", "..%2f..%2f..%2fetc/passwd", "file:///etc/passwd"])
+def test_no_file_of_the_host_is_served(url, path, models):
+    assert refused(f"{url}/gradio_api/file={path}") in (400, 403, 404)
+    assert refused(f"{url}/gradio_api/file={models / 'first/config.json'}") in (400, 403, 404)
+
+
+def test_a_forged_upload_cannot_name_a_file_of_the_host(url, tmp_path):
+    """The place of an uploaded file comes from the browser: one that was not uploaded is refused."""
+    secret = tmp_path / "secret.png"
+    picture(tmp_path).rename(secret)
+    with urllib.request.urlopen(f"{url}/config", timeout=20) as answer:
+        config = json.load(answer)
+    drop = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "drop")
+    handler = next(one for one in config["dependencies"] if one["targets"] and one["targets"][0] == [drop, "change"])
+    given = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [given], "fn_index": handler["id"], "session_hash": "forged"}
+    assert refused(f"{url}/gradio_api/queue/join", json.dumps(body).encode()) in (200, 403, 422)
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=forged", timeout=30) as stream:
+        events = stream.read().decode()
+    assert '"success":false' in events.replace(" ", "") and "image.png" not in events
+
+
+def test_an_upload_above_the_limit_is_refused(url):
+    boundary, content = "x" * 20, os.urandom(600_000)
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    assert refused(f"{url}/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}") == 413
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["max_batch=0"], "max_batch, max_upload_mb and refresh_s must be positive"),
+        (["checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
+        (["port=TAKEN"], "cannot be used"),
+    ],
+)
+def test_what_cannot_be_served_is_said(models, url, settings, message):
+    settings = [setting.replace("TAKEN", url.rsplit(":", 1)[1]) for setting in settings]
+    command = [sys.executable, "-m", "varlab.cli", "app", f"checkpoint={models / 'first'}", *settings]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 1 and message in answer.stdout
+    assert "Traceback" not in answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("size", [(16, 16), (90, 30), (7, 200)])
+def test_uploads_become_the_square_that_the_model_sees(size, tmp_path):
+    Image.new("RGB", size, (200, 30, 10)).save(tmp_path / "a.png")
+    seen = read_upload(tmp_path / "a.png", 16)
+    assert seen.size == (16, 16) and seen.getpixel((8, 8)) == (200, 30, 10)
+
+
+def test_a_bomb_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("L", (10_000, 6_000)).save(buffer, "png")
+    (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="10000 x 6000 pixels: bring one of 50 million at most"):
+        read_upload(tmp_path / "bomb.png", 16)
+
+
+def test_the_last_sample_is_the_image_of_generate_and_energy_falls(models):
+    model = Model(str(models / "first"), "cpu")
+    frames = [drawn for drawn, _ in model.sample(1, 3, 7, cfg_scale=2.0, top_k=5)]
+    assert len(frames) == 4 and all(len(frame) == 3 for frame in frames)
+    images = generate(model.var, model.tokenizer, torch.tensor([1, 1, 1]), seed=7, cfg_scale=2.0, top_k=5)
+    for shown, pixels in zip(frames[-1], to_uint8(images), strict=True):
+        assert np.array_equal(np.asarray(shown), pixels)
+    found = model.dissect(frames[-1][0])
+    features = model.tokenizer.features(model.tensor(frames[-1][0])).detach()
+    partial = model.tokenizer.quantizer.partial_sums(model.tokenizer.encode(model.tensor(frames[-1][0])))
+    left = [100 * float((features - f_hat.detach()).square().mean() / features.square().mean()) for f_hat in partial]
+    assert [row[3] for row in found.rows] == pytest.approx(left, abs=0.06)
+
+
+def test_the_same_code_has_the_same_color_and_others_another():
+    picture = np.asarray(indices_picture(np.array([[3, 700], [3, 701]]), 4096))
+    side = len(picture) // 2
+    assert (picture[0, 0] == picture[side, 0]).all()
+    colors = {
+        tuple(color) for color in np.asarray(indices_picture(np.arange(4096).reshape(64, 64), 4096)).reshape(-1, 3)
+    }
+    assert len(colors) > 4000
