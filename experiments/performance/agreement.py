@@ -1,6 +1,6 @@
 """What bf16 changes: the tokens of a trained tokenizer, and the loss of a network over 500 steps beside the spread of seeds.
 
-    python experiments/performance/agreement.py tokens TOKENIZER SHARDS [--resolution 64] [--device cuda]
+    python experiments/performance/agreement.py tokens TOKENIZER SHARDS [FILE.csv] [--resolution 64] [--device cuda]
     python experiments/performance/agreement.py loss TOKENIZER TOKEN_CACHE OUT [--depth 4] [--trainer gpu]
 
 `tokens` codes the validation images in fp32 and under autocast, and decodes both. `loss` trains each seed twice, same weights and batches,
@@ -52,7 +52,7 @@ def tokens(given: argparse.Namespace) -> None:
     print(f"{100 * overall:.2f} % of tokens are the same; by scale {[row['same [%]'] for row in rows[:-1]]}")
     print(f"PSNR of reconstructions: {psnr[0]:.3f} dB from fp32 tokens, {psnr[1]:.3f} from bf16 tokens")
     rows = [{**row, "psnr fp32 [dB]": f"{psnr[0]:.3f}", "psnr bf16 [dB]": f"{psnr[1]:.3f}"} for row in rows]
-    save(HERE / "agreement_tokens.csv", rows, given.device)
+    save(given.out or HERE / "agreement_tokens.csv", rows, given.device)
 
 
 def loss(given: argparse.Namespace) -> None:
@@ -60,7 +60,7 @@ def loss(given: argparse.Namespace) -> None:
     curves: dict[tuple[int, str], dict[int, float]] = {}
     for seed in range(given.seeds):
         for precision in ("32-true", "bf16-mixed"):
-            run = given.out / f"{precision}-seed{seed}"
+            run = (given.out or Path("runs/agreement")) / f"{precision}-seed{seed}"
             if not (run / "run.json").is_file() or '"finished"' not in (run / "run.json").read_text():
                 command = [
                     *(sys.executable, "-m", "varlab.train", "experiment=var_digits", f"trainer={given.trainer}"),
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("what", choices=["tokens", "loss"])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("shards", type=Path, help="shards, or a token cache for loss")
-    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/agreement"))
+    parser.add_argument("out", type=Path, nargs="?", help="folder of runs, or CSV of tokens")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--device", default="cpu")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +35,7 @@ from measure import Ceilings, Contender, compete, machine, save, timed
 from released import released_tokenizer, released_var
 from show import show
 
-from varlab import compute, losses
+from varlab import compute, losses, scales
 from varlab.data.pack import pack
 from varlab.data.sources import folder_source
 from varlab.drawing import Settings
@@ -45,7 +46,7 @@ from varlab.training.optim import parameter_groups
 
 HERE = Path(__file__).parent
 FULL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-PARTS = ("training", "tokenizer", "sampling", "data", "start")
+PARTS = ("training", "memory", "tokenizer", "sampling", "data", "start")
 SETTINGS: dict[str, Any] = {"cfg_scale": 1.5, "top_k": 900, "top_p": 0.96}
 
 
@@ -158,6 +159,37 @@ class Bench:
                     )
                 )
         return found
+
+    def memory(self) -> Iterator[list[Contender]]:
+        """The same step while less of it is kept for the backward pass."""
+        name, batch, precision = self.given.trained[-1], self.given.batch, self.base
+        labels = torch.arange(batch, device=self.device)
+        length = scales.num_tokens(FULL)
+        inputs = torch.randn(batch, length - 1, 32, device=self.device)
+        sequence = torch.randint(4096, (batch, length), device=self.device)
+
+        def step(net: VAR, optimizer: torch.optim.Optimizer, chunks: int) -> None:
+            with self.cast(precision):
+                loss = net(inputs, labels, lambda x, place: losses.cross_entropy(x, sequence[:, place]), chunks).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        found = []
+        for code, recompute, chunks in [
+            ("all kept", "none", 1),
+            ("logits in 8 chunks", "none", 8),
+            ("recompute=selective", "selective", 1),
+            ("recompute=all", "all", 1),
+        ]:
+            net = VAR(int(name[1:]), FULL, 4096, 32, 1000).to(self.device).train()
+            for block in net.blocks:
+                block.recompute = recompute
+            optimizer = torch.optim.AdamW(parameter_groups(net), lr=0.0, fused=True)
+            run, flops = partial(step, net, optimizer, chunks), compute.training_flops(net.sizes)
+            contender = Contender("memory for time", f"{name}, batch {batch}", code, precision, run, batch)
+            found.append(replace(contender, flops=flops * batch, is_reference=code == "all kept"))
+        yield found
 
     @torch.no_grad()
     def tokenizing(self) -> Iterator[list[Contender]]:
@@ -313,7 +345,7 @@ def measure_part(given: argparse.Namespace, part: str) -> list[dict[str, Any]]:
     if part == "start":
         return rows + bench.start()
     comparisons = {
-        "training": bench.training, "tokenizer": bench.tokenizing, "sampling": bench.sampling, "data": bench.data,
+        "training": bench.training, "memory": bench.memory, "tokenizer": bench.tokenizing, "sampling": bench.sampling, "data": bench.data,
     }[part]  # fmt: skip
     return rows + [row for contenders in comparisons() for row in compete(contenders, given.device, ceilings)]
 
