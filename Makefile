@@ -79,7 +79,7 @@ app: $(INSTALLED) ## a web page on this machine, after the demo; ARGS="checkpoin
 	$(BIN)/varlab app $(or $(ARGS),checkpoint=runs/demo/var/checkpoints/last.ckpt runs=runs/demo/sweep)
 
 docs: $(INSTALLED) ## the documentation as a site, links checked -> site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(INSTALLED) ## training, tokenizer, sampling, data, start-up; beside the released code with ARGS="--released FOLDER"
 	$(BIN)/python experiments/performance/bench.py $(ARGS)

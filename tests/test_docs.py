@@ -215,3 +215,31 @@ def test_commands_of_a_page_run(page, world):
 def test_the_readme_repeats_commands_of_the_pages():
     known = {command for page in PAGES for command in commands(page)}
     assert [command for command in commands(ROOT / "README.md") if command not in known] == []
+
+
+def test_the_site_builds_and_a_broken_link_stops_it(tmp_path):
+    def build(folder: Path) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--config-file",
+            folder / "mkdocs.yml",
+            "--site-dir",
+            tmp_path / "site",
+        ]
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    answer = build(ROOT)
+    assert answer.returncode == 0, answer.stderr
+    reference = (tmp_path / "site/reference/index.html").read_text()
+    assert "MultiScaleQuantizer" in reference and "teacher_forcing_inputs" in reference
+    for name in ("docs", "experiments", "src", "mkdocs.yml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    with open(tmp_path / "docs/design.md", "a") as page:
+        page.write("\n[nowhere](nowhere.md)\n")
+    answer = build(tmp_path)
+    assert answer.returncode == 1 and "nowhere.md" in answer.stderr
