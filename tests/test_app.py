@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -210,6 +211,30 @@ def test_two_models_are_compared(page):
     page.wait_for_selector("#second-model img")
     page.wait_for_function("document.querySelectorAll('#second-model img').length == 8")
     assert set(sources(page, "#first-model")) != set(sources(page, "#second-model"))
+
+
+@needs_browser
+def test_visitors_at_once_each_get_their_images(browser, url):
+    pages = [browser.new_page() for _ in range(3)]
+    for seed, page in enumerate(pages):
+        page.goto(url)
+        page.get_by_label("seed").first.fill(str(20 * seed))
+        page.get_by_label("seed").first.blur()
+    for page in pages:
+        page.click("#sample-button")
+    shown = []
+    for seed, page in enumerate(pages):
+        page.locator("#sample-status").get_by_text(f"4x4, seed {20 * seed}").wait_for()
+        shown += sources(page, "#samples")
+        page.close()
+    assert len(set(shown)) == 24
+
+
+def test_only_this_machine_reaches_the_page(url):
+    port = int(url.rsplit(":", 1)[1])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(OSError):  # of a server that listens everywhere, 127.0.0.2 is an address too
+        socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
 def refused(address: str, data: bytes | None = None, kind: str = "application/json") -> int:

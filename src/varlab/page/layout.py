@@ -184,7 +184,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
             upload = upload_box("an image of your own", "edit-upload", 160)
             take = gr.Button("or take the first sample", elem_id="take-sample")
             editor = gr.ImageEditor(
-                label="paint over what is to change", type="numpy", sources=[], layers=False, transforms=[], elem_id="editor",
+                label="paint here", type="numpy", sources=[], layers=False, transforms=[], elem_id="editor",
                 brush=gr.Brush(default_size=32, colors=["#ff3b30"], color_mode="fixed"), height=380, format="png",
                 buttons=[], elem_classes="pixels",
             )  # fmt: skip
