@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -62,8 +61,9 @@ def url(models, sweep):
     said = server.stdout.readline()
     assert f"http://127.0.0.1:{port}" in said, said
     yield f"http://127.0.0.1:{port}"
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     rest = server.communicate(timeout=30)[0]
+    assert server.returncode == 0, rest
     assert "a request to the page failed" not in rest, rest
 
 

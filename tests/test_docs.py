@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -94,7 +93,7 @@ def small(command: str) -> list[str]:
     """The same command at other sizes; as printed it takes a GPU for days."""
     words = shlex.split(command)
     if words[0] == "make":
-        recipe = ["make", "-n", "-o", ".venv/.installed", *words[1:]]
+        recipe = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", *words[1:]]
         printed = subprocess.run(recipe, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         words = ["varlab", *shlex.split(printed.splitlines()[-1])[1:]]
     start, verb = [sys.executable, "-m", "varlab.cli", words[1]], words[1]
@@ -189,7 +188,7 @@ def serve(words: list[str]) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30) as page:
             assert '"title":"varlab"' in page.read().decode()
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from varlab.config import verb
 
 
 def run(cfg: DictConfig) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C or SIGTERM; uploads and pictures are removed then."""
     from varlab.page.studio import Model, Sweep
     from varlab.share import own_device
 
@@ -44,6 +45,7 @@ def run(cfg: DictConfig) -> None:
             )
         except OSError as error:
             raise ValueError(f"host={cfg.host} port={cfg.port} cannot be used: {error}") from None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
         print(f"{url}  ({model.name}; Ctrl-C ends it)", flush=True)
         page.block_thread()
 
