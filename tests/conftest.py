@@ -1,41 +1,17 @@
-"""Tiny networks, each built in milliseconds."""
+"""What tests share: tiny networks, and small runs made once."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 
-PATCH_NUMS = [1, 2, 3, 4]
-
-
-def make_tokenizer(**sizes) -> MSVQVAE:
-    """16 px, downsample 4, 12 codes of 6 dims, with codes large enough to matter."""
-    defaults = {
-        "patch_nums": PATCH_NUMS,
-        "codebook_size": 12,
-        "codebook_dim": 6,
-        "channels": 8,
-        "channel_mult": (1, 1, 2),
-        "num_groups": 4,
-    }
-    tokenizer = MSVQVAE(**{**defaults, **sizes})
-    torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
-    return tokenizer
-
-
-def make_var(**sizes) -> VAR:
-    """Two blocks of width 32; gates open, so that every weight shows in the logits."""
-    defaults = {
-        "depth": 2,
-        "width": 32,
-        "num_heads": 2,
-        "patch_nums": PATCH_NUMS,
-        "codebook_size": 12,
-        "codebook_dim": 6,
-        "num_classes": 3,
-    }
-    return VAR(**{**defaults, "init_adaln_gamma": 0.5, "init_head": 1.0, **sizes})
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"  # processes that tests start run this checkout
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +42,7 @@ def labels() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory):
     """48 + 11 real digits as shards."""
-    from shards import make_shards
+    from support.shards import make_shards
 
     return make_shards(tmp_path_factory.mktemp("digits"))
 
@@ -74,7 +50,7 @@ def digits_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_run(tmp_path_factory, digits_folder):
     """A tokenizer trained for nine steps."""
-    from runs import SHORT, TOKENIZER, fit
+    from support.runs import SHORT, TOKENIZER, fit
 
     folder = tmp_path_factory.mktemp("tokenizer_run")
     fit(folder, *TOKENIZER, *SHORT, f"data.path={digits_folder}")
@@ -84,9 +60,9 @@ def tokenizer_run(tmp_path_factory, digits_folder):
 @pytest.fixture(scope="session")
 def token_cache(tmp_path_factory, digits_folder, tokenizer_run):
     """The digits encoded by it, in two views."""
-    from runs import config
+    from support.runs import config
 
-    from varlab import tokenize
+    from varlab.commands import tokenize
 
     folder = tmp_path_factory.mktemp("tokens")
     checkpoint = tokenizer_run / "checkpoints/last.ckpt"
@@ -105,7 +81,7 @@ def token_cache(tmp_path_factory, digits_folder, tokenizer_run):
 @pytest.fixture(scope="session")
 def var_overrides(tokenizer_run, token_cache):
     """Settings of a tiny VAR on the token cache."""
-    from runs import SHORT, VAR
+    from support.runs import SHORT, VAR
 
     return [*VAR, *SHORT, f"data.path={token_cache}", f"tokenizer={tokenizer_run / 'checkpoints/last.ckpt'}"]
 

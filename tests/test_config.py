@@ -6,10 +6,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from runs import config
+from support.runs import config
 
-from varlab import scales
 from varlab.config import check_types, conf_dir
+from varlab.models import scales
 
 CONF = Path(conf_dir())
 GIVEN = ["data.path=somewhere", "tokenizer=some.ckpt"]

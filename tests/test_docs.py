@@ -12,18 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, make_var
 from PIL import Image
-from servers import free_port
-from shards import digits
-from test_pack import make_ilsvrc, make_parquet
-from test_scaling import make_runs
+from support.docs import PAGES, ROOT, code, commands
+from support.image_files import make_ilsvrc, make_parquet
+from support.networks import make_tokenizer, make_var
+from support.scaling_runs import make_runs
+from support.servers import free_port
+from support.shards import digits
 
-from varlab.published import to_released
+from varlab.checkpoints.released_layout import to_released
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if "```sh" in page.read_text())
-BLOCK = re.compile(r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.M | re.S)
 SMALLER = [  # what the test runs in place of an argument as printed
     ("trainer=(gpu|ddp)", "trainer=cpu"),
     ("trainer=hsdp", "trainer=hsdp trainer.accelerator=cpu devices=2"),
@@ -78,17 +76,6 @@ ADDED = [  # to commands that match, unless they set it already
 ]
 
 
-def code(page: Path, kind: str) -> list[tuple[str | None, str]]:
-    """Blocks of one language: (title, text)."""
-    return [(block["title"], block["text"]) for block in BLOCK.finditer(page.read_text()) if block["kind"] == kind]
-
-
-def commands(page: Path) -> list[str]:
-    """Command lines, continued ones joined, comments cut off."""
-    text = "".join(text for _, text in code(page, "sh")).replace("\\\n", " ")
-    return [shlex.join(words) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
-
-
 def small(command: str) -> list[str]:
     """The same command at other sizes; as printed it takes a GPU for days."""
     words = shlex.split(command)
@@ -96,7 +83,7 @@ def small(command: str) -> list[str]:
         recipe = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", *words[1:]]
         printed = subprocess.run(recipe, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         words = ["varlab", *shlex.split(printed.splitlines()[-1])[1:]]
-    start, verb = [sys.executable, "-m", "varlab.cli", words[1]], words[1]
+    start, verb = [sys.executable, "-m", "varlab", words[1]], words[1]
     arguments = words[2:]
     if words[0] == "torchrun":
         module = words.index("-m") + 1

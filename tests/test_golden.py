@@ -2,20 +2,21 @@
 
 from functools import cache
 
-import golden_rule as rule
 import pytest
 import torch
 import torch.nn.functional as F
+from support import golden_rule as rule
 
-from varlab import compute, losses, scales
-from varlab.drawing import Randomness, Settings, filter_logits, smooth_temperature
-from varlab.editing import box_mask, edit, keep_masks
+from varlab.checkpoints.released_layout import released_key, to_released, tokenizer_from_released, var_from_released
+from varlab.cost.flops import parameter_counts
+from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import phi_of_scale
 from varlab.models.var import VAR, block_causal_mask
-from varlab.published import released_key, to_released, tokenizer_from_released, var_from_released
-from varlab.sampling import decode, generate, generate_tokens
-from varlab.training.optim import Schedule, is_decayed, knee_of
+from varlab.sampling.editing import box_mask, edit, keep_masks
+from varlab.sampling.generate import decode, generate, generate_tokens
+from varlab.sampling.token_sampling import Randomness, SamplingSettings, filter_logits, smooth_temperature
+from varlab.training.schedules import Schedule, is_decayed, knee_of
 
 CASES = [("1", 0), ("1", 1), ("1", 2), ("2", 0), ("4", 0)]
 DETAILED = [("1", 0), ("1", 1), ("4", 0)]
@@ -152,7 +153,7 @@ def test_var_details(case, i):
     inputs, sequence = tokenizer.quantizer.teacher_forcing_inputs(token_maps).detach(), torch.cat(token_maps, dim=1)
     var.zero_grad()
     class_vector = var.class_embedding(labels)
-    x = var.embed(inputs, class_vector, 0, len(var.spans) - 1)
+    x = var.embed(inputs, class_vector, 0, len(var.step_bounds) - 1)
     rule.assert_stats(x.detach(), details["embedded_input"])
     cond = class_vector if var.shared_modulation is None else var.shared_modulation(class_vector)
     for block, stats in zip(var.blocks, details["after_each_block"], strict=True):
@@ -195,7 +196,7 @@ def test_smooth_sampling_and_editing(case, i):
         labels_of(case),
     )
     noise = RecordedNoise(case, scales.lengths(var.patch_nums))
-    settings = Settings(cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True)
+    settings = SamplingSettings(cfg_scale=4.0, top_k=20, top_p=0.9, smooth=True)
     f_hat, _ = generate_tokens(var, tokenizer, labels, settings, randomness=noise)
     rule.assert_stats(decode(tokenizer, f_hat), details["smooth_cfg_4_top_k_20_top_p_0.9"], rel=1e-3)
     inside, nothing = box_mask((0.1, 0.1, 0.8, 0.8), tokenizer.quantizer.sides[-1]), torch.full((2,), var.null_label)
@@ -277,7 +278,7 @@ def test_parameter_counts_of_every_depth():
             var = VAR(int(depth), patch_nums, 4096, 32, 1000, shared_adaln=is_d36)
         total, blocks = (sum(p.numel() for p in part.parameters()) for part in (var, var.blocks))
         assert total == counts["total"]
-        ours = compute.parameter_counts(var.sizes)
+        ours = parameter_counts(var.sizes)
         assert ours["params_total"] == total
         shared = sum(p.numel() for p in var.shared_modulation.parameters()) if is_d36 else 0
         assert ours["params_main"] == blocks + shared
@@ -302,14 +303,14 @@ def test_schedules():
     for shape, rows in record["schedules"].items():
         schedule = Schedule(shape, record["warmup_steps"] / total, record["warmup_start_ratio"], record["final_ratio"])
         for step, lr, weight_decay in rows:
-            assert peak * schedule.lr_share(step, total) == pytest.approx(lr, rel=1e-5), (shape, step)
+            assert peak * schedule.lr_multiplier(step, total) == pytest.approx(lr, rel=1e-5), (shape, step)
             decay = schedule.weight_decay(step, total, record["weight_decay_start"], record["weight_decay_end"])
             assert decay == pytest.approx(weight_decay, rel=1e-5), (shape, step)
     for record in [rule.golden("tables")["progressive_schedule_lr"], rule.golden("tables")["lin0_knee"]]:
         for shape, rows in record.get("schedules", {"lin0": record.get("rows")}).items():
             schedule = Schedule(shape, record["warmup_steps"] / record["total_steps"], 0.005, record["final_ratio"])
             for step, lr in rows:
-                assert record["peak_lr"] * schedule.lr_share(step, record["total_steps"]) == pytest.approx(
+                assert record["peak_lr"] * schedule.lr_multiplier(step, record["total_steps"]) == pytest.approx(
                     lr, rel=1e-5
                 ), (shape, step)
 

@@ -15,13 +15,13 @@ def test_packages_that_break_a_cpu_torch_are_absent(name):
 
 
 def test_the_command_line_starts_without_torch():
-    script = "import sys, varlab.cli, varlab.train, varlab.pack; print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    script = "import sys, varlab.cli, varlab.commands.train, varlab.commands.pack; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "varlab.cli", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "varlab", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_varlab_alone_lists_the_verbs_and_an_unknown_one_is_named():

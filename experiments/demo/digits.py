@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from varlab.data.imagenet import Crop, open_rgb, preprocess
+from varlab.data.images import Crop, open_rgb, preprocess
 from varlab.data.shards import ShardReader
 
 

@@ -32,7 +32,7 @@ def step(title: str, done: bool, *command: str) -> None:
         return
     print(f"   varlab {' '.join(command)}", flush=True)
     start = time.perf_counter()
-    answer = subprocess.run([sys.executable, "-m", "varlab.cli", *command], check=False)
+    answer = subprocess.run([sys.executable, "-m", "varlab", *command], check=False)
     if answer.returncode:
         sys.exit(
             f"the demo stopped at: varlab {' '.join(command)}\nMend what it says above and run `make demo` again; finished steps are kept."

@@ -25,7 +25,7 @@ SHARES = "1,0.5,0.25,0.125"
 def varlab(*command: str) -> None:
     """Runs one verb, printed before."""
     print("varlab", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "varlab.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
 
 
 def finished(folder: Path) -> bool:

@@ -22,10 +22,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tokenizer"))
 from prepare import BITMAPS, SKIN_TONES, categories, concept, fetch, in_package
 
-from varlab.data.card import write_card
-from varlab.data.pack import pack
-from varlab.data.sources import Item, Source, usable_cores
-from varlab.files import whole_file
+from varlab.data.dataset_card import write_card
+from varlab.data.sources.folder import Item, Source, usable_cores
+from varlab.data.write_shards import pack
+from varlab.files import atomic_write
 
 SIDE = 32
 SPLITS = {"train": 0, "val": 1}
@@ -71,7 +71,7 @@ def collect(downloads: Path, file: Path) -> None:
                     image = Image.open(io.BytesIO(content.read())).convert("RGBA")
                     pixels.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
                     labels.append(names.index(by_concept[what]))
-    with whole_file(file) as partial, open(partial, "wb") as out:
+    with atomic_write(file) as partial, open(partial, "wb") as out:
         np.savez_compressed(out, pixels=np.stack(pixels), labels=labels, names=names)
 
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from run import HERE, Study, finished, varlab
 
-from varlab import checkpoints, pictures
-from varlab.sampling import generate
+from varlab import image_grid
+from varlab.checkpoints.load import load
+from varlab.sampling.generate import generate
 
 DEPTHS, NUM_SAMPLES, STEPS, REPEATS = (2, 3, 4), 1000, 936, 5
 SETTINGS = [
@@ -75,7 +76,7 @@ def main() -> None:
                     "features=efficientnet_lite0",
                 ]
                 varlab("evaluate", *given, f"out={scores}")
-            tokenizer, var, _ = checkpoints.load(checkpoint)
+            tokenizer, var, _ = load(checkpoint)
             networks[f"{arm}, depth {depth}"] = (tokenizer, var)
             found = (
                 json.loads((scores / "generation.json").read_text()) if (scores / "generation.json").is_file() else {}
@@ -107,8 +108,8 @@ def main() -> None:
     sheet = Image.new("RGB", (sum(image.width + 10 for image in shown), shown[0].height + 18), "white")
     for i, (image, (arm, _)) in enumerate(zip(shown, grids, strict=True)):
         sheet.paste(image, (i * (image.width + 10), 18))
-        ImageDraw.Draw(sheet).text((i * (image.width + 10) + 2, 3), f"{arm}, depth {DEPTHS[-1]}", fill="black")
-    pictures.save(sheet, target / "samples.png")
+        ImageDraw.SampleRequest(sheet).text((i * (image.width + 10) + 2, 3), f"{arm}, depth {DEPTHS[-1]}", fill="black")
+    image_grid.save(sheet, target / "samples.png")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from measure import save
 
-from varlab import losses
-from varlab.checkpoints import load_tokenizer
-from varlab.data.imagenet import ImageDataset
-from varlab.data.order import Draw
+from varlab.checkpoints.load import load_tokenizer
+from varlab.data.images import ImageDataset
+from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
 from varlab.files import read_curves
+from varlab.models import losses
 
 HERE = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def tokens(given: argparse.Namespace) -> None:
     images = ImageDataset(reader, given.resolution, 1.0, random_crop=False, random_flip=False)
     same, quality = [], []
     for first in range(0, min(len(reader), given.images), 64):
-        draws = [Draw(i, 0, True) for i in range(first, min(first + 64, len(reader), given.images))]
+        draws = [SampleRequest(i, 0, True) for i in range(first, min(first + 64, len(reader), given.images))]
         batch = images.__getitems__(draws).images.to(given.device)
         exact = tokenizer.encode(batch)
         with torch.autocast(given.device, torch.bfloat16):
@@ -63,7 +63,13 @@ def loss(given: argparse.Namespace) -> None:
             run = (given.out or Path("runs/agreement")) / f"{precision}-seed{seed}"
             if not (run / "run.json").is_file() or '"finished"' not in (run / "run.json").read_text():
                 command = [
-                    *(sys.executable, "-m", "varlab.train", "experiment=var_digits", f"trainer={given.trainer}"),
+                    *(
+                        sys.executable,
+                        "-m",
+                        "varlab.commands.train",
+                        "experiment=var_digits",
+                        f"trainer={given.trainer}",
+                    ),
                     *(f"tokenizer={given.tokenizer}", f"data.path={given.shards}", f"model.depth={given.depth}"),
                     *(f"trainer.precision={precision}", f"seed={seed}", f"run_dir={run}", "steps=500", "val_every=50"),
                 ]

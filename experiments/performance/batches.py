@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from varlab.footprint import activation_bytes
+from varlab.cost.activation_memory import activation_bytes
+from varlab.cost.plan import GPUS, RESERVED, Facts, Setup, memory
 from varlab.models.var import VAR
-from varlab.planning import GPUS, RESERVED, Facts, Setup, memory
 
 RESULTS = Path(__file__).with_name("batches.csv")
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -35,14 +35,15 @@ from measure import Ceilings, Contender, compete, machine, save, timed
 from released import released_tokenizer, released_var
 from show import show
 
-from varlab import compute, losses, scales
-from varlab.data.pack import pack
-from varlab.data.sources import folder_source
-from varlab.drawing import Settings
+from varlab.cost.flops import tokenizer_flops, training_flops
+from varlab.data.sources.folder import folder_source
+from varlab.data.write_shards import pack
+from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import compile_scales, generate, generate_tokens
-from varlab.training.optim import parameter_groups
+from varlab.sampling.generate import compile_scales, generate, generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
+from varlab.training.schedules import parameter_groups
 
 HERE = Path(__file__).parent
 FULL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -122,9 +123,9 @@ class Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        flops = compute.training_flops(first.sizes)
+        flops = training_flops(first.sizes)
         if from_images:
-            flops += compute.tokenizer_flops(tokenizer.sizes)["encode"]
+            flops += tokenizer_flops(tokenizer.sizes)["encode"]
         found = []
         for precision in self.precisions:
             for code in ("released", "varlab, masked", "varlab", "varlab, compiled"):
@@ -186,7 +187,7 @@ class Bench:
             for block in net.blocks:
                 block.recompute = recompute
             optimizer = torch.optim.AdamW(parameter_groups(net), lr=0.0, fused=True)
-            run, flops = partial(step, net, optimizer, chunks), compute.training_flops(net.sizes)
+            run, flops = partial(step, net, optimizer, chunks), training_flops(net.sizes)
             contender = Contender("memory for time", f"{name}, batch {batch}", code, precision, run, batch)
             found.append(replace(contender, flops=flops * batch, is_reference=code == "all kept"))
         yield found
@@ -216,7 +217,7 @@ class Bench:
             rounded = ours.encode(images)
         agreeing = torch.cat([(a == b).float() for a, b in zip(token_maps, rounded, strict=True)], dim=1).mean()
         print(f"tokenizer: {agreeing:.2%} of tokens by chance are the same in bf16 (real ones: agreement.py)")
-        flops = compute.tokenizer_flops(ours.sizes)
+        flops = tokenizer_flops(ours.sizes)
         for what, by_code in runs.items():
             yield [
                 Contender(
@@ -255,7 +256,7 @@ class Bench:
         """Contenders of one network and batch; greedy tokens are compared first."""
         labels = torch.arange(batch, device=self.device)
         tokens = [
-            torch.cat(generate_tokens(net, tokenizer, labels, Settings(1.5, top_k=1))[1], dim=1)
+            torch.cat(generate_tokens(net, tokenizer, labels, SamplingSettings(1.5, top_k=1))[1], dim=1)
             for net in (var, compiled)
         ]
         agreeing = (tokens[0] == tokens[1]).float().mean()
@@ -265,15 +266,15 @@ class Bench:
             "varlab, compiled": lambda: generate(compiled, tokenizer, labels, **SETTINGS),
         }
         if theirs is not None:
-            ours = tokenizer.decode_features(generate_tokens(var, tokenizer, labels, Settings(1.5, top_k=1))[0])
+            ours = tokenizer.decode_features(generate_tokens(var, tokenizer, labels, SamplingSettings(1.5, top_k=1))[0])
             gap = (ours / 2 + 0.5 - theirs.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=1)).abs().max()
             print(f"{name}: greedy images differ from the released code's by {gap:.2g} at most", flush=True)
             runs["released"] = lambda: theirs.autoregressive_infer_cfg(
                 batch, labels, g_seed=0, cfg=1.5, top_k=900, top_p=0.96
             )
         # guidance takes two forward passes, each a third of a training step: with a cache each token is computed once
-        network_flops = 2 * compute.training_flops(var.sizes) / 3
-        flops = network_flops + compute.tokenizer_flops(tokenizer.sizes)["decode"]
+        network_flops = 2 * training_flops(var.sizes) / 3
+        flops = network_flops + tokenizer_flops(tokenizer.sizes)["decode"]
         return [
             Contender(
                 what="sampling",
@@ -312,8 +313,8 @@ class Bench:
             one_step = ["experiment=tokenizer_tiny", f"data.path={folder / 'shards'}", "steps=1"]
             for what, module, arguments in [
                 ("varlab --help", "varlab.cli", ["--help"]),
-                ("varlab train --help", "varlab.train", ["--help"]),
-                ("varlab train experiment=tokenizer_tiny steps=1", "varlab.train", one_step),
+                ("varlab train --help", "varlab.commands.train", ["--help"]),
+                ("varlab train experiment=tokenizer_tiny steps=1", "varlab.commands.train", one_step),
             ]:
                 seconds = []
                 for repeat in range(3):

@@ -23,12 +23,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 
-from varlab.data.imagenet import ImageDataset
-from varlab.data.order import Draw, Order, TrainBatches
-from varlab.data.pack import pack
+from varlab.data.images import ImageDataset
+from varlab.data.order import Order, SampleRequest, TrainBatches
 from varlab.data.shards import ShardReader
-from varlab.data.sources import folder_source
-from varlab.data.tokens import TokenDataset
+from varlab.data.sources.folder import folder_source
+from varlab.data.token_cache import TokenDataset
+from varlab.data.write_shards import pack
 
 NUM_IMAGES, RESOLUTION, REPEATS, BATCH = 256, 256, 5, 32
 RESULTS = Path(__file__).with_name("data.csv")
@@ -113,7 +113,7 @@ def measure_agreement(folder: Path) -> list[tuple[str, float, str]]:
     differences = []
     for i in range(32):
         exact = recipe(Image.open(io.BytesIO(reader.read(i))).convert("RGB"))
-        differences.append((ours.__getitems__([Draw(i, 0, True)]).images[0] - exact).abs() * 127.5)
+        differences.append((ours.__getitems__([SampleRequest(i, 0, True)]).images[0] - exact).abs() * 127.5)
     return [
         ("difference from the exact path, mean", float(torch.stack(differences).mean()), "levels of 255"),
         ("difference from the exact path, largest", float(torch.stack(differences).max()), "levels of 255"),

@@ -4,7 +4,7 @@
     python experiments/performance/growth.py --device cuda --depth 16 --batch 32 --bf16
 
 One quantity varies at a time around d4 on 256 px, batch 2. Writes growth.csv and growth.png: points are measured, lines the FLOPs counted
-by varlab.compute at the rate of the middle point; a slope of time over FLOPs above 1 says that something grows faster than its count.
+by varlab.cost.flops at the rate of the middle point; a slope of time over FLOPs above 1 says that something grows faster than its count.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import torch
 from bench import FULL
 from measure import interleaved, machine, save
 
-from varlab import compute, losses, scales
-from varlab.drawing import Settings
+from varlab.cost.flops import training_flops
+from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import generate_tokens
-from varlab.training.optim import parameter_groups
+from varlab.sampling.generate import generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
+from varlab.training.schedules import parameter_groups
 
 RESULTS = Path(__file__).with_name("growth.csv")
 LONG = (*FULL, 20, 25)  # 1,705 tokens
@@ -66,7 +67,7 @@ def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, floa
     def sample() -> None:
         var.eval()
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
-            generate_tokens(var, tokenizer, labels, Settings(1.5, top_k=min(900, codes)))
+            generate_tokens(var, tokenizer, labels, SamplingSettings(1.5, top_k=min(900, codes)))
 
     seconds = interleaved({"training": step, "sampling": sample}, device, repeats=5)
     return {name: statistics.median(values) / batch for name, values in seconds.items()}
@@ -106,7 +107,7 @@ def main() -> None:
         for setup in varied:
             sizes = VAR(setup["depth"], setup["patch_nums"], setup["codes"], 32, 1000).sizes
             value = scales.num_tokens(setup["patch_nums"]) if quantity == "tokens" else setup[quantity]
-            flops = compute.training_flops(sizes)
+            flops = training_flops(sizes)
             seconds = measure(setup, given.device, given.bf16)
             found.append((value, flops, seconds))
             print(f"{quantity:7} {value:6}: {flops / 1e9:8.3g} GFLOP, {seconds}", flush=True)

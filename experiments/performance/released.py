@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from varlab.checkpoints.released_layout import to_released
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.published import to_released
 
 
 def make_importable(folder: str) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from varlab.doctor import band, judge, read_band, settings_of, write_band
 from varlab.files import read_curves
+from varlab.training.reference_curves import band, judge, read_band, settings_of, write_band
 
 HERE, RUNS = Path(__file__).parent, Path("runs/reference")
 DEMO = Path("runs/demo")
@@ -37,7 +37,7 @@ def curves_of(experiment: str, seed: int) -> dict[str, dict[int, float]]:
             *EXPERIMENTS[experiment],
         ]
         command += ["logger=csv", "ckpt_path=last", "callbacks.pictures=null"]
-        subprocess.run([sys.executable, "-m", "varlab.cli", "train", *command], check=True)
+        subprocess.run([sys.executable, "-m", "varlab", "train", *command], check=True)
     return read_curves(folder / "metrics.csv")
 
 

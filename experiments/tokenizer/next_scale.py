@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from run import HERE, RUNS, SHARDS, varlab
 
-from varlab import checkpoints
-from varlab.data.imagenet import CenterCrops
+from varlab.checkpoints.load import load
+from varlab.data.images import CenterCrops
 from varlab.data.shards import ShardReader
-from varlab.metrics.frechet import features_of, frechet_distance, statistics
-from varlab.models.features import EfficientNetLite0
-from varlab.sampling import generate
+from varlab.evaluation.frechet import features_of, frechet_distance, statistics
+from varlab.models.feature_networks import EfficientNetLite0
+from varlab.sampling.generate import generate
 
 ARMS = ["plain", "scale_dropout"]
 DEPTH, STEPS, BATCH, CFG_SCALE = 3, 800, 32, 1.5
@@ -44,7 +44,7 @@ def distance_of_samples(arm: str) -> dict[str, float]:
         varlab("train", "experiment=var_digits", *sizes, *given, "callbacks.pictures=null")
     network, reader, device = EfficientNetLite0(), ShardReader(SHARDS, "val"), torch.device("cpu")
     real = features_of(network, CenterCrops(reader, 64, 1.0, None, 32, device), "real")
-    decoder, var, _ = checkpoints.load(run / "checkpoints/last.ckpt")
+    decoder, var, _ = load(run / "checkpoints/last.ckpt")
     labels = torch.from_numpy(reader.labels)
 
     def drawn():

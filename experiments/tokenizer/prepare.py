@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from varlab.data.card import write_card
-from varlab.data.pack import pack
-from varlab.data.sources import folder_source, usable_cores
+from varlab.data.dataset_card import write_card
+from varlab.data.sources.folder import folder_source, usable_cores
+from varlab.data.write_shards import pack
 
 SIDE = 64
 BITMAPS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}

@@ -21,10 +21,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from varlab import pictures
-from varlab.checkpoints import load_tokenizer
-from varlab.data.imagenet import Crop, ImageDataset, to_tensor
-from varlab.data.order import Draw
+from varlab import image_grid
+from varlab.checkpoints.load import load_tokenizer
+from varlab.data.images import Crop, ImageDataset, to_tensor
+from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
 
 SHARDS, RUNS, HERE = Path("data/emoji64/shards"), Path("runs/emoji64"), Path(__file__).parent
@@ -36,8 +36,8 @@ ARMS = {
     "perceptual_adversarial": PERCEPTUAL + ADVERSARIAL,
     "perceptual_adversarial_r1": [*PERCEPTUAL, *ADVERSARIAL, "adversarial.r1_weight=1.0"],
     "kmeans_revive": [
-        "callbacks.kmeans={_target_: varlab.training.codebook.KMeansInit}",
-        "callbacks.revive={_target_: varlab.training.codebook.ReviveCodes, every: 100}",
+        "callbacks.kmeans={_target_: varlab.training.codebook_callbacks.KMeansInit}",
+        "callbacks.revive={_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 100}",
     ],
     "rotation": ["model.gradient=rotation"],
     "scale_dropout": ["model.scale_dropout=0.1"],
@@ -49,7 +49,7 @@ FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"
 def varlab(*command: str) -> None:
     """Runs one verb, printed before."""
     print("varlab", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "varlab.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
 
 
 def train_and_score(arm: str) -> dict:
@@ -97,12 +97,12 @@ def draw_reconstructions(arms: list[str]) -> Image.Image:
     """Validation images, a row each: the original, then its reconstruction by each arm."""
     dataset = ImageDataset(ShardReader(SHARDS, "val"), 64, 1.0, random_crop=False, random_flip=False)
     chosen = np.linspace(0, len(dataset) - 1, 8).astype(int)
-    images = to_tensor([dataset.readable(Draw(int(i), 0, True), Crop())[0] for i in chosen])
+    images = to_tensor([dataset.readable(SampleRequest(int(i), 0, True), Crop())[0] for i in chosen])
     columns = [images]
     for arm in arms:
         tokenizer = load_tokenizer(RUNS / arm / "checkpoints/last.ckpt").eval()
         columns.append(tokenizer.decode(tokenizer.encode(images)))
-    return pictures.grid(pictures.columns_of(*columns) / 2 + 0.5, columns=len(columns))
+    return image_grid.grid(image_grid.columns_of(*columns) / 2 + 0.5, columns=len(columns))
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def main() -> None:
             numbers = [f"{scores[name]:.4g}" for name in [*SCORES, FLOOR]]
             writer.writerow([arm, *numbers, scores["num_images"], by_scale])
     draw_curves(arms)
-    pictures.save(draw_reconstructions(arms), HERE / "reconstructions.png")
+    image_grid.save(draw_reconstructions(arms), HERE / "reconstructions.png")
     print((HERE / "results.csv").read_text())
 
 

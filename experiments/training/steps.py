@@ -44,10 +44,11 @@ def timed(work, device: torch.device) -> float:
 
 def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Namespace) -> dict:
     """One line of the table."""
-    from varlab import compute, losses
+    from varlab.cost.flops import tokenizer_flops, training_flops
+    from varlab.models import losses
     from varlab.models.msvqvae import MSVQVAE
     from varlab.models.var import VAR
-    from varlab.training.optim import parameter_groups
+    from varlab.training.schedules import parameter_groups
 
     device = torch.device(arguments.device)
     is_bf16 = arguments.precision == "bf16"
@@ -85,9 +86,7 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
     before = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     seconds = sorted(timed(step, device) for _ in range(arguments.repeats))
     median = seconds[len(seconds) // 2]
-    flops = batch * (
-        compute.training_flops(var.sizes) + (compute.tokenizer_flops(tokenizer.sizes)["encode"] if from_images else 0)
-    )
+    flops = batch * (training_flops(var.sizes) + (tokenizer_flops(tokenizer.sizes)["encode"] if from_images else 0))
     peak = (
         max(before, torch.cuda.max_memory_allocated())
         if device.type == "cuda"
@@ -120,7 +119,7 @@ def planned(sizes: dict, batch: int, arguments: argparse.Namespace) -> float:
     """What `plan=true` would say."""
     from omegaconf import OmegaConf
 
-    from varlab.planning import RELEASED_PARAMS, Facts, Setup, memory
+    from varlab.cost.plan import RELEASED_PARAMS, Facts, Setup, memory
 
     precision = "bf16-mixed" if arguments.precision == "bf16" else "32-true"
     cfg = OmegaConf.create({"trainer": {"precision": precision}, "data": {"global_batch_size": batch}, "callbacks": {}})

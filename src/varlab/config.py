@@ -40,7 +40,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     def decorate(run: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @wraps(run)
         def job(cfg: DictConfig) -> Any:
-            with said(name):
+            with report_user_errors(name):
                 return run(cfg)
 
         app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(job)
@@ -60,7 +60,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
     return decorate
 
 
-def plain_verb(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
+def argument_command(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
     """Turns a function of plain arguments into a verb, for those that have files to read and nothing to set. Without arguments it
     prints `usage`; what a user can mend is one line and exit code 1."""
 
@@ -83,14 +83,14 @@ def is_sweep() -> bool:
 
 
 @contextmanager
-def said(name: str) -> Iterator[None]:
+def report_user_errors(name: str) -> Iterator[None]:
     """Errors of the user's, told in a sentence."""
     try:
         yield
     except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
         raise SystemExit(1) from None
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_of_user(error):
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_user_error(error):
             raise
         cause = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -101,7 +101,7 @@ def said(name: str) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def is_of_user(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether an error lies in what a user gave. Of the RuntimeErrors, those of a data worker that died or hangs do."""
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader")
 

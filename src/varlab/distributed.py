@@ -11,26 +11,26 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkSplit:
     """Which parts of the work this process does: those whose number is `rank` modulo `num_ranks`."""
 
     rank: int = 0
     num_ranks: int = 1
 
     @classmethod
-    def of_environment(cls) -> "Share":
+    def of_environment(cls) -> "WorkSplit":
         """As torchrun says it; all of the work where it does not."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def own_device(device: str | None) -> str:
+def default_device(device: str | None) -> str:
     """The device asked for, or this process's GPU, or the CPU where there is none."""
     import torch
 
     return device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def wait_for(files: Sequence[Path]) -> None:
+def wait_for_files(files: Sequence[Path]) -> None:
     """Returns once the other processes have written their files."""
     while missing := [file for file in files if not file.is_file()]:
         log.info("waiting for %d files of other processes, first %s", len(missing), missing[0].name)

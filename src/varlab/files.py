@@ -13,7 +13,7 @@ from typing import Any
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name once the block ends well, and vanishes if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name once the block ends well. Raises ValueError when `path` exists."""
     if path.exists():
         raise ValueError(f"{path} exists already: remove it, or choose another out=...")
@@ -51,7 +51,7 @@ def sha256(path: Path) -> str:
 
 def save_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 

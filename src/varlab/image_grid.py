@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from varlab.files import whole_file
+from varlab.files import atomic_write
 
 
 def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap: int = 2) -> Image.Image:
@@ -34,7 +34,7 @@ def columns_of(*columns: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "N 3 H W"]:
 
 def save(image: Image.Image, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         image.save(partial, "png")
 
 
@@ -54,7 +54,7 @@ def save_npz(files: Sequence[Path], path: Path) -> None:
     shape = (len(files), height, width, 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with (
-        whole_file(path) as partial,
+        atomic_write(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as array,
     ):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from varlab import checkpoints, pictures
+from varlab import image_grid
+from varlab.checkpoints.load import load
+from varlab.distributed import default_device
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import generate
-from varlab.share import own_device
+from varlab.sampling.generate import generate
 
 
 class VARPipeline:
@@ -28,8 +29,8 @@ class VARPipeline:
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "VARPipeline":
         """From an export folder or a training checkpoint, on `device` (default: a GPU where there is one)."""
-        tokenizer, var, class_names = checkpoints.load(path)
-        return cls(tokenizer, var, class_names).to(device or own_device(None))
+        tokenizer, var, class_names = load(path)
+        return cls(tokenizer, var, class_names).to(device or default_device(None))
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Moves both networks."""
@@ -50,7 +51,7 @@ class VARPipeline:
         **settings: Any,
     ) -> list[Image.Image]:
         """One image for each label, a class's number or name. Image i has seed `seed + i` (or `seed[i]`) and does not depend on the
-        others. `settings`: fields of `varlab.drawing.Settings`."""
+        others. `settings`: fields of `varlab.sampling.token_sampling.Settings`."""
         named = [labels] if isinstance(labels, int | str) else list(labels)
         numbers = torch.tensor([label_of(label, self.class_names, self.var.num_classes) for label in named])
         seeds = [seed + i for i in range(len(named))] if isinstance(seed, int) else list(seed)
@@ -59,7 +60,7 @@ class VARPipeline:
             chunk = slice(first, first + batch_size)
             batch = generate(self.var, self.tokenizer, numbers[chunk].to(self.device), seed=seeds[chunk], **settings)
             assert isinstance(batch, torch.Tensor)
-            images += [Image.fromarray(pixels) for pixels in pictures.to_uint8(batch)]
+            images += [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
         return images
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, make_var
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from servers import free_port
-from test_scaling import make_runs
+from support.networks import make_tokenizer, make_var
+from support.scaling_runs import make_runs
+from support.servers import free_port
 
-from varlab.page.studio import Model, indices_picture, read_upload
-from varlab.pictures import to_uint8
-from varlab.pretrained import save_pretrained
-from varlab.sampling import generate
+from varlab.app.session import Model, indices_picture, read_upload
+from varlab.checkpoints.export_folder import save_pretrained
+from varlab.image_grid import to_uint8
+from varlab.sampling.generate import generate
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -55,7 +55,7 @@ def url(models, sweep):
     """Address of the page, served as a user would."""
     port = free_port()
     given = [f"checkpoint={models / 'first'}", f"compare={models / 'second'}", f"runs={sweep}", f"port={port}"]
-    command = [sys.executable, "-m", "varlab.cli", "app", *given, "refresh_s=1", "max_upload_mb=0.5"]
+    command = [sys.executable, "-m", "varlab", "app", *given, "refresh_s=1", "max_upload_mb=0.5"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout is not None
     said = server.stdout.readline()
@@ -106,7 +106,7 @@ def sources(page, selector: str) -> list[str]:
 def sample(page, seed: int = 0) -> list[str]:
     """Draws with what is set; addresses of the images."""
     page.click("#sample-button")
-    page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for()
+    page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for_files()
     page.wait_for_selector("#film img")
     return sources(page, "#samples")
 
@@ -147,13 +147,13 @@ def test_a_painted_mask_edits_a_sample(page):
     sample(page)
     open_tab(page, "Edit")
     page.click("#edit-button")
-    page.get_by_text("bring an image first, or take a sample").wait_for()
+    page.get_by_text("bring an image first, or take a sample").wait_for_files()
     page.click("#take-sample")
     canvas = page.locator("#editor canvas").first
     page.wait_for_function("document.querySelector('#editor canvas').offsetHeight > 100")
     page.wait_for_timeout(1500)  # the editor draws the image on its own time
     page.click("#edit-button")
-    page.get_by_text("nothing is marked yet").wait_for()
+    page.get_by_text("nothing is marked yet").wait_for_files()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -188,7 +188,7 @@ def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
     page.set_input_files(
         {"Tokenizer": "#drop", "Edit": "#edit-upload"}[tab] + " input[type=file]", tmp_path / "bad.png"
     )
-    page.get_by_text("this file is no image that can be read").first.wait_for()
+    page.get_by_text("this file is no image that can be read").first.wait_for_files()
     assert "Traceback" not in page.content()
 
 
@@ -200,7 +200,7 @@ def test_a_sweep_is_read_again_while_it_grows(page, sweep):
     assert all(f"d{depth}-38400" in page.inner_text("#runs") for depth in (1, 2, 3))
     before, new = page.inner_text("#words"), max(int(run.name[1:].split("-")[0]) for run in sweep.iterdir()) + 1
     make_runs(sweep, depths=(new,))
-    page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for()
+    page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for_files()
     assert page.inner_text("#words") != before
 
 
@@ -224,7 +224,7 @@ def test_visitors_at_once_each_get_their_images(browser, url):
         page.click("#sample-button")
     shown = []
     for seed, page in enumerate(pages):
-        page.locator("#sample-status").get_by_text(f"4x4, seed {20 * seed}").wait_for()
+        page.locator("#sample-status").get_by_text(f"4x4, seed {20 * seed}").wait_for_files()
         shown += sources(page, "#samples")
         page.close()
     assert len(set(shown)) == 24
@@ -288,7 +288,7 @@ def test_an_upload_above_the_limit_is_refused(url):
 )
 def test_what_cannot_be_served_is_said(models, url, settings, message):
     settings = [setting.replace("TAKEN", url.rsplit(":", 1)[1]) for setting in settings]
-    command = [sys.executable, "-m", "varlab.cli", "app", f"checkpoint={models / 'first'}", *settings]
+    command = [sys.executable, "-m", "varlab", "app", f"checkpoint={models / 'first'}", *settings]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode == 1 and message in answer.stdout
     assert "Traceback" not in answer.stdout + answer.stderr

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATCH_NUMS, make_tokenizer, make_var
-from runs import EXPORTED, config, fit
 from safetensors.torch import load_file, save_file
+from support.networks import PATCH_NUMS, make_tokenizer, make_var
+from support.runs import EXPORTED, config, fit
 
-from varlab import checkpoints, export, import_released
+from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
+from varlab.checkpoints.load import load, load_any, load_tokenizer
+from varlab.checkpoints.programs import DecoderProgram, StepProgram, decoder_example, step_example
+from varlab.checkpoints.released_layout import to_released
+from varlab.commands import export, import_released
 from varlab.models.transformer import BlockCache
 from varlab.pipeline import VARPipeline, label_of
-from varlab.pretrained import load_pretrained, save_pretrained
-from varlab.programs import DecoderProgram, StepProgram, decoder_example, step_example
-from varlab.published import to_released
-from varlab.sampling import generate
+from varlab.sampling.generate import generate
 
 NAMES = ["tench, Tinca tinca", "golden retriever", "tabby cat"]
 
@@ -83,7 +84,7 @@ def test_a_training_checkpoint_goes_out_and_is_read_by_all(tmp_path, var_overrid
     for name, source in [("averaged", saved["ema"]), ("raw", saved["state_dict"])]:
         assert torch.equal(load_file(tmp_path / name / "var.safetensors")["head.weight"], source["net.head.weight"])
     assert "images_seen: 72" in (tmp_path / "raw/model_card.md").read_text()
-    assert checkpoints.load(tmp_path / "raw")[2] == [str(digit) for digit in range(10)]
+    assert load(tmp_path / "raw")[2] == [str(digit) for digit in range(10)]
     with pytest.raises(ValueError, match="raw exists already: remove it, or choose another out="):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'raw'}")
     with pytest.raises(ValueError, match="to='zip': choose one of safetensors, released"):
@@ -154,9 +155,9 @@ def test_a_hostile_file_is_refused_unread(name, tmp_path):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(marker)))
     for file in (tmp_path / name, tmp_path / "plain.pth"):
         with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values, or it is damaged"):
-            checkpoints.load_any(file)
+            load_any(file)
         with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values"):
-            checkpoints.load_tokenizer(file)
+            load_tokenizer(file)
     assert not marker.exists()
 
 
@@ -170,7 +171,7 @@ def test_exported_programs_compute_the_same(folder, tokenizer, var, tmp_path):
     inputs, labels = torch.randn(3, 29, 6), torch.tensor([0, 2, 3])
     with torch.no_grad():
         cache = [BlockCache(torch.empty(3, 2, 30, 16), torch.empty(3, 2, 30, 16)) for _ in var.blocks]
-        for k, (first, last) in enumerate(var.spans):
+        for k, (first, last) in enumerate(var.step_bounds):
             logits = var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], labels, cache)
         keys, values = (torch.stack([getattr(c, kind)[:, :, :14] for c in cache]) for kind in ("keys", "values"))
         found, new_keys, _ = step(inputs[:, 13:], labels, keys, values)

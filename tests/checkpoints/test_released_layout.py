@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import PATCH_NUMS, make_tokenizer, make_var
+from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
-from varlab.published import to_released, tokenizer_from_released, var_from_released
+from varlab.checkpoints.released_layout import to_released, tokenizer_from_released, var_from_released
 
 
 @pytest.mark.parametrize("num_phis", [4, 1, None])

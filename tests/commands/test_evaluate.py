@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
 from PIL import Image
-from runs import config
+from support.networks import make_tokenizer
+from support.runs import config
 
-from varlab import evaluate, losses
-from varlab.data.imagenet import CenterCrops
+from varlab.commands import evaluate
+from varlab.data.images import CenterCrops
 from varlab.data.shards import ShardReader
-from varlab.metrics.reconstruction import reconstruction_scores, ssim
+from varlab.evaluation.reconstruction import reconstruction_scores, ssim
+from varlab.models import losses
 
 
 def test_ssim_is_one_for_the_same_image_and_falls_with_noise():

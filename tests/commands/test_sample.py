@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from runs import config
+from support.runs import config
 
-from varlab import sample
-from varlab.pretrained import save_pretrained
+from varlab.checkpoints.export_folder import save_pretrained
+from varlab.commands import sample
 
 NAMES = ["one", "two", "three"]
 
@@ -54,7 +54,7 @@ def test_the_set_does_not_depend_on_batch_size_restarts_or_processes(model, tmp_
     processes = []
     for rank in (1, 0):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "varlab.cli", "sample", *settings(model, tmp_path / "two")]
+        command = [sys.executable, "-m", "varlab", "sample", *settings(model, tmp_path / "two")]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     assert [process.wait(timeout=120) for process in processes] == [0, 0], processes[0].stderr.read()
     two = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "two/images").iterdir()}
@@ -64,7 +64,7 @@ def test_the_set_does_not_depend_on_batch_size_restarts_or_processes(model, tmp_
 def test_a_process_that_starts_late_still_draws_its_own_share(model, tmp_path, monkeypatch):
     """The first of three has drawn its images before the others look."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("varlab.share.wait_for", lambda files: None)
+    monkeypatch.setattr("varlab.distributed.wait_for_files", lambda files: None)
     for rank, drawn in [("1", {1, 4}), ("2", {1, 2, 4, 5}), ("0", set(range(7)))]:
         monkeypatch.setenv("RANK", rank)
         images = run(model, tmp_path / "out")
@@ -120,7 +120,7 @@ def test_a_wrong_setting_leaves_nothing_behind(setting, message, model, tmp_path
 def test_a_compiled_network_draws_the_same_images(model, tmp_path):
     """In a process without the tests' type checks; the last batch is not full."""
     eager = run(model, tmp_path / "eager", "batch_size=4")
-    command = [sys.executable, "-m", "varlab.cli", "sample", *settings(model, tmp_path / "compiled", "batch_size=4")]
+    command = [sys.executable, "-m", "varlab", "sample", *settings(model, tmp_path / "compiled", "batch_size=4")]
     answer = subprocess.run([*command, "is_compiled=true"], capture_output=True, text=True, check=False, timeout=300)
     assert answer.returncode == 0, answer.stderr
     assert "recompile_limit" not in answer.stderr

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import command, fit, kill_at
+from support.runs import command, fit, kill_at
 
 from varlab.files import read_curves
-from varlab.training.record import summary
+from varlab.training.run_record import summary
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def sync(folder: Path, **variables: str) -> subprocess.CompletedProcess:
         "HOME": str(folder),
         **variables,
     }
-    command = [sys.executable, "-m", "varlab.cli", "sync", str(folder)]
+    command = [sys.executable, "-m", "varlab", "sync", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from runs import config
+from support.runs import config
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from varlab import compute, losses, train
-from varlab.footprint import activation_bytes, saved_by
+from varlab.commands import train
+from varlab.cost.activation_memory import activation_bytes, saved_by
+from varlab.cost.flops import parameter_counts
+from varlab.cost.plan import Facts, Setup, memory
+from varlab.models import losses
 from varlab.models.var import VAR
-from varlab.planning import Facts, Setup, memory
-from varlab.training.optim import parameter_groups
+from varlab.training.schedules import parameter_groups
 
 SIZES = {"patch_nums": [1, 2, 3, 4, 5, 6, 8, 10], "codebook_size": 1024, "codebook_dim": 32, "num_classes": 100}
 
@@ -17,7 +19,7 @@ SIZES = {"patch_nums": [1, 2, 3, 4, 5, 6, 8, 10], "codebook_size": 1024, "codebo
 def peak_gb(var: VAR, num_images: int, precision: str, loss_chunks: int) -> float:
     """Bytes of all tensors alive at the worst moment of the second training step, counted one by one."""
     optimizer = torch.optim.AdamW(parameter_groups(var), lr=1e-4, foreach=False)
-    length = var.spans[-1][1]
+    length = var.step_bounds[-1][1]
     inputs, sequence = torch.randn(num_images, length - 1, 32), torch.zeros(num_images, length, dtype=torch.long)
 
     def judge(logits, place):
@@ -95,4 +97,4 @@ def test_sharding_divides_what_ddp_repeats(tmp_path):
     )
     for part in ("weights", "gradients", "Adam's moments"):
         assert copied[part] == pytest.approx(8 * sharded[part])
-    assert copied["weights"] == pytest.approx(4 * compute.parameter_counts(sizes)["params_total"] / 1e9)
+    assert copied["weights"] == pytest.approx(4 * parameter_counts(sizes)["params_total"] / 1e9)

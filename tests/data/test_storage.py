@@ -6,13 +6,13 @@ import threading
 
 import numpy as np
 import pytest
-from runs import config
-from servers import Faults, http_server
-from shards import make_shards
+from support.runs import config
+from support.servers import Faults, http_server
+from support.shards import make_shards
 
-from varlab import pack as pack_verb
+from varlab.commands import pack as pack_verb
 from varlab.data import storage as remote
-from varlab.data.imagenet import ImageNetDataModule
+from varlab.data.images import ImageDataModule
 from varlab.data.shards import ShardReader, load_manifest, verify
 from varlab.data.storage import RemoteFile, Storage
 
@@ -126,7 +126,7 @@ def test_the_cache_stays_within_its_bound(packed, storage, tmp_path):
             most = max(most, sum(file.stat().st_size for file in small.folder.iterdir()))
         assert most <= small.cache_gb * 1e9
         assert faults.requests > 48  # a shard is fetched anew for nearly each image: too small a cache for this order
-        data = ImageNetDataModule(url, 16, 8, num_workers=0, storage=small)
+        data = ImageDataModule(url, 16, 8, num_workers=0, storage=small)
         with pytest.raises(ValueError, match=r"cache_gb=.* is too small for http.*lanes=64 and window=4096"):
             data.setup()
         with pytest.raises(OSError, match="cannot hold a single shard"):
@@ -178,7 +178,7 @@ def test_what_a_killed_process_left_is_completed_or_removed(packed, storage):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_batches_from_a_url_are_those_from_disk(num_workers, packed, storage):
     def batches(path):
-        data = ImageNetDataModule(str(path), 16, 8, num_workers=num_workers, storage=storage)
+        data = ImageDataModule(str(path), 16, 8, num_workers=num_workers, storage=storage)
         data.setup()
         return [batch.images.sum(dim=(1, 2, 3)).tolist() for batch in data.train_dataloader()]
 
@@ -188,7 +188,7 @@ def test_training_batches_from_a_url_are_those_from_disk(num_workers, packed, st
 
 def test_a_server_that_dies_ends_the_epoch_with_a_sentence(packed, storage):
     with http_server(packed) as url:
-        data = ImageNetDataModule(url, 16, 8, num_workers=1, storage=storage)
+        data = ImageDataModule(url, 16, 8, num_workers=1, storage=storage)
         data.setup()
         for file in storage.folder.iterdir():
             file.unlink()

@@ -6,19 +6,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import config
+from support.runs import config
 
-from varlab import checkpoints, tokenize
-from varlab.data import tokens as cache
-from varlab.data.imagenet import Crop, ImageDataset, to_tensor
-from varlab.data.order import Draw
+from varlab.checkpoints.load import load_tokenizer
+from varlab.commands import tokenize
+from varlab.data import token_cache as cache
+from varlab.data.images import Crop, ImageDataset, to_tensor
+from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
-from varlab.data.tokens import TokenDataModule, TokenDataset, crop_of_view, views_of
-from varlab.share import Share
+from varlab.data.token_cache import TokenDataModule, TokenDataset, crop_of_view, views_of
+from varlab.distributed import WorkSplit
 
 
 def test_the_cache_holds_the_tokens_of_each_view(token_cache, digits_folder, tokenizer_run):
-    tokenizer = checkpoints.load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
+    tokenizer = load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
     images = ImageDataset(ShardReader(digits_folder, "val"), 16, 1.0, random_crop=False, random_flip=False)
     tokens = np.load(token_cache / "val.tokens.npy")
     assert tokens.dtype == np.uint8 and tokens.shape == (11, 2, 30)
@@ -33,7 +34,7 @@ def test_views_take_turns_over_the_epochs(token_cache):
     data = TokenDataModule(str(token_cache), global_batch_size=4)
     data.setup()
     tokens = np.load(token_cache / "train.tokens.npy")
-    rows = [data.train_set.__getitems__([Draw(5, epoch, True)]).sequence[0].numpy() for epoch in range(3)]
+    rows = [data.train_set.__getitems__([SampleRequest(5, epoch, True)]).sequence[0].numpy() for epoch in range(3)]
     for epoch, row in enumerate(rows):
         assert np.array_equal(row, tokens[5, (5 + epoch) % 2])
 
@@ -70,7 +71,7 @@ def test_tokens_on_a_device_take_the_smallest_type_that_holds_them(largest, kind
     tokens = np.array([[[0, largest]]], dtype=np.uint16)
     rows = TokenDataset(tokens, np.zeros(1, dtype=np.int64)).on_device(torch.device("cpu"))
     assert rows.tokens.dtype == kind
-    assert rows.__getitems__([Draw(0, 0, True)]).sequence.tolist() == [[0, largest]]
+    assert rows.__getitems__([SampleRequest(0, 0, True)]).sequence.tolist() == [[0, largest]]
 
 
 def test_settings_that_exclude_each_other_are_refused(token_cache):
@@ -133,7 +134,7 @@ def test_shards_are_no_token_cache(digits_folder):
 
 
 def cache_arguments(digits_folder, tokenizer_run):
-    tokenizer = checkpoints.load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
+    tokenizer = load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
     return dict(
         shards=str(digits_folder),
         tokenizer=tokenizer,
@@ -175,7 +176,7 @@ def test_a_killed_call_continues_with_the_missing_parts(
 
 def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run, tmp_path):
     arguments = cache_arguments(digits_folder, tokenizer_run)
-    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=Share(1, 2))
+    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=WorkSplit(1, 2))
     assert second["splits"] == {}
     parts = sorted(file.name for file in (tmp_path / "parts").glob("*.npz"))
     assert parts == [
@@ -183,5 +184,5 @@ def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run
         "train-10-00003.npz",
         "val-10-00001.npz",
     ]
-    cache.write_cache(tmp_path, **arguments, part_images=10, share=Share(0, 2))
+    cache.write_cache(tmp_path, **arguments, part_images=10, share=WorkSplit(0, 2))
     assert (tmp_path / "train.tokens.npy").read_bytes() == (token_cache / "train.tokens.npy").read_bytes()

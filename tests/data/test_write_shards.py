@@ -11,17 +11,19 @@ import pyarrow.parquet
 import pytest
 import webdataset
 from PIL import Image
-from runs import config
-from scipy.io import savemat
-from shards import digits, make_shards
+from support.image_files import make_ilsvrc, make_parquet
+from support.runs import config
+from support.shards import digits, make_shards
 
-from varlab import pack as pack_verb
-from varlab.data import imagenet, parquet, sources
-from varlab.data import pack as packing
+from varlab.commands import pack as pack_verb
+from varlab.data import images as image_data
 from varlab.data import shards as format
-from varlab.data.card import write_card
-from varlab.data.imagenet import Crop, ImageDataset, ImageNetDataModule, open_rgb, preprocess
-from varlab.data.order import Draw
+from varlab.data import write_shards as packing
+from varlab.data.dataset_card import write_card
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, open_rgb, preprocess
+from varlab.data.order import SampleRequest
+from varlab.data.sources import folder as sources
+from varlab.data.sources import parquet
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +129,7 @@ def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplo
     reader = format.ShardReader(tmp_path, "train")
     bad = next(i for i in range(40) if reader.read(i) == b"no image")
     dataset = ImageDataset(reader, 16, 1.0, random_crop=False, random_flip=False)
-    batch = dataset.__getitems__([Draw(i, 0, True) for i in range(40)])
+    batch = dataset.__getitems__([SampleRequest(i, 0, True) for i in range(40)])
     assert batch.skipped.tolist() == [int(i == bad) for i in range(40)]
     assert np.array_equal(batch.images[bad], batch.images[(bad + 1) % 40])
     assert batch.labels[bad] == reader.labels[(bad + 1) % 40]
@@ -172,9 +174,9 @@ def test_labels_beyond_the_class_names_are_refused(broken):
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_preprocessing_is_flip_resize_crop(size, crop, has_kernel, monkeypatch):
     """Pillow's resize of the whole image, then the cut, is the reference for torch's kernel and for resizing the cut only."""
-    if has_kernel and not imagenet.HAS_LANCZOS:
+    if has_kernel and not image_data.HAS_LANCZOS:
         pytest.skip("this torch has no Lanczos kernel")
-    monkeypatch.setattr(imagenet, "HAS_LANCZOS", has_kernel)
+    monkeypatch.setattr(image_data, "HAS_LANCZOS", has_kernel)
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((size[0], size[1]), Image.Resampling.BOX)
     ours = preprocess(image, 16, 1.125, crop).astype(int)
@@ -190,16 +192,16 @@ def test_preprocessing_is_flip_resize_crop(size, crop, has_kernel, monkeypatch):
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(packed):
     dataset = ImageDataset(format.ShardReader(packed, "train"), 16, 1.5, random_crop=True, random_flip=True, seed=1)
-    crops = {dataset.crop_of(Draw(sample, epoch, True)) for sample in range(20) for epoch in range(20)}
+    crops = {dataset.crop_of(SampleRequest(sample, epoch, True)) for sample in range(20) for epoch in range(20)}
     assert len(crops) == 400
     assert {crop.is_flipped for crop in crops} == {True, False}
-    assert dataset.crop_of(Draw(3, 4, True)) == dataset.crop_of(Draw(3, 4, True))
+    assert dataset.crop_of(SampleRequest(3, 4, True)) == dataset.crop_of(SampleRequest(3, 4, True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_do_not_depend_on_workers(packed, num_workers):
     def batches(workers: int) -> list[list[float]]:
-        data = ImageNetDataModule(str(packed), 16, 8, num_workers=workers, resize_ratio=1.25, lanes=4, window=6)
+        data = ImageDataModule(str(packed), 16, 8, num_workers=workers, resize_ratio=1.25, lanes=4, window=6)
         data.setup()
         return [batch.images.sum(dim=(1, 2, 3)).tolist() for batch in data.train_dataloader()]
 
@@ -215,7 +217,7 @@ def test_every_rank_gets_as_many_batches_and_validation_sees_each_image_once(
     folder = make_shards(tmp_path_factory.mktemp("few"), num_train, num_val)
 
     def of_rank(rank):
-        data = ImageNetDataModule(str(folder), 16, 8, num_workers=num_workers, resize_ratio=1.0)
+        data = ImageDataModule(str(folder), 16, 8, num_workers=num_workers, resize_ratio=1.0)
         data.ranks = lambda: (rank, num_ranks)
         data.trainer = Alone
         data.setup()
@@ -237,14 +239,14 @@ def test_every_rank_gets_as_many_batches_and_validation_sees_each_image_once(
 
 
 def test_a_rank_without_images_is_an_error_at_the_start(packed):
-    data = ImageNetDataModule(str(packed), 16, 96, num_workers=0)
+    data = ImageDataModule(str(packed), 16, 96, num_workers=0)
     data.setup()
     with pytest.raises(ValueError, match="48 images, fewer than one batch of 96"):
         data.train_dataloader()
 
 
 def test_more_replaced_images_than_allowed_stop_the_run(packed):
-    data = ImageNetDataModule(str(packed), 16, 8, num_workers=0, max_skipped_share=0.05)
+    data = ImageDataModule(str(packed), 16, 8, num_workers=0, max_skipped_share=0.05)
     data.setup()
     batch = next(iter(data.train_dataloader()))
 
@@ -261,54 +263,6 @@ def test_more_replaced_images_than_allowed_stop_the_run(packed):
         data.on_before_batch_transfer(
             batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0]), 1)), 0
         )
-
-
-def make_ilsvrc(folder):
-    """Archives of the true nested structure, from real digits: three classes, five validation images."""
-    digits_by_class = {"n03": 2, "n01": 0, "n02": 1}  # the devkit's numbers are not in the order of the ids
-    source = sources.mnist5k_source(0.1, seed=0)
-    folder.mkdir()
-
-    def jpeg(label, i):
-        item = [item for item in source.splits["train"] if item.label == label][i]
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(item.load())).resize((40 + i, 60)).save(buffer, "jpeg")
-        return buffer.getvalue()
-
-    def add(tar, name, content):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-
-    expected = {"train": [], "val": []}
-    with tarfile.open(folder / "train.tar", "w") as outer:
-        for wordnet_id, label in digits_by_class.items():
-            inner_bytes = io.BytesIO()
-            with tarfile.open(fileobj=inner_bytes, mode="w") as inner:
-                for i in range(4):
-                    content = jpeg(label, i)
-                    add(inner, f"{wordnet_id}_{i}.JPEG", content)
-                    expected["train"].append((content, label))
-            add(outer, f"{wordnet_id}.tar", inner_bytes.getvalue())
-    truth = [2, 1, 3, 3, 2]  # ILSVRC2012_IDs: 1 is n03, 2 is n01, 3 is n02
-    label_of = {1: 2, 2: 0, 3: 1}
-    with tarfile.open(folder / "val.tar", "w") as tar:
-        for number, identity in enumerate(truth, start=1):
-            content = jpeg(label_of[identity], 10 + number)
-            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", content)
-            expected["val"].append((content, label_of[identity]))
-    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
-    rows = [(1, "n03", "cat, feline", 0), (2, "n01", "ant", 0), (3, "n02", "bee", 0), (4, "n09", "animal", 3)]
-    meta = io.BytesIO()
-    savemat(meta, {"synsets": np.array(rows, dtype=kind)})
-    with tarfile.open(folder / "devkit.tar.gz", "w:gz") as tar:
-        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
-        add(
-            tar,
-            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt",
-            "\n".join(map(str, truth)).encode(),
-        )
-    return expected
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -333,23 +287,6 @@ def test_archives_that_do_not_belong_together_are_refused(tmp_path):
         sources.ilsvrc2012_source(train, val, val)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         sources.ilsvrc2012_source(tmp_path / "nowhere", val, devkit)
-
-
-def make_parquet(folder, names=None):
-    """Two files as a hub serves them, from the ImageNet archives' images: a struct of bytes and path, and a label."""
-    expected = make_ilsvrc(folder / "in")
-    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-    metadata = {"huggingface": json.dumps(features)} if names else None
-    for split, members in expected.items():
-        for part in (0, 1):
-            own = members[part::2]
-            columns = {
-                "image": [{"bytes": content, "path": None} for content, _ in own],
-                "label": [label for _, label in own],
-            }
-            table = pyarrow.table(columns).replace_schema_metadata(metadata)
-            pyarrow.parquet.write_table(table, folder / f"{split}-{part}.parquet", row_group_size=2)
-    return expected
 
 
 def pack_parquet(folder, *settings):

@@ -7,22 +7,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_var
 from PIL import Image
-from runs import config
+from support.networks import make_var
+from support.runs import config
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from varlab import evaluate, losses, sample, scales
-from varlab.metrics.frechet import frechet_distance, statistics
-from varlab.metrics.generation import inception_score, kernel_distance, precision_recall
-from varlab.metrics.image_sets import ImageSet, extract
-from varlab.metrics.likelihood import likelihood_scores
+from varlab.checkpoints.export_folder import save_pretrained
+from varlab.commands import evaluate, sample
+from varlab.distributed import WorkSplit
+from varlab.evaluation.frechet import frechet_distance, statistics
+from varlab.evaluation.generation import inception_score, kernel_distance, precision_recall
+from varlab.evaluation.image_sets import ImageSet, extract
+from varlab.evaluation.likelihood import likelihood_scores
+from varlab.evaluation.published_scores import PRESETS, compare
+from varlab.models import losses, scales
 from varlab.models.inception import Inception
-from varlab.presets import PRESETS, compare
-from varlab.pretrained import save_pretrained
-from varlab.share import Share
 
 RANDOM = np.random.default_rng(0)
 REAL = RANDOM.standard_normal((300, 16)).astype(np.float32)
@@ -112,7 +113,7 @@ def test_likelihood_adds_up_and_does_not_depend_on_batches(var, tokenizer):
 def test_calibration_of_a_network_that_knows_nothing_is_right():
     """Equal logits: confidence 1/12, right one time in twelve."""
     var = make_var(init_head=0.0).eval()
-    from conftest import make_tokenizer
+    from support.networks import make_tokenizer
 
     tokenizer, sequence = make_tokenizer().eval(), torch.arange(12).repeat(50)[:600].view(20, 30)
     found = likelihood_scores(var, tokenizer.quantizer, [(sequence, torch.zeros(20, dtype=torch.long))])
@@ -122,9 +123,9 @@ def test_calibration_of_a_network_that_knows_nothing_is_right():
 
 @pytest.fixture
 def model(tmp_path, tokenizer_run):
-    from varlab import checkpoints
+    from varlab.checkpoints.load import load_tokenizer
 
-    tokenizer = checkpoints.load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
+    tokenizer = load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
     var = make_var(
         num_classes=10, **{key: tokenizer.sizes[key] for key in ("patch_nums", "codebook_size", "codebook_dim")}
     )
@@ -160,7 +161,7 @@ def test_samples_are_scored_under_honest_names_with_their_protocol(tmp_path, mod
         assert part in said
     assert len(list((tmp_path / "cache/features").glob("*.npz"))) == 3  # samples, train, val
     calls = []
-    monkeypatch.setattr("varlab.models.features.EfficientNetLite0.pooled", lambda *_: calls.append(1))
+    monkeypatch.setattr("varlab.models.feature_networks.EfficientNetLite0.pooled", lambda *_: calls.append(1))
     score(tmp_path, *settings)
     assert not calls and json.loads((tmp_path / "scores/generation.json").read_text()) == told
 
@@ -209,7 +210,7 @@ def test_processes_share_the_images_out(tmp_path):
             return batch.mean(dim=(2, 3))
 
     def run(cache, rank, num_ranks):
-        return extract(Mean(), 11, lambda indices: images[list(indices)], 2, cache, "x", Share(rank, num_ranks))
+        return extract(Mean(), 11, lambda indices: images[list(indices)], 2, cache, "x", WorkSplit(rank, num_ranks))
 
     alone = run(tmp_path / "alone.npz", 0, 1)
     run(tmp_path / "three.npz", 2, 3)
@@ -222,7 +223,7 @@ def test_processes_share_the_images_out(tmp_path):
 def test_a_var_is_evaluated_on_images_and_on_tokens_alike(
     tmp_path, var_overrides, digits_folder, token_cache, tokenizer_run
 ):
-    from runs import fit
+    from support.runs import fit
 
     fit(tmp_path / "run", *var_overrides)
     checkpoint = f"checkpoint={tmp_path / 'run/checkpoints/last.ckpt'}"

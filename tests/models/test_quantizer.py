@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokenizer
+from support.networks import make_tokenizer
 
 from varlab.models.quantizer import MultiScaleQuantizer
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import PATCH_NUMS, make_tokenizer, make_var
+from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
 import varlab.models.var as models_var
-from varlab import compute, losses, scales
+from varlab.cost.flops import training_flops
+from varlab.models import losses, scales
 from varlab.models.transformer import DropPath, Split
 from varlab.models.var import VAR
 
@@ -20,7 +21,7 @@ def test_a_finer_input_does_not_reach_a_coarser_logit(form, labels):
     var = make_var(**form).eval()
     inputs = torch.randn(2, 29, 6)
     before = var(inputs, labels)
-    for k, (first, last) in enumerate(scales.spans(PATCH_NUMS)[1:], start=1):
+    for k, (first, last) in enumerate(scales.scale_bounds(PATCH_NUMS)[1:], start=1):
         changed = inputs.clone()
         changed[:, first - 1 : last - 1] += 1
         after = var(changed, labels)
@@ -35,7 +36,7 @@ def test_cached_logits_equal_the_masked_ones(form, token_maps, labels, tokenizer
     inputs = tokenizer.quantizer.teacher_forcing_inputs(token_maps)
     expected = var(inputs, labels)
     cache = var.start_cache(2)
-    for k, (first, last) in enumerate(var.spans):
+    for k, (first, last) in enumerate(var.step_bounds):
         logits = var.predict_scale(k, inputs[:, first - 1 : last - 1] if k else None, labels, cache)
         torch.testing.assert_close(logits, expected[:, first:last], rtol=1e-5, atol=1e-5)
 
@@ -113,7 +114,7 @@ def test_counted_flops_are_those_of_the_written_formula(depth, shared):
         pairs += pn * pn * seen
     adaln = 12 * w * w * (1 if shared else d)
     expected = 3 * (length * (24 * w * w * d + 2 * w * 4096) + 679 * 2 * 32 * w + adaln + 4 * w * w + 4 * w * d * pairs)
-    assert compute.training_flops(sizes) == expected
+    assert training_flops(sizes) == expected
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def test_counted_flops_are_those_that_torch_counts():
     causal = sum(pn**2 * sum(q**2 for q in PATCH_NUMS[: k + 1]) for k, pn in enumerate(PATCH_NUMS))
     counted = counter.get_total_flops()
     dense_attention = 4 * var.width * 3 * tokens**2
-    without_attention = compute.training_flops(var.sizes) // 3 - 4 * var.width * 3 * causal
+    without_attention = training_flops(var.sizes) // 3 - 4 * var.width * 3 * causal
     assert counted in (
         without_attention,
         without_attention + dense_attention,
@@ -139,7 +140,7 @@ def test_published_ratios_to_6nd():
         with torch.device("meta"):
             sizes = VAR(depth, [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 4096, 32, 1000).sizes
         paper_n = 18 * depth * (64 * depth) ** 2
-        assert compute.training_flops(sizes) / (6 * paper_n * 680) == pytest.approx(ratio, abs=0.006)
+        assert training_flops(sizes) / (6 * paper_n * 680) == pytest.approx(ratio, abs=0.006)
 
 
 def test_sizes_that_do_not_fit_are_named():
@@ -234,7 +235,7 @@ def test_split_attention_gives_the_same_logits_and_gradients(form, labels, monke
         logits.square().mean().backward()
         gradients = {name: p.grad.clone() for name, p in var.named_parameters() if p.grad is not None}
         found[attention] = (logits, var(inputs[:, :13], labels), gradients)
-    assert isinstance(var.visible(30), Split) and var.visible(30).spans == ((1, 5), (5, 14), (14, 30))
+    assert isinstance(var.visible(30), Split) and var.visible(30).bounds == ((1, 5), (5, 14), (14, 30))
     for a, b in zip(found["masked"][:2], found["split"][:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for name, gradient in found["masked"][2].items():

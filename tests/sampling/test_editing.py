@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import config
+from support.runs import config
 
-from varlab import edit as verb
-from varlab.editing import box_mask, composite, edit, edit_errors, keep_masks, latent_mask
-from varlab.pretrained import save_pretrained
+from varlab.checkpoints.export_folder import save_pretrained
+from varlab.commands import edit as verb
+from varlab.sampling.editing import box_mask, composite, edit, edit_errors, keep_masks, latent_mask
 
 BOX = (0.25, 0.25, 0.75, 0.75)
 

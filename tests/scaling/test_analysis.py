@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import config
+from support.scaling_runs import make_row, make_runs, scale, sizes
 
-from varlab import scaling_law
-from varlab.compute import parameter_counts, training_flops
+from varlab.cost.flops import parameter_counts
 from varlab.scaling import plot
-from varlab.scaling.analysis import misfit, seed_noise
-from varlab.scaling.fit import exponents_by_floor, fit
+from varlab.scaling.analysis import lack_of_fit, seed_noise
 from varlab.scaling.frontier import candidates, frontier, isoflop
 from varlab.scaling.parametric import CHINCHILLA, ParametricLaw
+from varlab.scaling.power_law import exponents_by_floor, fit
 from varlab.scaling.runs import collect, read_table, write_csv
 
 SIZES = np.array([2.0, 3, 4, 6, 8, 10, 12, 16]) ** 3 * 73728
@@ -60,54 +59,6 @@ def test_few_sizes_give_no_interval_and_too_few_no_fit():
 
 def test_the_frontier_is_what_nothing_beats_with_less_compute():
     assert frontier([1, 2, 3, 4, 2.5], [5, 6, 4, 4.5, 5]) == [0, 2]
-
-
-def sizes(depth):
-    return {
-        "depth": depth, "width": 64 * depth, "num_heads": depth, "patch_nums": [1, 2], "codebook_size": 64, "codebook_dim": 8,
-        "num_classes": 10, "mlp_ratio": 4.0, "drop_path": 0.0, "label_dropout": 0.1, "shared_adaln": False, "qk_norm": True,
-    }  # fmt: skip
-
-
-def surface(size, images):
-    """The truth of the made-up runs: E 2, alpha 0.3, beta 0.4."""
-    return 2 + (1e6 / size) ** 0.3 + (3e3 / images) ** 0.4
-
-
-def make_row(depth, images=38400, **changes):
-    size = parameter_counts(sizes(depth))["params_main"]
-    loss = float(surface(size, images))
-    row = {
-        "run_id": f"d{depth}-{images}", "name": f"d{depth}-{images}", "kind": "var", "state": "finished", "depth": depth,
-        "width": 64 * depth, "sizes": sizes(depth), "step": 10, "params_main": size, "images_seen": images, "unique_images": 10**6,
-        "flops_exact": training_flops(sizes(depth)) * images, "tokenizer_id": "t", "dataset_id": "d", "patch_nums": [1, 2],
-        "order": "scales", "val_loss": loss, "val_loss_last": loss + 0.1, "val_err": 80 - depth, "val_err_last": 82 - depth,
-        "val_loss_scale_00": loss - 0.1, "val_loss_scale_01": loss + 0.1, "parent_run": f"d{depth}",
-    }  # fmt: skip
-    return {**row, **changes}
-
-
-def make_runs(folder, depths=(1, 2, 3, 4), budgets=(38400,), noise=0.0, **changes):
-    """`changes` are those of the first run."""
-    rng, first = np.random.default_rng(0), True
-    for depth in depths:
-        for images in budgets:
-            row = make_row(depth, images, **(changes if first else {}))
-            for key in ("val_loss", "val_loss_last"):
-                row[key] *= float(np.exp(rng.normal(0, noise)))
-            first = False
-            (folder / row["name"]).mkdir(parents=True)
-            (folder / row["name"] / "run.json").write_text(json.dumps(row))
-            log = "step,train/loss,val/loss,val/loss_last,val/err,count/images_seen,count/flops_exact,lr\n"
-            losses = f"{row['val_loss'] + 0.1},{row['val_loss']},{row['val_loss_last']}"
-            for share in (0.5, 1.0):
-                log += f"{share * 10:.0f},{losses},80,{images * share},{row['flops_exact'] * share},0.1\n"
-            (folder / row["name"] / "metrics.csv").write_text(log)
-
-
-def scale(folder, source, *overrides):
-    given = [f"source={source}", f"out={folder / 'fit'}", "bootstraps=50"]
-    scaling_law.run(config(folder, *given, *overrides, verb="scaling"))
 
 
 def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
@@ -302,5 +253,5 @@ def test_the_spread_of_seeds_is_told_apart_from_that_of_the_law():
     assert seed_noise(rows) == pytest.approx(np.log(1.01) / np.sqrt(2))
     assert seed_noise(rows[::2]) is None
     law = ParametricLaw(CHINCHILLA, 0.3, 1.0, 0.3, 1.0, 0.0, noise=0.1, objective=0.0)
-    assert "14 times as far" in misfit(rows, law)[0]
-    assert misfit(rows, replace(law, noise=0.02)) == [] == misfit(rows[::2], law)
+    assert "14 times as far" in lack_of_fit(rows, law)[0]
+    assert lack_of_fit(rows, replace(law, noise=0.02)) == [] == lack_of_fit(rows[::2], law)

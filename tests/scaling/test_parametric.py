@@ -7,12 +7,12 @@ import time
 
 import numpy as np
 import pytest
-from test_scaling import make_row, make_runs, scale, sizes, surface
+from support.scaling_runs import make_row, make_runs, scale, sizes, surface
 
-from varlab.compute import parameter_counts, training_flops
-from varlab.scaling.analysis import Settings, analyse
-from varlab.scaling.answers import compare, gradient, next_runs, optimal, predict
-from varlab.scaling.parametric import CHINCHILLA, Form, Problem, compare_forms, evaluate, fit_parametric, worth
+from varlab.cost.flops import parameter_counts, training_flops
+from varlab.scaling.analysis import FitSettings, analyse
+from varlab.scaling.parametric import CHINCHILLA, Form, Problem, compare_forms, effective_data, evaluate, fit_parametric
+from varlab.scaling.predict import compare, gradient, next_runs, optimal, predict
 from varlab.scaling.runs import Runs
 
 BUDGETS = (5000, 10000, 20000, 40000)
@@ -90,10 +90,10 @@ def test_what_extrapolates_best_is_chosen_not_what_fits_best():
 
 
 def test_images_seen_again_are_worth_less():
-    assert worth(1000, 1000) == 1000 and worth(500, 1000) == 500
-    assert worth(2000, 1000) == pytest.approx(1000 + 15000 * (1 - np.exp(-1 / 15)))
-    assert worth(10**9, 1000) == pytest.approx(16000)
-    assert 3.6 < worth(4000, 1000) / 1000 < 4
+    assert effective_data(1000, 1000) == 1000 and effective_data(500, 1000) == 500
+    assert effective_data(2000, 1000) == pytest.approx(1000 + 15000 * (1 - np.exp(-1 / 15)))
+    assert effective_data(10**9, 1000) == pytest.approx(16000)
+    assert 3.6 < effective_data(4000, 1000) / 1000 < 4
 
 
 def analysis(noise=0.002, bootstraps=30, **settings):
@@ -102,7 +102,7 @@ def analysis(noise=0.002, bootstraps=30, **settings):
         for images in BUDGETS:
             row = make_row(depth, images)
             rows.append({**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, noise)))})
-    return analyse(Runs(rows, [], []), Settings(bootstraps=bootstraps, form=CHINCHILLA, **settings))
+    return analyse(Runs(rows, [], []), FitSettings(bootstraps=bootstraps, form=CHINCHILLA, **settings))
 
 
 def test_a_prediction_says_loss_interval_cost_and_how_far_it_reaches():
@@ -135,7 +135,7 @@ def test_a_run_that_went_wrong_stands_out():
     rng = np.random.default_rng(0)
     rows = [{**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, 0.002)))} for row in rows]
     rows[9]["val_loss"] *= 1.05
-    found = analyse(Runs(rows, [], []), Settings(bootstraps=20, form=CHINCHILLA))
+    found = analyse(Runs(rows, [], []), FitSettings(bootstraps=20, form=CHINCHILLA))
     assert "not as expected" in compare(found, rows[9]["name"])[0]
     others = [compare(found, row["name"])[0] for i, row in enumerate(rows) if i // 4 != 9 // 4]
     assert sum("not as expected" not in line for line in others) >= 0.8 * len(others)
@@ -148,7 +148,7 @@ def test_where_all_saw_equal_images_a_run_is_compared_by_size_alone():
     rows = [make_row(depth) for depth in (1, 2, 3, 4, 5, 6, 8)]
     rows = [{**row, "val_loss": row["val_loss"] * float(np.exp(rng.normal(0, 0.002)))} for row in rows]
     rows[4]["val_loss"] *= 1.1
-    found = analyse(Runs(rows, [], []), Settings(floor=2.0, bootstraps=50))
+    found = analyse(Runs(rows, [], []), FitSettings(floor=2.0, bootstraps=50))
     line = compare(found, rows[4]["name"])[0]
     assert "L(N) of the others says" in line and "not as expected" in line
     with pytest.raises(ValueError, match="needs more than 5 runs"):
@@ -213,7 +213,7 @@ def test_a_full_fit_takes_seconds_not_minutes():
 
 def test_questions_are_words_on_the_command_line(tmp_path):
     make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
-    command = [sys.executable, "-m", "varlab.cli", "scaling", "predict", f"source={tmp_path / 'sweep'}", "depth=8"]
+    command = [sys.executable, "-m", "varlab", "scaling", "predict", f"source={tmp_path / 'sweep'}", "depth=8"]
     answer = subprocess.run(
         [*command, "images=1e5", "form=free_huber", "bootstraps=5"], capture_output=True, text=True, check=False
     )

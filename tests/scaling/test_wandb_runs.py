@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import command
-from servers import WandbRuns, wandb_server
-from test_scaling import make_runs
+from support.runs import command
+from support.scaling_runs import make_runs
+from support.servers import WandbRuns, wandb_server
 
 from varlab.files import read_curves
 from varlab.scaling.runs import collect
@@ -22,7 +22,7 @@ def varlab(home: Path, url: str, *arguments: str, key: bool = True) -> subproces
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment = {**kept, "HOME": str(home), "WANDB_BASE_URL": url, **({"WANDB_API_KEY": "a" * 40} if key else {})}
     return subprocess.run(
-        [sys.executable, "-m", "varlab.cli", *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300
+        [sys.executable, "-m", "varlab", *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300
     )  # fmt: skip
 
 

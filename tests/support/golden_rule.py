@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def golden(name: str) -> dict:

@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from varlab import train
+from varlab.commands import train
 from varlab.config import conf_dir
 
 TOKENIZER = [
@@ -45,10 +45,16 @@ def command(folder: Path, *overrides: str, processes: int = 1, **variables: str)
     """The same as a user would start it, in processes of its own."""
     start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "varlab.train"]
+        start += [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            "-m",
+            "varlab.commands.train",
+        ]
     else:
-        start += ["varlab.cli", "train"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline", **variables}
+        start += ["varlab", "train"]
+    environment = {**os.environ, "WANDB_MODE": "offline", **variables}
     environment.pop("WANDB_SERVICE", None)  # of the tests' own process
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
     return subprocess.run(
@@ -62,11 +68,11 @@ def command(folder: Path, *overrides: str, processes: int = 1, **variables: str)
 
 
 def log_to(file: Path) -> list[str]:
-    return ["+callbacks.losses._target_=kill.LossLog", f"+callbacks.losses.file={file}"]
+    return ["+callbacks.losses._target_=support.fault_callbacks.LossLog", f"+callbacks.losses.file={file}"]
 
 
 def kill_at(step: int) -> list[str]:
-    return ["+callbacks.kill._target_=kill.Kill", f"+callbacks.kill.step={step}"]
+    return ["+callbacks.kill._target_=support.fault_callbacks.Kill", f"+callbacks.kill.step={step}"]
 
 
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:
@@ -80,3 +86,7 @@ def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def images_overrides(digits_folder):
+    return [*TOKENIZER, *SHORT, f"data.path={digits_folder}", "data.resize_ratio=1.25", "data.random_flip=true"]

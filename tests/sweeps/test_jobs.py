@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import SHORT, VAR
+from support.runs import SHORT, VAR
 
-from varlab.jobs import reason_to_skip
+from varlab.sweeps.jobs import reason_to_skip
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def sweep(tmp_path, var_overrides):
     """Starts `varlab VERB ...` in a folder of its own."""
 
     def start(*arguments, verb="train", **variables) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **variables}
-        command = [sys.executable, "-m", "varlab.cli", verb, *arguments]
+        environment = {**os.environ, **variables}
+        command = [sys.executable, "-m", "varlab", verb, *arguments]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
         )
@@ -85,7 +85,7 @@ def test_one_failing_job_does_not_sink_the_others(tmp_path, sweep):
 
 def test_a_stopped_sweep_continues_where_it_stopped(tmp_path, sweep):
     settings = [*sweep.settings, "model.depth=1,2,3"]
-    stop = ["+callbacks.stop={_target_: kill.Signal, step: 4, name: SIGTERM, to_parent: true}"]
+    stop = ["+callbacks.stop={_target_: support.fault_callbacks.Signal, step: 4, name: SIGTERM, to_parent: true}"]
     process = sweep.start(*settings, *stop)
     said = process.communicate(timeout=200)[0]
     assert process.returncode not in (0, None), said[-2000:]
@@ -115,7 +115,10 @@ def test_joblib_runs_jobs_side_by_side(tmp_path, sweep):
 
 def test_submitit_puts_a_warned_job_back_into_its_queue(tmp_path, sweep):
     """USR2, the warning before the time limit, goes to submitit's process: the run saves, the job is started anew and ends."""
-    warn = ["+callbacks.warn={_target_: kill.Signal, step: 4, name: SIGUSR2, to_parent: true}", "save_every=1000"]
+    warn = [
+        "+callbacks.warn={_target_: support.fault_callbacks.Signal, step: 4, name: SIGUSR2, to_parent: true}",
+        "save_every=1000",
+    ]
     code, said = sweep(
         *sweep.settings, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=60", *warn, "model.depth=1,2"
     )
@@ -145,7 +148,7 @@ def test_a_dry_run_shows_the_jobs_and_the_script_for_slurm(tmp_path, sweep):
 
 def test_an_agent_of_a_wandb_sweep_runs_the_same_command(tmp_path, sweep, tokenizer_run, token_cache):
     """The command of the sweep file, filled in as W&B's agent does."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     file = yaml.safe_load((root / "experiments/depth_scaling/sweep.yaml").read_text())
     assert file["metric"]["name"] == "val/loss" and file["parameters"]["model.depth"]["values"]
     environment = {"TOKENIZER": str(tokenizer_run / "checkpoints/last.ckpt"), "TOKENS": str(token_cache)}

@@ -4,21 +4,21 @@ import csv
 
 import pytest
 import torch
-from runs import command, fit, logged_losses, weights
-from test_training import images_overrides, kill_at, log_to
+from support.runs import command, fit, images_overrides, kill_at, log_to, logged_losses, weights
 from torch import nn
 
-from varlab import checkpoints, losses
+from varlab.checkpoints.load import load_tokenizer
+from varlab.models import losses
 from varlab.models.discriminator import DiffAugment, DINODiscriminator, PatchDiscriminator
-from varlab.training.adversary import Adversary
-from varlab.training.optim import Schedule
+from varlab.training.adversarial import DiscriminatorTrainer
+from varlab.training.schedules import Schedule
 
 SMALL = [
     "adversarial=patch",
     "adversarial.discriminator.channels=8",
     "adversarial.discriminator.num_layers=1",
-    "adversarial.trains_from=0.2",
-    "adversarial.counts_from=0.4",
+    "adversarial.discriminator_start=0.2",
+    "adversarial.adversarial_start=0.4",
     "adversarial.warmup=0.2",
     "adversarial.r1_weight=0.5",
     "adversarial.r1_every=2",
@@ -109,7 +109,9 @@ def test_a_shift_moves_pixels_and_leaves_zeros():
 
 
 def test_a_discriminator_learns_to_tell_and_counts_only_later():
-    adversary = Adversary(PatchDiscriminator(16, 1), Schedule(warmup=0.0), trains_from=0.1, counts_from=0.4, warmup=0.1)
+    adversary = DiscriminatorTrainer(
+        PatchDiscriminator(16, 1), Schedule(warmup=0.0), discriminator_start=0.1, adversarial_start=0.4, warmup=0.1
+    )
     assert [adversary.learns(p) for p in (0.05, 0.1, 0.9)] == [False, True, True]
     assert [adversary.share(p) for p in (0.1, 0.4, 0.45, 0.5, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
     real, fake = torch.randn(8, 3, 16, 16), torch.nn.functional.avg_pool2d(torch.randn(8, 3, 18, 18), 3, 1)
@@ -123,11 +125,11 @@ def test_a_discriminator_learns_to_tell_and_counts_only_later():
     assert fake.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in adversary.net.parameters())
     with pytest.raises(ValueError, match="the discriminator must learn before it counts"):
-        Adversary(PatchDiscriminator(8, 1), Schedule(), trains_from=0.5, counts_from=0.2)
+        DiscriminatorTrainer(PatchDiscriminator(8, 1), Schedule(), discriminator_start=0.5, adversarial_start=0.2)
 
 
 def test_lecam_holds_logits_near_the_other_sides_average():
-    adversary = Adversary(PatchDiscriminator(8, 1), Schedule(), lecam_weight=1.0)
+    adversary = DiscriminatorTrainer(PatchDiscriminator(8, 1), Schedule(), lecam_weight=1.0)
     real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     adversary.accumulate(real, fake, share=1.0)
     with torch.no_grad():
@@ -159,7 +161,7 @@ def test_a_run_with_a_discriminator_killed_twice_equals_the_uninterrupted_one(tm
     rows = list(csv.DictReader((tmp_path / "whole/metrics.csv").open()))
     counts = [int(row["step"]) for row in rows if row.get("train/adversarial_loss")]
     assert counts == [4, 5, 6, 7, 8]
-    assert checkpoints.load_tokenizer(tmp_path / "whole/checkpoints/last.ckpt").downsample == 4
+    assert load_tokenizer(tmp_path / "whole/checkpoints/last.ckpt").downsample == 4
 
 
 def test_accumulation_and_two_processes_give_the_same_discriminator(tmp_path, digits_folder):
@@ -182,8 +184,8 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, digits_folder):
     fit(tmp_path, *overrides)
     with pytest.raises(ValueError, match="the checkpoint was made without a discriminator"):
         fit(tmp_path, *overrides, *SMALL, "steps=12", "ckpt_path=last")
-    with pytest.raises(Exception, match="counts_from=0.1: the discriminator must learn before it counts"):
-        fit(tmp_path / "x", *overrides, *SMALL, "adversarial.counts_from=0.1")
+    with pytest.raises(Exception, match="adversarial_start=0.1: the discriminator must learn before it counts"):
+        fit(tmp_path / "x", *overrides, *SMALL, "adversarial.adversarial_start=0.1")
 
 
 @pytest.mark.slow

@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import PATCH_NUMS, make_tokenizer, make_var
-from runs import command, config, fit, weights
+from support.networks import PATCH_NUMS, make_tokenizer, make_var
+from support.runs import command, config, fit, weights
 
-from varlab import checkpoints, compute, scales, train
-from varlab.drawing import Settings
-from varlab.metrics.likelihood import likelihood_scores
-from varlab.published import to_released
-from varlab.sampling import Kept, generate, generate_tokens
-from varlab.training.optim import Schedule, reads_width
+from varlab.checkpoints.load import load, load_tokenizer, read_checkpoint
+from varlab.checkpoints.released_layout import to_released
+from varlab.commands import train
+from varlab.cost.flops import parameter_counts, training_flops
+from varlab.evaluation.likelihood import likelihood_scores
+from varlab.models import scales
+from varlab.sampling.generate import KeptTokens, generate, generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
+from varlab.training.schedules import Schedule, is_hidden_matrix
 
 
 @pytest.fixture
@@ -56,21 +59,21 @@ def test_a_branch_that_would_not_share_its_first_steps_is_refused(tmp_path, stud
 
 def test_the_warm_up_follows_the_size_up_to_a_twentieth():
     schedule = Schedule("wsd", 3.0, final_ratio=0.0)
-    shares = [schedule.lr_share(step, 103) for step in range(103)]
+    shares = [schedule.lr_multiplier(step, 103) for step in range(103)]
     assert shares[0] < shares[1] < shares[2] < 1 and shares[3] == 1
     start = schedule.cooldown_start(103)
     assert all(share == 1 for share in shares[3:start]) and shares[start + 1] < 1
     assert shares[-1] == pytest.approx(0)
-    longer = [schedule.lr_share(step, 400) for step in range(start)]
+    longer = [schedule.lr_multiplier(step, 400) for step in range(start)]
     assert longer == shares[:start]
 
 
 def test_compute_buys_steps(tmp_path, study):
     cfg = config(tmp_path, *study, "compute=2e9")
     train.set_steps(cfg)
-    tokenizer = checkpoints.load_tokenizer(cfg.tokenizer)
+    tokenizer = load_tokenizer(cfg.tokenizer)
     var = make_var(codebook_size=tokenizer.sizes["codebook_size"], patch_nums=tokenizer.patch_nums, num_classes=10)
-    flops = compute.training_flops(var.sizes) * cfg.data.global_batch_size
+    flops = training_flops(var.sizes) * cfg.data.global_batch_size
     assert cfg.steps == round(2e9 / flops) > 2
     with pytest.raises(ValueError, match="less than one step"):
         train.set_steps(config(tmp_path, *study, "compute=1e3"))
@@ -106,7 +109,7 @@ def test_raster_tokens_drawn_one_by_one_are_those_of_the_masked_forward(tokenize
     """Greedy draws equal the arg max of one forward over what was drawn; guided and not."""
     raster = make_var(order="raster").eval()
     for guidance in (0.0, 1.5):
-        _, token_maps = generate_tokens(raster, tokenizer, labels, Settings(guidance, "constant", top_k=1))
+        _, token_maps = generate_tokens(raster, tokenizer, labels, SamplingSettings(guidance, "constant", top_k=1))
         inputs = tokenizer.quantizer.teacher_forcing_inputs(token_maps, "raster")
         torch.testing.assert_close(inputs, tokenizer.quantizer.codebook(torch.cat(token_maps, dim=1)[:, :-1]))
         logits = raster(inputs, labels)
@@ -119,8 +122,8 @@ def test_raster_tokens_drawn_one_by_one_are_those_of_the_masked_forward(tokenize
 
 def test_what_raster_order_cannot_do_is_said(tokenizer, labels, token_maps):
     raster = make_var(order="raster").eval()
-    kept = Kept(token_maps, [torch.ones(pn * pn, dtype=torch.bool) for pn in PATCH_NUMS])
-    for settings, editing in [(Settings(smooth=True), None), (Settings(), kept)]:
+    kept = KeptTokens(token_maps, [torch.ones(pn * pn, dtype=torch.bool) for pn in PATCH_NUMS])
+    for settings, editing in [(SamplingSettings(smooth=True), None), (SamplingSettings(), kept)]:
         with pytest.raises(ValueError, match="token by token"):
             generate_tokens(raster, tokenizer, labels, settings, kept=editing)
     with pytest.raises(ValueError, match="no network with order=raster"):
@@ -131,14 +134,14 @@ def test_what_raster_order_cannot_do_is_said(tokenizer, labels, token_maps):
 
 def test_raster_counts_its_own_parameters_and_attention():
     raster, var = make_var(order="raster", patch_nums=[2, 4]), make_var(patch_nums=[2, 4])
-    counts = compute.parameter_counts(raster.sizes)
+    counts = parameter_counts(raster.sizes)
     assert counts["params_total"] == sum(parameter.numel() for parameter in raster.parameters())
-    assert compute.parameter_counts(var.sizes)["params_total"] == sum(p.numel() for p in var.parameters())
+    assert parameter_counts(var.sizes)["params_total"] == sum(p.numel() for p in var.parameters())
     pairs = {"raster": 20 * 21 // 2, "scales": 4 * 4 + 16 * 20}
-    gap = compute.training_flops(var.sizes) - compute.training_flops(raster.sizes)
+    gap = training_flops(var.sizes) - training_flops(raster.sizes)
     start = 3 * 3 * 2 * 6 * 32  # four start tokens of the coarsest scale against one
     assert gap == 3 * 4 * 32 * 2 * (pairs["scales"] - pairs["raster"]) - start
-    assert scales.steps([1, 2], "raster") == [(i, i + 1) for i in range(5)]
+    assert scales.step_bounds([1, 2], "raster") == [(i, i + 1) for i in range(5)]
 
 
 def test_a_raster_network_trains_on_the_same_tokens_and_loads_again(tmp_path, still):
@@ -146,10 +149,10 @@ def test_a_raster_network_trains_on_the_same_tokens_and_loads_again(tmp_path, st
     first = fit(tmp_path / "short", *settings, "steps=1")
     last = fit(tmp_path / "run", *settings)
     assert last < first
-    tokenizer, net, _ = checkpoints.load(tmp_path / "run/checkpoints/last.ckpt")
+    tokenizer, net, _ = load(tmp_path / "run/checkpoints/last.ckpt")
     assert net.order == "raster" and generate(net, tokenizer, torch.tensor([0, 1])).shape[0] == 2
     with pytest.raises(ValueError, match="order=raster has no such steps"):
-        fit(tmp_path / "wrong", *settings, "module.progressive={_target_: varlab.training.optim.Progressive}")
+        fit(tmp_path / "wrong", *settings, "module.progressive={_target_: varlab.training.schedules.Progressive}")
 
 
 @torch.no_grad()
@@ -173,15 +176,15 @@ def test_muP_like_rates_slow_the_matrices_that_read_the_width_alone(tmp_path, st
         *study,
         "steps=3",
         "module.lr_reference_depth=1",
-        "module.slows_matrices_only=true",
+        "module.mup_lr_scaling=true",
         "module.warmup_tokens=null",
     ]
     fit(tmp_path / "run", *settings, "module.schedule.warmup=0.0")
-    saved = checkpoints.read(tmp_path / "run/checkpoints/last.ckpt")
-    rates = [group.get("lr_share", 1.0) for group in saved["optimizer_states"][0]["param_groups"]]
+    saved = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    rates = [group.get("lr_multiplier", 1.0) for group in saved["optimizer_states"][0]["param_groups"]]
     assert rates == [1.0, 1.0, 0.5]
     net = make_var()
-    slowed = {name for name, parameter in net.named_parameters() if reads_width(name, parameter)}
+    slowed = {name for name, parameter in net.named_parameters() if is_hidden_matrix(name, parameter)}
     assert {name.split(".")[-1] for name in slowed} == {"weight"}
     assert {"head.weight", "blocks.0.attention.qkv.weight", "head_modulation.linear.weight"} <= slowed
     assert not slowed & {"word_embed.weight", "class_embedding.weight", "position", "blocks.0.attention.q_bias"}

@@ -5,13 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from runs import command, fit
-from test_training import images_overrides
+from support.networks import make_tokenizer
+from support.runs import command, fit, images_overrides
 
 from varlab.models.quantizer import perplexity, rotated
-from varlab.training import codebook
-from varlab.training.codebook import CollapseAlarm, KMeansInit, ReviveCodes, fit_codes
+from varlab.training import codebook_callbacks
+from varlab.training.codebook_callbacks import CollapseAlarm, KMeansInit, ResetDeadCodes, fit_codes
 
 
 def test_perplexity_counts_codes_in_use():
@@ -103,12 +102,12 @@ def test_k_means_begins_with_a_smaller_loss(tmp_path, digits_folder):
 
 
 def test_dead_codes_are_revived(tmp_path, digits_folder):
-    revive = f"callbacks.revive={{_target_: {ReviveCodes.__module__}.ReviveCodes, every: 3, min_share: 0.5}}"
+    revive = f"callbacks.revive={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 3, min_share: 0.5}}"
     ema = "callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.99}"
     settings = [*images_overrides(digits_folder), "model.codebook_size=64", "save_every=9"]
     fit(tmp_path / "plain", *settings, ema)
     fit(tmp_path / "revived", *settings, revive, ema)
-    assert logged(tmp_path / "revived", "train/codes_revived")[0] > 10
+    assert logged(tmp_path / "revived", "train/codes_reset")[0] > 10
     both = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("plain", "revived")]
     name = "net.quantizer.codebook.weight"
     moved = (both[0]["state_dict"][name] - both[1]["state_dict"][name]).abs().sum(dim=1) > 0.02
@@ -119,16 +118,19 @@ def test_dead_codes_are_revived(tmp_path, digits_folder):
 
 def test_remedies_choose_alike_on_all_ranks(tmp_path, digits_folder):
     remedies = [
-        f"callbacks.revive={{_target_: {ReviveCodes.__module__}.ReviveCodes, every: 2, min_share: 0.5}}",
+        f"callbacks.revive={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 2, min_share: 0.5}}",
         f"callbacks.kmeans={{_target_: {KMeansInit.__module__}.KMeansInit}}",
         "model.gradient=rotation",
         "model.scale_dropout=0.3",
     ]
-    logs = ["+callbacks.codebook._target_=kill.CodebookLog", f"+callbacks.codebook.file={tmp_path / 'hash'}"]
+    logs = [
+        "+callbacks.codebook._target_=support.fault_callbacks.CodebookLog",
+        f"+callbacks.codebook.file={tmp_path / 'hash'}",
+    ]
     ddp = ["trainer.devices=2", "trainer.strategy=ddp", "model.codebook_size=64"]
     finished = command(tmp_path, *images_overrides(digits_folder), *remedies, *logs, *ddp, processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert sum(logged(tmp_path, "train/codes_revived")) > 0
+    assert sum(logged(tmp_path, "train/codes_reset")) > 0
     assert (tmp_path / "hash.0").read_text() == (tmp_path / "hash.1").read_text()
 
 
@@ -157,7 +159,7 @@ def test_a_run_whose_codes_collapse_says_so(tmp_path, digits_folder, caplog):
 
 
 def test_rows_are_drawn_as_often_as_asked_for():
-    rows = codebook.drawn_rows(torch.arange(4.0)[:, None], 10, seed=0)
+    rows = codebook_callbacks.drawn_rows(torch.arange(4.0)[:, None], 10, seed=0)
     assert rows.shape == (10, 1) and set(rows.flatten().tolist()) == {0, 1, 2, 3}
 
 

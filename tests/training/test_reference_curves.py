@@ -4,9 +4,19 @@ import csv
 
 import numpy as np
 import pytest
-from runs import fit
+from support.runs import fit
 
-from varlab.doctor import band, judge, main, read_band, reason, references, report, smooth, write_band
+from varlab.training.reference_curves import (
+    band,
+    judge,
+    main,
+    read_band,
+    reason,
+    references,
+    report,
+    smooth,
+    write_band,
+)
 
 
 def run(seed: int, offset: float = 0.0, from_step: int = 0) -> dict[str, dict[int, float]]:

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATCH_NUMS, make_var
 from lightning.pytorch.plugins import Precision
-from runs import command, config, fit, kill_at, log_to, logged_losses, weights
+from support.networks import PATCH_NUMS, make_var
+from support.runs import command, config, fit, kill_at, log_to, logged_losses, weights
 
-from varlab import checkpoints, export
-from varlab.training.optim import Progressive, Schedule
+from varlab.checkpoints.load import load, read_checkpoint
+from varlab.commands import export
+from varlab.training.schedules import Progressive, Schedule
 
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
@@ -25,7 +26,7 @@ EMA = ["callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9}"]
 
 def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
     """Weights, averages and moments of two runs' checkpoints."""
-    a, b = (checkpoints.read(folder / "checkpoints/last.ckpt") for folder in (a, b))
+    a, b = (read_checkpoint(folder / "checkpoints/last.ckpt") for folder in (a, b))
     for part in ("state_dict", "ema"):
         assert a.get(part, {}).keys() == b.get(part, {}).keys()
         for name, value in a.get(part, {}).items():
@@ -53,13 +54,13 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
     export.run(config(tmp_path, f"checkpoint={folder}", "to=checkpoint", f"out={file}", verb="export"))
     fit(tmp_path / "on", *still, *EMA, f"ckpt_path={file}", "steps=12", *log_to(tmp_path / "on.log"))
     assert sorted(logged_losses(tmp_path / "on.log")) == [10, 11, 12]
-    _, var, _ = checkpoints.load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
+    _, var, _ = load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
     assert torch.equal(
-        var.head.weight, checkpoints.read(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
+        var.head.weight, read_checkpoint(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
     )
     (folder / "meta.pt").unlink()
     with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint: meta.pt is missing"):
-        checkpoints.load(folder)
+        load(folder)
 
 
 def test_a_sharded_run_can_write_one_file(tmp_path, still):
@@ -90,8 +91,8 @@ def test_two_nodes_train_as_one_process(tmp_path, still):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    run = ["-m", "varlab.train", *folder, *settings]
+    environment = {**os.environ}
+    run = ["-m", "varlab.commands.train", *folder, *settings]
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={node}", *run],
@@ -168,7 +169,13 @@ def test_compiled_blocks_train_the_same_without_recompiling(tmp_path, still):
         )
         for name, extra in [
             ("eager", []),
-            ("compiled", ["+callbacks.graphs._target_=kill.GraphLog", f"+callbacks.graphs.file={tmp_path / 'graphs'}"]),
+            (
+                "compiled",
+                [
+                    "+callbacks.graphs._target_=support.fault_callbacks.GraphLog",
+                    f"+callbacks.graphs.file={tmp_path / 'graphs'}",
+                ],
+            ),
         ]
     ]
     assert [answer.returncode for answer in answers] == [0, 0], answers[1].stderr[-3000:]
@@ -183,7 +190,10 @@ def test_compiled_blocks_train_the_same_without_recompiling(tmp_path, still):
 
 def test_drop_path_rates_do_not_make_a_graph_for_each_block(tmp_path, var_overrides):
     settings = [*var_overrides, "model.depth=10", "model.drop_path=0.3", "module.is_compiled=true", "val_every=3"]
-    graphs = ["+callbacks.graphs._target_=kill.GraphLog", f"+callbacks.graphs.file={tmp_path / 'graphs'}"]
+    graphs = [
+        "+callbacks.graphs._target_=support.fault_callbacks.GraphLog",
+        f"+callbacks.graphs.file={tmp_path / 'graphs'}",
+    ]
     answer = command(tmp_path / "run", *settings, *graphs)
     assert answer.returncode == 0, answer.stderr[-3000:]
     made = [int(line) for line in (tmp_path / "graphs").read_text().split()]
@@ -193,7 +203,9 @@ def test_drop_path_rates_do_not_make_a_graph_for_each_block(tmp_path, var_overri
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, still):
     fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
     again = [tmp_path / "killed", *still, *log_to(tmp_path / "killed.log"), "ckpt_path=last"]
-    killed = command(*again, "+callbacks.kill._target_=kill.KillWhileSaving", "+callbacks.kill.nth=2")
+    killed = command(
+        *again, "+callbacks.kill._target_=support.fault_callbacks.KillWhileSaving", "+callbacks.kill.nth=2"
+    )
     assert killed.returncode == -9
     assert torch.load(tmp_path / "killed/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     fit(*again)
@@ -224,7 +236,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
     ddp = ["trainer.devices=2", "trainer.strategy=ddp"] if processes == 2 else []
     again = [tmp_path / "stopped", *still, *ddp, "save_every=1000", "callbacks.signals.check_every=1", "ckpt_path=last"]
     stopped = command(
-        *again, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGTERM}", *log_to(tmp_path / "log")
+        *again,
+        "+callbacks.kill={_target_: support.fault_callbacks.Signal, step: 4, name: SIGTERM}",
+        *log_to(tmp_path / "log"),
     )
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
@@ -240,7 +254,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
 def test_the_signal_before_the_time_limit_puts_a_slurm_job_back_into_the_queue(tmp_path, still):
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "said"}\n')
     (tmp_path / "scontrol").chmod(0o755)
-    warned = [*still, "+callbacks.kill={_target_: kill.Signal, step: 4, name: SIGUSR1}"]
+    warned = [*still, "+callbacks.kill={_target_: support.fault_callbacks.Signal, step: 4, name: SIGUSR1}"]
     queue = {"SLURM_JOB_ID": "4711", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert command(tmp_path / "run", *warned, **queue).returncode == 75
     assert (tmp_path / "said").read_text() == "requeue 4711\n"
@@ -273,7 +287,7 @@ def test_progressive_training_takes_the_released_schedule():
 
 def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, still):
     """The first step sees 1 + 4 of 30 tokens, each with weight 1/30, and costs the FLOPs of those."""
-    gradual = "module.progressive={_target_: varlab.training.optim.Progressive, share: 0.5, first_scales: 1}"
+    gradual = "module.progressive={_target_: varlab.training.schedules.Progressive, share: 0.5, first_scales: 1}"
     fit(tmp_path / "gradual", *still, gradual, *log_to(tmp_path / "gradual.log"))
     fit(tmp_path / "plain", *still, *log_to(tmp_path / "plain.log"))
     first, plain = (float.fromhex(logged_losses(tmp_path / f"{name}.log")[1]) for name in ("gradual", "plain"))
@@ -291,7 +305,7 @@ def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, 
 
 
 def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
-    spike = "+callbacks.poison={_target_: kill.Grow, step: 7, factor: 1000.0}"
+    spike = "+callbacks.poison={_target_: support.fault_callbacks.Grow, step: 7, factor: 1000.0}"
     fit(tmp_path, *still, spike)
     assert any(
         "step 7: the gradient's norm is" in record.message and "usually" in record.message for record in caplog.records

@@ -5,19 +5,24 @@ import json
 
 import pytest
 import torch
-from golden_rule import golden
 from hydra.utils import instantiate
-from runs import SHORT, TOKENIZER, command, config, fit, kill_at, log_to, logged_losses, weights
+from support.golden_rule import golden
+from support.runs import (
+    command,
+    config,
+    fit,
+    images_overrides,
+    kill_at,
+    log_to,
+    logged_losses,
+    weights,
+)
 
-from varlab import checkpoints, tokenize
-from varlab.data import imagenet
-from varlab.published import to_released
-from varlab.sampling import generate
-
-
-def images_overrides(digits_folder):
-    return [*TOKENIZER, *SHORT, f"data.path={digits_folder}", "data.resize_ratio=1.25", "data.random_flip=true"]
-
+from varlab.checkpoints.load import load, load_tokenizer
+from varlab.checkpoints.released_layout import to_released
+from varlab.commands import tokenize
+from varlab.data import images as image_data
+from varlab.sampling.generate import generate
 
 KINDS = ["images", "tokens", "var_on_images"]
 slow = [
@@ -78,7 +83,11 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(
 
 
 def test_a_data_worker_that_dies_ends_the_run_with_a_sentence(tmp_path, digits_folder):
-    settings = [*images_overrides(digits_folder), "data.num_workers=2", "+callbacks.kill._target_=kill.KillWorker"]
+    settings = [
+        *images_overrides(digits_folder),
+        "data.num_workers=2",
+        "+callbacks.kill._target_=support.fault_callbacks.KillWorker",
+    ]
     answer = command(tmp_path, *settings)
     assert answer.returncode == 1
     assert "a data worker died or hangs" in answer.stdout + answer.stderr
@@ -209,7 +218,7 @@ def test_the_run_leaves_log_row_pictures_and_a_checkpoint_that_samples(tmp_path,
     )
     assert list((tmp_path / "pictures").glob("samples-*.png"))
     assert list(tmp_path.rglob("offline-run-*/*.wandb"))
-    tokenizer, var, names = checkpoints.load(tmp_path / "checkpoints/last.ckpt")
+    tokenizer, var, names = load(tmp_path / "checkpoints/last.ckpt")
     assert names == [str(digit) for digit in range(10)]
     assert generate(var, tokenizer, torch.tensor([3]), cfg_scale=1.0).shape == (1, 3, 16, 16)
 
@@ -228,14 +237,18 @@ def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     name = "net.head.weight"
     assert not torch.equal(saved["ema"][name], saved["state_dict"][name])
-    assert torch.equal(checkpoints.load(tmp_path / "checkpoints/last.ckpt")[1].head.weight, saved["ema"][name])
+    assert torch.equal(load(tmp_path / "checkpoints/last.ckpt")[1].head.weight, saved["ema"][name])
     assert torch.equal(
-        checkpoints.load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name]
+        load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name]
     )
 
 
 def poison(steps):
-    return ["+callbacks.poison._target_=kill.Poison", f"+callbacks.poison.steps={steps}", "callbacks.ema=null"]
+    return [
+        "+callbacks.poison._target_=support.fault_callbacks.Poison",
+        f"+callbacks.poison.steps={steps}",
+        "callbacks.ema=null",
+    ]
 
 
 def test_a_step_with_an_infinite_gradient_is_skipped_and_counted(tmp_path, var_overrides):
@@ -355,9 +368,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, var_overrides, tokeni
     junk = tmp_path / "junk.ckpt"
     junk.write_bytes(b"junk" * 100)
     with pytest.raises(ValueError, match=r"junk.ckpt is not a checkpoint"):
-        checkpoints.load_tokenizer(junk)
+        load_tokenizer(junk)
     with pytest.raises(ValueError, match="holds a tokenizer only"):
-        checkpoints.load(tokenizer_run / "checkpoints/last.ckpt")
+        load(tokenizer_run / "checkpoints/last.ckpt")
 
 
 def test_a_wrong_type_or_key_ends_with_code_1_and_no_traceback(tmp_path, var_overrides):
@@ -375,7 +388,7 @@ def test_training_losses_are_the_recorded_ones(kind, tmp_path, digits_folder, va
     """A refactor changes none of them; a deliberate change writes tests/golden/losses.json anew, in its own commit.
 
     With Pillow's resize, which every version of torch can do."""
-    monkeypatch.setattr(imagenet, "HAS_LANCZOS", False)
+    monkeypatch.setattr(image_data, "HAS_LANCZOS", False)
     overrides = images_overrides(digits_folder) if kind == "tokenizer" else var_overrides
     fit(tmp_path, *overrides, *log_to(tmp_path / "log"))
     losses = [float.fromhex(loss) for loss in logged_losses(tmp_path / "log").values()]

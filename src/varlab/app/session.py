@@ -14,18 +14,18 @@ from matplotlib.colors import hsv_to_rgb
 from PIL import Image
 from torch import Tensor
 
-from varlab import checkpoints, pictures
-from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
-from varlab.drawing import Settings
-from varlab.editing import composite, edit, edit_errors, latent_mask
+from varlab import image_grid
+from varlab.checkpoints.load import load
+from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.pipeline import label_of
-from varlab.sampling import decode, generate_scales
-from varlab.scaling.analysis import Settings as FitSettings
-from varlab.scaling.analysis import analyse
+from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
+from varlab.sampling.generate import decode, generate_scales
+from varlab.sampling.token_sampling import SamplingSettings
+from varlab.scaling.analysis import FitSettings, analyse
 from varlab.scaling.plot import figures
-from varlab.scaling.report import SHOWN, lines_of, shown
+from varlab.scaling.report import SHOWN, shown, summary_lines
 from varlab.scaling.runs import Runs, collect
 
 MAX_PIXELS = 50_000_000  # of an image that somebody brings
@@ -40,7 +40,7 @@ def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
 
 def to_images(batch: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
     """Images in [0, 1] as pictures."""
-    return [Image.fromarray(pixels) for pixels in pictures.to_uint8(batch)]
+    return [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
 
 
 def read_upload(path: str | Path, side: int) -> Image.Image:
@@ -66,7 +66,7 @@ class Model:
         self.name = Path(path).parent.parent.name if Path(path).suffix == ".ckpt" else Path(path).name
         self.tokenizer: MSVQVAE
         self.var: VAR
-        self.tokenizer, self.var, names = checkpoints.load(path)
+        self.tokenizer, self.var, names = load(path)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
         self.class_names = names or [str(number) for number in range(self.var.num_classes)]
         self.side = self.tokenizer.image_size[0]
@@ -91,7 +91,7 @@ class Model:
     def sample(self, label: int, num: int, seed: int, **drawing: Any) -> Iterator[tuple[list[Image.Image], list[str]]]:
         """After each scale: the images so far, `num` of them, and the names of the scales done."""
         labels = torch.full((num,), label, device=self.device)
-        loop = generate_scales(self.var, self.tokenizer, labels, Settings(**drawing), seed=seed)
+        loop = generate_scales(self.var, self.tokenizer, labels, SamplingSettings(**drawing), seed=seed)
         for k, (f_hat, _) in enumerate(loop):
             yield to_images(decode(self.tokenizer, f_hat)), self.scales[: k + 1]
 
@@ -217,7 +217,7 @@ class Sweep:
         rows = [[shown(row.get(column)) for column in columns] for row in runs.rows]
         try:
             analysis = analyse(runs, FitSettings(floor=0.0, bootstraps=200))
-            told = [*lines_of(analysis), *told]
+            told = [*summary_lines(analysis), *told]
             files = [kinds[0].with_suffix(".png") for kinds in figures(analysis, self.folder).values()]
             images = [Image.open(file).convert("RGB") for file in files]
         except (ValueError, ZeroDivisionError) as error:

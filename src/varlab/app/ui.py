@@ -13,8 +13,8 @@ import torch
 from gradio import themes
 from PIL import Image
 
-from varlab import pictures
-from varlab.page.studio import Dissection, Model, Sweep, enlarged, read_upload
+from varlab import image_grid
+from varlab.app.session import Dissection, Model, Sweep, enlarged, read_upload
 
 log = logging.getLogger(__name__)
 NETWORK = "network"  # whatever computes with a network waits in one line, first come, first served
@@ -38,7 +38,7 @@ footer { display: none !important }
 THEME = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def told(run: Callable[..., Any]) -> Callable[..., Any]:
+def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
     """The same handler; what a visitor can mend is shown as a message, anything else as one sentence, never a traceback."""
 
     def message(error: Exception) -> gr.Error:
@@ -144,7 +144,7 @@ def film(frames: list[list[Image.Image]]) -> Image.Image:
         torch.stack([torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float() for image in frame[:4]])
         for frame in frames
     ]
-    return pictures.grid(pictures.columns_of(*columns), columns=len(columns), min_side=96)
+    return image_grid.grid(image_grid.columns_of(*columns), columns=len(columns), min_side=96)
 
 
 def sample_tab(model: Model, max_batch: int) -> gr.State:
@@ -170,7 +170,7 @@ def sample_tab(model: Model, max_batch: int) -> gr.State:
             yield [enlarged(image) for image in drawn], film(frames), text, drawn
 
     button.click(
-        told(draw), [label, *controls.inputs], [images, strip, status, samples], concurrency_id=NETWORK,
+        show_errors(draw), [label, *controls.inputs], [images, strip, status, samples], concurrency_id=NETWORK,
         concurrency_limit=1, show_progress="minimal", api_visibility="private",
     )  # fmt: skip
     return samples
@@ -229,10 +229,10 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
         return [enlarged(result) for result in edited], words
 
     shown = [editor, current]
-    upload.change(told(bring), upload, shown, show_progress="minimal", api_visibility="private")
-    take.click(told(take_sample), samples, shown, api_visibility="private")
+    upload.change(show_errors(bring), upload, shown, show_progress="minimal", api_visibility="private")
+    take.click(show_errors(take_sample), samples, shown, api_visibility="private")
     button.click(
-        told(change), [current, editor, label, region, strength, *controls.inputs], [results, status],
+        show_errors(change), [current, editor, label, region, strength, *controls.inputs], [results, status],
         concurrency_id=NETWORK, show_progress="minimal", api_visibility="private",
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def tokenizer_tab(model: Model) -> None:
         )
 
     upload.change(
-        told(dissect), upload, [reconstructions, residuals, indices, table], concurrency_id=NETWORK, show_progress="minimal",
+        show_errors(dissect), upload, [reconstructions, residuals, indices, table], concurrency_id=NETWORK, show_progress="minimal",
         api_visibility="private",
     )  # fmt: skip
 
@@ -290,8 +290,8 @@ def scaling_tab(sweep: Sweep | None, every: float) -> None:
         return view.text, view.figures, {"headers": view.columns, "data": view.rows}, view.number
 
     outputs = [words, figures, table, known]
-    gr.Timer(every).tick(told(look), known, outputs, show_progress="hidden", api_visibility="private")
-    gr.on(None, told(look), known, outputs, show_progress="minimal", api_visibility="private")
+    gr.Timer(every).tick(show_errors(look), known, outputs, show_progress="hidden", api_visibility="private")
+    gr.on(None, show_errors(look), known, outputs, show_progress="minimal", api_visibility="private")
 
 
 def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
@@ -314,7 +314,7 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
             yield gr.skip(), [enlarged(image) for image in drawn]
 
     button.click(
-        told(draw), [label, *controls.inputs], [first, second], concurrency_id=NETWORK, show_progress="minimal",
+        show_errors(draw), [label, *controls.inputs], [first, second], concurrency_id=NETWORK, show_progress="minimal",
         api_visibility="private",
     )  # fmt: skip
 

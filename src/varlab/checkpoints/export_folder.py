@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from varlab import __version__
-from varlab.files import load_json, save_json, whole_folder
+from varlab.files import atomic_folder, load_json, save_json
+from varlab.models.custom_classes import build
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.own import build
 from varlab.models.var import VAR
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def save_pretrained(
         "var": None if var is None else var.sizes,
         "class_names": class_names,
     }
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         for name, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:
                 state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlab import pretrained, scales
+from varlab.checkpoints.export_folder import fill, is_pretrained, load_pretrained, read_config, tokenizer_fingerprint
+from varlab.checkpoints.released_layout import tokenizer_from_released
+from varlab.models import scales
+from varlab.models.custom_classes import build
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.own import build
 from varlab.models.var import VAR
-from varlab.pretrained import tokenizer_fingerprint
-from varlab.published import tokenizer_from_released
 
 FORMAT = 1
-REST = "meta.pt"  # of a sharded checkpoint, by Lightning's name
+META_FILE = "meta.pt"  # of a sharded checkpoint, by Lightning's name
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list
     }
 
 
-def sides(path: Path) -> tuple[Path, Path]:
+def swap_paths(path: Path) -> tuple[Path, Path]:
     """Where a folder is written before it takes the name `path`, and where its predecessor waits meanwhile."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
 
 
 def replace_folder(partial: Path, path: Path, old: Path) -> None:
-    """`partial` takes the name `path`. Between the two renames only `old` exists, which `newest` then gives."""
+    """`partial` takes the name `path`. Between the two renames only `old` exists, which `latest_checkpoint` then gives."""
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -50,16 +50,16 @@ def replace_folder(partial: Path, path: Path, old: Path) -> None:
     shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run in `folder` continues from; None where there is none."""
     path = folder / "last.ckpt"
-    _, old = sides(path)
+    _, old = swap_paths(path)
     if not path.exists() and old.exists():
         old.rename(path)
     return path if path.exists() else None
 
 
-def by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
+def optimizer_state_by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
     """An optimizer's state dict with parameters named, as sharded checkpoints hold it, in place of numbered."""
     names = [name for group in groups for name in group]
     return {
@@ -70,7 +70,7 @@ def by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def by_number(state: dict[str, Any]) -> dict[str, Any]:
+def optimizer_state_by_number(state: dict[str, Any]) -> dict[str, Any]:
     """The way back: parameters numbered in the order of the groups, as a plain optimizer wants them."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: i for i, name in enumerate(names)}
@@ -86,7 +86,7 @@ def consolidated(folder: Path) -> dict[str, Any]:
     """A sharded checkpoint as an unsharded one. Raises ValueError naming the folder when it is incomplete."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    for name in (".metadata", REST):
+    for name in (".metadata", META_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no checkpoint: {name} is missing")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as place:
@@ -94,17 +94,17 @@ def consolidated(folder: Path) -> dict[str, Any]:
             dcp_to_torch_save(folder, Path(place) / "whole.pt")
         except Exception as error:  # torch wraps what its threads raise in exceptions of its own
             raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-        sharded = read(Path(place) / "whole.pt")  # mapped into memory, so it outlives the file's name
+        sharded = read_checkpoint(Path(place) / "whole.pt")  # mapped into memory, so it outlives the file's name
     optimizers = [key for key in sorted(sharded) if key.startswith("optimizer_")]
     return {
-        **read(folder / REST),
+        **read_checkpoint(folder / META_FILE),
         "state_dict": sharded["state_dict"],
         **({"ema": sharded["ema"]} if sharded.get("ema") else {}),
-        "optimizer_states": [by_number(sharded[key]) for key in optimizers],
+        "optimizer_states": [optimizer_state_by_number(sharded[key]) for key in optimizers],
     }
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A file of tensors and plain values, never unpickling anything else, or a sharded checkpoint's folder.
 
     Raises ValueError naming file and reason.
@@ -145,9 +145,9 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
 
     `patch_nums` is for the released file, which does not hold them (default: 256 px).
     """
-    if pretrained.is_pretrained(path):
-        return pretrained.load_pretrained(path)[0]
-    checkpoint = read(path)
+    if is_pretrained(path):
+        return load_pretrained(path)[0]
+    checkpoint = read_checkpoint(path)
     if "quantize.embedding.weight" in checkpoint:
         return tokenizer_from_released(checkpoint, patch_nums or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).eval()
     return tokenizer_of(checkpoint, path, use_ema)
@@ -157,7 +157,7 @@ def tokenizer_of(checkpoint: dict[str, Any], path: str | Path, use_ema: bool) ->
     """The tokenizer of a training checkpoint that was read."""
     entry = entry_of(checkpoint, path)
     tokenizer = build(MSVQVAE, entry["tokenizer"])
-    pretrained.fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
+    fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
     return tokenizer.eval()
 
 
@@ -165,24 +165,24 @@ def load_any(
     path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
     """Tokenizer, transformer and class names of whatever holds them; a tokenizer's checkpoint has the first alone."""
-    if pretrained.is_pretrained(path):
-        return pretrained.load_pretrained(path)
-    checkpoint = read(path)
+    if is_pretrained(path):
+        return load_pretrained(path)
+    checkpoint = read_checkpoint(path)
     if "quantize.embedding.weight" in checkpoint:
         return load_tokenizer(path, patch_nums), None, None
     entry, tokenizer, var = entry_of(checkpoint, path), tokenizer_of(checkpoint, path, use_ema), None
     if entry["var"] is not None:
         var = build(VAR, entry["var"])
-        pretrained.fill(var, weights(checkpoint, "net.", use_ema), path)
+        fill(var, weights(checkpoint, "net.", use_ema), path)
         var.eval()
     return tokenizer, var, entry["class_names"]
 
 
-def holds_var(path: str | Path) -> bool:
+def contains_var(path: str | Path) -> bool:
     """Whether a checkpoint or export folder holds a transformer beside its tokenizer."""
-    if pretrained.is_pretrained(path):
-        return pretrained.read_config(path)["var"] is not None
-    checkpoint = read(path)
+    if is_pretrained(path):
+        return read_config(path)["var"] is not None
+    checkpoint = read_checkpoint(path)
     return "quantize.embedding.weight" not in checkpoint and entry_of(checkpoint, path)["var"] is not None
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from varlab.files import whole_folder
+from varlab.files import atomic_folder
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.transformer import BlockCache
 from varlab.models.var import VAR
@@ -55,7 +55,7 @@ def decoder_example(tokenizer: MSVQVAE) -> tuple[Tensor]:
 
 def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
     """Inputs of the step at scale k, for two images."""
-    first, last = var.spans[k]
+    first, last = var.step_bounds[k]
     cached = torch.zeros(var.depth, 2, var.num_heads, first, var.width // var.num_heads)
     return (
         torch.zeros(2, last - first, var.sizes["codebook_dim"]),
@@ -68,7 +68,7 @@ def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
 def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
     """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package lacks."""
     batch, decoder = torch.export.Dim("batch", min=1), DecoderProgram(tokenizer).eval()
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         if is_onnx:
             try:
                 import onnxscript  # noqa: F401
@@ -83,8 +83,8 @@ def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
         torch.export.save(program, partial / "decoder.pt2")
         if var is None:
             return f"{out}: decoder.pt2"
-        k = len(var.spans) - 1
+        k = len(var.step_bounds) - 1
         shapes = ({0: batch}, {0: batch}, {1: batch}, {1: batch})
         program = torch.export.export(StepProgram(var, k).eval(), step_example(var, k), dynamic_shapes=shapes)
         torch.export.save(program, partial / f"step_{k:02d}.pt2")
-        return f"{out}: decoder.pt2, step_{k:02d}.pt2 (the finest scale; see varlab.programs for what goes in and out)"
+        return f"{out}: decoder.pt2, step_{k:02d}.pt2 (the finest scale; see varlab.checkpoints.programs for what goes in and out)"

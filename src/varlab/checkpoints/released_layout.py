@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from varlab import scales
+from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 

@@ -14,17 +14,17 @@ from varlab.config import verb
 
 def run(cfg: DictConfig) -> None:
     """Serves the page until Ctrl-C or SIGTERM; uploads and pictures are removed then."""
-    from varlab.page.studio import Model, Sweep
-    from varlab.share import own_device
+    from varlab.app.session import Model, Sweep
+    from varlab.distributed import default_device
 
     if cfg.max_batch < 1 or cfg.max_upload_mb <= 0 or cfg.refresh_s <= 0:
         raise ValueError("max_batch, max_upload_mb and refresh_s must be positive")
-    device = own_device(cfg.device)
+    device = default_device(cfg.device)
     model = Model(str(cfg.checkpoint), device)
     other = None if cfg.compare is None else Model(str(cfg.compare), device)
     with tempfile.TemporaryDirectory(prefix="varlab-app-") as folder:
         gradio = import_gradio(folder)
-        from varlab.page.layout import CSS, THEME, build
+        from varlab.app.ui import CSS, THEME, build
 
         sweep = None if cfg.runs is None else Sweep(str(cfg.runs), Path(folder))
         page = build(model, other, sweep, cfg.max_batch, cfg.refresh_s)

@@ -14,17 +14,18 @@ def run(cfg: DictConfig) -> None:
     import torch
     from PIL import Image
 
-    from varlab import checkpoints, pictures
-    from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
-    from varlab.editing import composite, edit, edit_errors, latent_mask
+    from varlab import image_grid
+    from varlab.checkpoints.load import load
+    from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
+    from varlab.distributed import default_device
     from varlab.files import save_json
     from varlab.pipeline import label_of
-    from varlab.share import own_device
+    from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 
     if cfg.num < 1:
         raise ValueError(f"num={cfg.num} must be positive")
-    device = own_device(cfg.device)
-    tokenizer, var, names = checkpoints.load(cfg.checkpoint)
+    device = default_device(cfg.device)
+    tokenizer, var, names = load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
     side = tokenizer.image_size[0]
     try:
@@ -49,10 +50,10 @@ def run(cfg: DictConfig) -> None:
     results = composite(edited, pixels, keep, cfg.feather) if cfg.composite else edited
     errors = {"network": asdict(before), "result": asdict(edit_errors(results, pixels, keep))}
     out = Path(cfg.out)
-    for i, array in enumerate(pictures.to_uint8(results)):
-        pictures.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
+    for i, array in enumerate(image_grid.to_uint8(results)):
+        image_grid.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
     shown = torch.cat([pixels[:1], (1 - keep).expand(1, 3, -1, -1), results]).cpu()
-    pictures.save(pictures.grid(shown, columns=len(shown)), out / "edit.png")
+    image_grid.save(image_grid.grid(shown, columns=len(shown)), out / "edit.png")
     protocol = {
         "checkpoint": str(cfg.checkpoint),
         "image": str(cfg.image),
@@ -74,8 +75,8 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
     import torch
     from PIL import Image
 
-    from varlab.data.imagenet import Crop, preprocess
-    from varlab.editing import box_mask
+    from varlab.data.images import Crop, preprocess
+    from varlab.sampling.editing import box_mask
 
     if (cfg.mask is None) == (cfg.box is None):
         raise ValueError("give either mask=FILE (white where to edit) or box=[y0,x0,y1,x1] (shares of the side)")

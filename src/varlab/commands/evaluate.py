@@ -5,13 +5,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from varlab.config import verb
-from varlab.scoring import name_of, print_scores
+from varlab.evaluation.samples import name_of, print_scores
 
 
 def run(cfg: DictConfig) -> None:
     """Samples where `samples` is given, else what the checkpoint holds: a VAR's likelihood, or a tokenizer's reconstructions."""
-    from varlab import checkpoints
-    from varlab.scoring import evaluate_grid, evaluate_samples
+    from varlab.checkpoints.load import contains_var
+    from varlab.evaluation.samples import evaluate_grid, evaluate_samples
 
     if cfg.samples is not None:
         return evaluate_samples(cfg)
@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> None:
             "give checkpoint=FILE shards=FOLDER (a tokenizer or a VAR), samples=FOLDER reference=FOLDER_OR_NPZ, or, for a grid of"
             " sampling settings, checkpoint=FILE reference=FOLDER_OR_NPZ"
         )
-    if checkpoints.holds_var(cfg.checkpoint):
+    if contains_var(cfg.checkpoint):
         return evaluate_likelihood(cfg)
     return evaluate_tokenizer(cfg)
 
@@ -32,16 +32,16 @@ def evaluate_tokenizer(cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    from varlab import __version__, pictures
-    from varlab.checkpoints import load_tokenizer, tokenizer_fingerprint
-    from varlab.data.imagenet import CenterCrops
+    from varlab import __version__, image_grid
+    from varlab.checkpoints.load import load_tokenizer, tokenizer_fingerprint
+    from varlab.data.images import CenterCrops
     from varlab.data.shards import ShardReader, fingerprint
+    from varlab.distributed import default_device
+    from varlab.evaluation.plots import curve_by_scale
+    from varlab.evaluation.reconstruction import reconstruction_distance, reconstruction_scores
     from varlab.files import save_json
-    from varlab.metrics.plot import curve_by_scale
-    from varlab.metrics.reconstruction import reconstruction_distance, reconstruction_scores
-    from varlab.share import own_device
 
-    device = torch.device(own_device(cfg.device))
+    device = torch.device(default_device(cfg.device))
     features, perceptual, storage = (instantiate(cfg[name]) for name in ("features", "perceptual", "storage"))
     tokenizer = load_tokenizer(cfg.checkpoint, cfg.patch_nums).to(device).eval()
     side, out = tokenizer.image_size[0], Path(cfg.out)
@@ -70,10 +70,10 @@ def evaluate_tokenizer(cfg: DictConfig) -> None:
     }
     save_json(out / "evaluation.json", result)
     curve_by_scale(result["by_scale"], [str(pn) for pn in tokenizer.patch_nums], out / "by_scale.png")
-    shown = images.few(8)
+    shown = images.sample_images(8)
     strip = tokenizer.filmstrip(tokenizer.encode(shown)).detach()
-    rows = pictures.columns_of(shown, *strip) / 2 + 0.5
-    pictures.save(pictures.grid(rows, columns=1 + len(strip)), out / "reconstructions.png")
+    rows = image_grid.columns_of(shown, *strip) / 2 + 0.5
+    image_grid.save(image_grid.grid(rows, columns=1 + len(strip)), out / "reconstructions.png")
     print_scores(result)
     print(f"{out}: evaluation.json, by_scale.png, reconstructions.png")
 
@@ -83,23 +83,26 @@ def evaluate_likelihood(cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    from varlab import __version__, checkpoints, scales
-    from varlab.data.imagenet import CenterCrops
+    from varlab import __version__
+    from varlab.checkpoints.export_folder import tokenizer_fingerprint
+    from varlab.checkpoints.load import load
+    from varlab.data.images import CenterCrops
     from varlab.data.shards import ShardReader
-    from varlab.data.tokens import TokenDataModule
+    from varlab.data.token_cache import TokenDataModule
+    from varlab.distributed import default_device
+    from varlab.evaluation.likelihood import likelihood_scores
+    from varlab.evaluation.plots import curve_by_scale
     from varlab.files import save_json
-    from varlab.metrics.likelihood import likelihood_scores
-    from varlab.metrics.plot import curve_by_scale
-    from varlab.share import own_device
+    from varlab.models import scales
 
-    device = torch.device(own_device(cfg.device))
-    tokenizer, var, _ = checkpoints.load(cfg.checkpoint)
+    device = torch.device(default_device(cfg.device))
+    tokenizer, var, _ = load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
 
     def from_tokens():
         data = TokenDataModule(str(cfg.shards), global_batch_size=cfg.batch_size)
         data.setup()
-        if data.manifest["tokenizer"] != checkpoints.tokenizer_fingerprint(tokenizer):
+        if data.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
             raise ValueError(
                 f"{cfg.shards} was made by tokenizer {data.manifest['tokenizer']}, not by that of {cfg.checkpoint}"
             )

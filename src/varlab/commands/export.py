@@ -16,30 +16,31 @@ def run(cfg: DictConfig) -> None:
     """Writes a checkpoint in another form."""
     import torch
 
-    from varlab import checkpoints, pretrained
-    from varlab.files import whole_file
-    from varlab.published import to_released
+    from varlab.checkpoints.export_folder import save_pretrained
+    from varlab.checkpoints.load import load_any, read_checkpoint
+    from varlab.checkpoints.released_layout import to_released
+    from varlab.files import atomic_write
 
     if cfg.to not in FORMS:
         raise ValueError(f"to={cfg.to!r}: choose one of {', '.join(FORMS)}")
     out = Path(cfg.out)
     if cfg.to == "checkpoint":
-        with whole_file(out) as partial:
-            torch.save(checkpoints.read(cfg.checkpoint), partial)
+        with atomic_write(out) as partial:
+            torch.save(read_checkpoint(cfg.checkpoint), partial)
         print(f"{out}: one file, for any number of devices (ckpt_path={out})")
         return
-    tokenizer, var, class_names = checkpoints.load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums)
+    tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums)
     if cfg.to == "safetensors":
-        pretrained.save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)))
+        save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)))
         print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}model_card.md")
     elif cfg.to == "released":
         for name, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:
-                with whole_file(out / f"{name}.pth") as partial:
+                with atomic_write(out / f"{name}.pth") as partial:
                     torch.save(to_released(network), partial)
         print(f"{out}: tokenizer.pth{', var.pth' if var else ''}, as the released code loads them")
     else:
-        from varlab import programs
+        from varlab.checkpoints import programs
 
         print(programs.write(out, tokenizer, var, is_onnx=cfg.to == "onnx"))
 

@@ -10,15 +10,15 @@ from varlab.config import verb
 
 def run(cfg: DictConfig) -> None:
     """Writes an export folder from released .pth files, which are read without unpickling anything but tensors."""
-    from varlab.checkpoints import read
-    from varlab.pretrained import save_pretrained
-    from varlab.published import tokenizer_from_released, var_from_released
+    from varlab.checkpoints.export_folder import save_pretrained
+    from varlab.checkpoints.load import read_checkpoint
+    from varlab.checkpoints.released_layout import tokenizer_from_released, var_from_released
 
     if cfg["from"] != "released":
         raise ValueError(f"from={cfg['from']!r}: choose released")
     patch_nums: Any = OmegaConf.to_container(cfg.patch_nums)
-    tokenizer = tokenizer_from_released(inner(read(cfg.tokenizer), "vae_local"), patch_nums)
-    var = None if cfg.var is None else var_from_released(inner(read(cfg.var), "var_wo_ddp"), patch_nums)
+    tokenizer = tokenizer_from_released(inner(read_checkpoint(cfg.tokenizer), "vae_local"), patch_nums)
+    var = None if cfg.var is None else var_from_released(inner(read_checkpoint(cfg.var), "var_wo_ddp"), patch_nums)
     names = (
         None
         if cfg.class_names is None

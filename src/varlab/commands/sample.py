@@ -19,22 +19,23 @@ def run(cfg: DictConfig) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
-    from varlab import checkpoints, pictures
-    from varlab.drawing import Settings
+    from varlab import image_grid
+    from varlab.checkpoints.load import load
+    from varlab.distributed import WorkSplit, default_device, wait_for_files
     from varlab.files import save_json
-    from varlab.sampling import compile_scales, decode, generate_tokens
-    from varlab.share import Share, own_device, wait_for
+    from varlab.sampling.generate import compile_scales, decode, generate_tokens
+    from varlab.sampling.token_sampling import SamplingSettings
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
-    share, device = Share.of_environment(), own_device(cfg.device)
-    tokenizer, var, class_names = checkpoints.load(cfg.checkpoint)
+    share, device = WorkSplit.of_environment(), default_device(cfg.device)
+    tokenizer, var, class_names = load(cfg.checkpoint)
     tokenizer, var = tokenizer.to(device), var.to(device)
     if cfg.is_compiled:
         compile_scales(var)
     labels = labels_of(cfg, class_names, var.num_classes)
     drawing: dict[str, Any] = {key: plain(cfg[key]) for key in DRAWING}
-    settings, out = Settings(**drawing), Path(cfg.out)
+    settings, out = SamplingSettings(**drawing), Path(cfg.out)
     settings.by_scale(
         len(var.patch_nums), tokenizer.sizes["codebook_size"]
     )  # wrong ones are named before anything is written
@@ -53,20 +54,22 @@ def run(cfg: DictConfig) -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             f_hat, _ = generate_tokens(var, tokenizer, chosen, settings, seed=[cfg.seed + i for i in filled])
             images = decode(tokenizer, f_hat[: len(chunk)])
-        for i, pixels in zip(chunk, pictures.to_uint8(images), strict=True):
-            pictures.save(Image.fromarray(pixels), files[i])
+        for i, pixels in zip(chunk, image_grid.to_uint8(images), strict=True):
+            image_grid.save(Image.fromarray(pixels), files[i])
     if share.rank > 0:
         return
-    wait_for(files)
+    wait_for_files(files)
     few = torch.tensor(labels[: cfg.film_rows], device=device)
     with torch.no_grad():
-        _, token_maps = generate_tokens(var, tokenizer, few, Settings(**{**drawing, "smooth": False}), seed=cfg.seed)
+        _, token_maps = generate_tokens(
+            var, tokenizer, few, SamplingSettings(**{**drawing, "smooth": False}), seed=cfg.seed
+        )
         strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
-    pictures.save(pictures.grid(pictures.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
-    shown = torch.stack([pictures.read(file) for file in files[: cfg.grid]])
-    pictures.save(pictures.grid(shown, len(set(labels)) if len(set(labels)) <= 10 else 10), out / "grid.png")
+    image_grid.save(image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
+    shown = torch.stack([image_grid.read(file) for file in files[: cfg.grid]])
+    image_grid.save(image_grid.grid(shown, len(set(labels)) if len(set(labels)) <= 10 else 10), out / "grid.png")
     if cfg.npz:
-        pictures.save_npz(files, out / "samples.npz")
+        image_grid.save_npz(files, out / "samples.npz")
     finished = {**protocol, "num": cfg.num, "classes": sorted(set(labels)), "class_names": class_names}
     save_json(out / "samples.json", {**finished, "rounding": "nearest", "labels": labels})
     npz = ", samples.npz" if cfg.npz else ""
@@ -98,7 +101,7 @@ def labels_of(cfg: DictConfig, class_names: list[str], num_classes: int) -> list
 
 def checkpoint_id(tokenizer: Any, var: Any) -> str:
     """Identity of the weights, 16 hex digits each for tokenizer and transformer."""
-    from varlab.pretrained import fingerprint, tokenizer_fingerprint
+    from varlab.checkpoints.export_folder import fingerprint, tokenizer_fingerprint
 
     return f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
 

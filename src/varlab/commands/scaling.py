@@ -20,17 +20,17 @@ PUBLISHED = {
 def run(cfg: DictConfig) -> None:
     """Collects, fits, draws, reports; with `ask` answers one question instead."""
     from varlab.files import save_json
-    from varlab.scaling.analysis import Settings, analyse
-    from varlab.scaling.answers import answer
+    from varlab.scaling.analysis import FitSettings, analyse
     from varlab.scaling.plot import figures
-    from varlab.scaling.report import lines_of, write_html
+    from varlab.scaling.predict import answer
+    from varlab.scaling.report import summary_lines, write_html
     from varlab.scaling.runs import collect, write_csv
 
     if cfg.unfinished not in ("leave_out", "use"):
         raise ValueError(f"unfinished={cfg.unfinished!r}: choose leave_out or use")
     if cfg.report not in ("html", "wandb"):
         raise ValueError(f"report={cfg.report!r}: choose html or wandb")
-    settings = Settings(floor_of(cfg.floor), form_of(cfg.form, cfg.floor), cfg.repeated, cfg.bootstraps, cfg.seed)
+    settings = FitSettings(floor_of(cfg.floor), form_of(cfg.form, cfg.floor), cfg.repeated, cfg.bootstraps, cfg.seed)
     sources = list(cfg.source) if isinstance(cfg.source, ListConfig) else [cfg.source]
     runs = collect([str(source) for source in sources], cfg.unfinished == "use", cfg.order)
     for line in runs.left_out:
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
     save_json(out / "fits.json", analysis.as_json())
     drawn = figures(analysis, out, cfg.published)
     page = write_html(analysis, drawn, out, cfg.title)
-    print("\n".join(lines_of(analysis)))
+    print("\n".join(summary_lines(analysis)))
     for (y, x), exponent in PUBLISHED.items():
         if (y, x) in analysis.laws:
             print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")

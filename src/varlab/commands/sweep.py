@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from varlab.config import plain_verb
+from varlab.config import argument_command
 from varlab.files import load_json
 
 USAGE = """varlab sweep ACTION FOLDER: a multirun's ledger
@@ -17,25 +17,25 @@ USAGE = """varlab sweep ACTION FOLDER: a multirun's ledger
 
 def status(folder: Path) -> None:
     """Prints the ledger."""
-    from varlab.jobs import report
+    from varlab.sweeps.jobs import report
 
     print(report(folder))
 
 
-def again(folder: Path, choice: str) -> None:
+def rerun(folder: Path, choice: str) -> None:
     """The sweep's own command, limited to some jobs."""
-    from varlab.jobs import CHOICE
+    from varlab.sweeps.jobs import CHOICE
 
     plan = load_json(folder / "sweep.json", "varlab train --multirun")
-    command = [sys.executable, "-m", "varlab.train", *plan["argv"]]
+    command = [sys.executable, "-m", "varlab.commands.train", *plan["argv"]]
     answer = subprocess.run(command, cwd=plan["cwd"], env={**os.environ, CHOICE: choice}, check=False)
     raise SystemExit(answer.returncode)
 
 
 def table(folder: Path) -> None:
     """Writes one row a job: its state beside what its run wrote down."""
-    from varlab.jobs import states
     from varlab.scaling.runs import write_csv
+    from varlab.sweeps.jobs import states
 
     rows = []
     for overrides, state, known in states(folder):
@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> None:
     """Runs one action on one folder."""
     actions = {
         "status": status,
-        "resume": lambda folder: again(folder, "resume"),
-        "retry-failed": lambda folder: again(folder, "retry-failed"),
+        "resume": lambda folder: rerun(folder, "resume"),
+        "retry-failed": lambda folder: rerun(folder, "retry-failed"),
         "table": table,
     }
     if len(arguments) != 2 or arguments[0] not in actions:
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> None:
     actions[arguments[0]](Path(arguments[1]))
 
 
-main = plain_verb("sweep", USAGE, run)
+main = argument_command("sweep", USAGE, run)
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from varlab.config import plain_verb
+from varlab.config import argument_command
 from varlab.files import load_json, save_json
 
 USAGE = """varlab sync FOLDER [FOLDER ...]: uploads runs, or all runs below a folder, to W&B
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> None:
         print(f"{folder}: {upload(folder)} new steps")
 
 
-main = plain_verb("sync", USAGE, run)
+main = argument_command("sync", USAGE, run)
 
 if __name__ == "__main__":
     main()

@@ -11,11 +11,11 @@ def run(cfg: DictConfig) -> None:
     """Encodes every image of a packed set once, in each view; under torchrun the processes share the work."""
     from hydra.utils import instantiate
 
-    from varlab.checkpoints import load_tokenizer
-    from varlab.data.tokens import write_cache
-    from varlab.share import Share, own_device
+    from varlab.checkpoints.load import load_tokenizer
+    from varlab.data.token_cache import write_cache
+    from varlab.distributed import WorkSplit, default_device
 
-    share, device = Share.of_environment(), own_device(cfg.device)
+    share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
     manifest = write_cache(
         Path(cfg.out),

@@ -8,19 +8,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from varlab.config import check_types, is_sweep, said, verb
-from varlab.jobs import STOPPED, run_job
+from varlab.config import check_types, is_sweep, report_user_errors, verb
+from varlab.sweeps.jobs import STOPPED, run_job
 
 
 def run(cfg: DictConfig) -> float | None:
     """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a sweeper
     can minimize it."""
     if cfg.plan:
-        from varlab.planning import plan
+        from varlab.cost.plan import plan
 
         set_steps(cfg)
         return plan(cfg)
-    return run_job(cfg, "varlab.train") if is_sweep() else fit(cfg)
+    return run_job(cfg, "varlab.commands.train") if is_sweep() else fit(cfg)
 
 
 def fit(cfg: DictConfig) -> float | None:
@@ -28,15 +28,16 @@ def fit(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from varlab import __version__, checkpoints
-    from varlab.training.record import git_commit, summary
+    from varlab import __version__
+    from varlab.checkpoints.load import latest_checkpoint
+    from varlab.training.run_record import git_commit, summary
 
-    quieten()
+    silence_warnings()
     check_types(cfg)
     set_steps(cfg)
     folder = Path(cfg.run_dir) / "checkpoints"
     check_fresh(folder, cfg.ckpt_path)
-    start = checkpoints.newest(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
+    start = latest_checkpoint(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
     if start is None and cfg.branch < 1:
         start = branch_point(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -70,9 +71,9 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
     """The Trainer of the config, with our own way of writing files and, for bf16-true, of holding weights."""
     from hydra.utils import instantiate
 
-    from varlab.training.strategies import BF16Weights, WholeFiles
+    from varlab.training.strategies import AtomicCheckpointIO, BF16Weights
 
-    plugins, precision = [WholeFiles()], cfg.trainer.precision
+    plugins, precision = [AtomicCheckpointIO()], cfg.trainer.precision
     if precision == "bf16-true":
         plugins, precision = [*plugins, BF16Weights("cpu" if cfg.trainer.accelerator == "cpu" else "cuda")], None
     settings: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "precision": precision}
@@ -83,7 +84,7 @@ def set_steps(cfg: DictConfig) -> None:
     """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch of a
     run whose steps would depend on its length."""
     if cfg.compute is not None:
-        from varlab.planning import affordable_steps
+        from varlab.cost.plan import affordable_steps
 
         cfg.steps = affordable_steps(cfg)
     for name in ("epochs", "steps"):
@@ -122,7 +123,7 @@ def branch_point(cfg: DictConfig) -> Path | None:
     return None
 
 
-def quieten() -> None:
+def silence_warnings() -> None:
     """Turns off what Lightning says about things that are as they should be here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
@@ -155,7 +156,7 @@ def main_of_job(file: str) -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(levelname)s] %(message)s", stream=sys.stdout)
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
-    with said("train"):
+    with report_user_errors("train"):
         fit(config)
 
 

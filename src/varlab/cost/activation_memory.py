@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from varlab import losses, scales
-from varlab.models.own import build
+from varlab.models import losses, scales
+from varlab.models.custom_classes import build
 from varlab.models.transformer import COSTLY, AdaLNBlock
 from varlab.models.var import VAR
 
@@ -115,7 +115,7 @@ def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int
     is_selective = any(block.recompute == "selective" for block in var.blocks)
     products = Products(var) if is_selective else nullcontext()
     length, codebook_dim = scales.num_tokens(var.patch_nums), var.sizes["codebook_dim"]
-    inputs = torch.randn(num_images, length - var.spans[0][1], codebook_dim)
+    inputs = torch.randn(num_images, length - var.step_bounds[0][1], codebook_dim)
     sequence = torch.zeros(num_images, length, dtype=torch.long)
 
     def judge(logits: Tensor, place: slice) -> Tensor:

@@ -7,7 +7,7 @@ A multiply-add is two FLOPs; a training step costs three forward passes.
 
 from typing import Any
 
-from varlab import scales
+from varlab.models import scales
 
 Sizes = dict[str, Any]
 
@@ -45,7 +45,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
 
 def step_lengths(sizes: Sizes) -> list[int]:
     """Tokens that are predicted at once: those of each scale, or 1 for each token in raster order."""
-    return [last - first for first, last in scales.steps(sizes["patch_nums"], sizes.get("order", "scales"))]
+    return [last - first for first, last in scales.step_bounds(sizes["patch_nums"], sizes.get("order", "scales"))]
 
 
 def training_flops(sizes: Sizes) -> int:
@@ -83,8 +83,8 @@ def tokenizer_flops(sizes: Sizes) -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from varlab.models.custom_classes import build
     from varlab.models.msvqvae import MSVQVAE
-    from varlab.models.own import build
 
     with torch.device("meta"), torch.no_grad():
         tokenizer = build(MSVQVAE, dict(sizes))

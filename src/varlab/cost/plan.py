@@ -11,11 +11,13 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from varlab import checkpoints, compute, scales
+from varlab.checkpoints.load import load_tokenizer
+from varlab.cost.activation_memory import activation_bytes, block_bytes, linear_weights
+from varlab.cost.flops import parameter_counts, training_flops
 from varlab.data.shards import load_manifest
 from varlab.files import load_json
-from varlab.footprint import activation_bytes, block_bytes, linear_weights
-from varlab.training.optim import HOLD
+from varlab.models import scales
+from varlab.training.schedules import HOLD
 
 GB = 1e9
 IMAGENET = {"num_images": 1_281_167, "num_classes": 1000}
@@ -67,7 +69,7 @@ def affordable_steps(cfg: DictConfig) -> int:
     """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when it is not one."""
     if "VARModule" not in cfg.module._target_:
         raise ValueError("compute=... counts VARs only: give a tokenizer's length in steps or epochs")
-    step = compute.training_flops(facts(cfg).sizes) * cfg.data.global_batch_size
+    step = training_flops(facts(cfg).sizes) * cfg.data.global_batch_size
     if cfg.compute < step:
         raise ValueError(f"compute={cfg.compute:g} FLOP is less than one step of this network ({step:.3g} FLOP)")
     return round(cfg.compute / step)
@@ -96,8 +98,8 @@ def plan(cfg: DictConfig) -> float:
             f"{cfg.name}, branch={cfg.branch:g}: the first {shared:,} of {steps:,} steps are those of {Path(cfg.trunk).name}"
         )
         steps -= shared
-    flops, from_images = compute.training_flops(sizes), "ImageNet" in cfg.data._target_
-    counts, tokens = compute.parameter_counts(sizes), scales.num_tokens(sizes["patch_nums"])
+    flops, from_images = training_flops(sizes), "ImageNet" in cfg.data._target_
+    counts, tokens = parameter_counts(sizes), scales.num_tokens(sizes["patch_nums"])
     total = float(flops * steps * batch)
     print(
         f"{cfg.name}: VAR of depth {sizes['depth']}, width {sizes['width']}, {counts['params_total'] / 1e6:,.1f} M parameters"
@@ -129,7 +131,7 @@ def facts(cfg: DictConfig) -> Facts:
             f"the released tokenizer at {512 if is_large else 256} px (tokenizer=FILE to count with another)"
         )
     else:
-        tokenizer = checkpoints.load_tokenizer(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg.tokenizer)
         tokenizer_params = sum(parameter.numel() for parameter in tokenizer.parameters())
         given |= {key: tokenizer.sizes[key] for key in ("patch_nums", "codebook_size", "codebook_dim")}
     if OmegaConf.is_missing(cfg.data, "path"):
@@ -162,7 +164,7 @@ def configured(cfg: DictConfig) -> Setup:
 def memory(cfg: DictConfig, found: Facts, setup: Setup) -> dict[str, float]:
     """GB on each device, by part, at the peak of a step."""
     sizes, precision = found.sizes, cfg.trainer.precision
-    params = compute.parameter_counts(sizes)["params_total"]
+    params = parameter_counts(sizes)["params_total"]
     weight_bytes = 2 if precision == "bf16-true" else 4
     shards = setup.num_devices if setup.is_sharded else 1
     images = cfg.data.global_batch_size / setup.num_devices / setup.accumulate

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from varlab import pictures
-from varlab.data.imagenet import Crop, open_rgb, preprocess, to_tensor
+from varlab import image_grid
+from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
 from varlab.data.shards import ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
-from varlab.files import whole_file
+from varlab.files import atomic_write
 
 MAX_MEASURED = 2000
 MAX_ELSEWHERE = 64  # each may cost the transfer of a shard
@@ -34,7 +34,7 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
                 shown.append(preprocess(open_rgb(image), 64, 1.0, Crop()))
         except (OSError, SyntaxError, ValueError):
             sizes["cannot be decoded"] += 1
-    pictures.save(pictures.grid(to_tensor(shown) / 2 + 0.5, columns=8), folder / "samples.png")
+    image_grid.save(image_grid.grid(to_tensor(shown) / 2 + 0.5, columns=8), folder / "samples.png")
     counts = np.bincount(reader.labels, minlength=len(manifest["class_names"]))
     lines = [
         f"# {manifest['name']}",
@@ -61,5 +61,5 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
         *(f"| {size} | {count} |" for size, count in sizes.most_common(12)),
         "",
     ]
-    with whole_file(folder / "README.md") as partial:
+    with atomic_write(folder / "README.md") as partial:
         partial.write_text("\n".join(lines))

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from varlab.data.module import OrderedDataModule
-from varlab.data.order import Draw, Order
+from varlab.data.datamodule import OrderedDataModule
+from varlab.data.order import Order, SampleRequest
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage, is_remote
 
@@ -120,7 +120,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.reader)
 
-    def crop_of(self, draw: Draw) -> Crop:
+    def crop_of(self, draw: SampleRequest) -> Crop:
         """Where this sample is cut in this epoch."""
         top, left, flip = np.random.default_rng([self.seed, draw.epoch, draw.sample]).random(3)
         return Crop(
@@ -135,7 +135,7 @@ class ImageDataset(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.reader.name_of(i)} cannot be decoded ({error})") from None
 
-    def readable(self, draw: Draw, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
+    def readable(self, draw: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
         """(image, label, whether it stands in for another one); cut at `crop`, or where the draw says."""
         for attempt in range(min(10, len(self))):
             i = (draw.sample + attempt) % len(self)
@@ -147,7 +147,7 @@ class ImageDataset(Dataset):
             f"ten images in a row from number {draw.sample} cannot be read: the shards are damaged, see the log"
         )
 
-    def __getitems__(self, draws: list[Draw]) -> ImageBatch:
+    def __getitems__(self, draws: list[SampleRequest]) -> ImageBatch:
         self.reader.prepare([draw.sample for draw in draws])
         images, labels, replaced = zip(*(self.readable(draw) for draw in draws), strict=True)
         weight = torch.tensor([float(draw.is_real) for draw in draws])
@@ -184,14 +184,14 @@ class CenterCrops:
     def read(self, samples: list[int]) -> Float[Tensor, "B 3 H W"]:
         """These images."""
         self.images.reader.prepare(samples)
-        return to_tensor([self.images.readable(Draw(i, 0, True), Crop())[0] for i in samples]).to(self.device)
+        return to_tensor([self.images.readable(SampleRequest(i, 0, True), Crop())[0] for i in samples]).to(self.device)
 
-    def few(self, num: int) -> Float[Tensor, "B 3 H W"]:
+    def sample_images(self, num: int) -> Float[Tensor, "B 3 H W"]:
         """Some images, for a picture."""
         return self.read(self.samples[:: max(1, len(self.samples) // num)][:num])
 
 
-class ImageNetDataModule(OrderedDataModule):
+class ImageDataModule(OrderedDataModule):
     """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
 
     `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop over the resolution

@@ -15,7 +15,7 @@ import numpy as np
 from varlab.files import json_hash
 
 
-class Draw(NamedTuple):
+class SampleRequest(NamedTuple):
     """What a worker is asked for: sample number, the epoch (for augmentation), whether it counts."""
 
     sample: int
@@ -100,14 +100,14 @@ class TrainBatches:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
         epoch, first = self.next_epoch, self.next_batch
         self.next_epoch, self.next_batch = epoch + 1, 0
         order = self.order.epoch(epoch)
         stride = self.batch_size * self.num_ranks
         for batch in range(first, self.num_batches):
             samples = order[batch * stride + self.rank : (batch + 1) * stride : self.num_ranks]
-            yield [Draw(int(sample), epoch, True) for sample in samples]
+            yield [SampleRequest(int(sample), epoch, True) for sample in samples]
 
 
 class ValidationBatches:
@@ -122,8 +122,8 @@ class ValidationBatches:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
         stride = self.batch_size * self.num_ranks
         for batch in range(self.num_batches):
             positions = range(batch * stride + self.rank, (batch + 1) * stride, self.num_ranks)
-            yield [Draw(p, 0, True) if p < self.num_samples else Draw(0, 0, False) for p in positions]
+            yield [SampleRequest(p, 0, True) if p < self.num_samples else SampleRequest(0, 0, False) for p in positions]

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from varlab.data.storage import RemoteFile, Storage, is_remote, join
-from varlab.files import json_hash, load_json, sha256, whole_file
+from varlab.files import atomic_write, json_hash, load_json, sha256
 
 FORMAT = 2
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """Writes a tar of images and labels, whole or not at all; the same samples give the same bytes."""
-    with whole_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             for name, content in [(sample.extension, sample.image), ("cls", str(sample.label).encode())]:
                 info = tarfile.TarInfo(f"{sample.key}.{name}")
@@ -103,7 +103,7 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
 def save_index(out: Path, split: str, rows: Sequence[np.ndarray]) -> dict[str, Any]:
     """Writes the index of a split; returns its entry in the manifest."""
     file = out / f"{split}.index.npy"
-    with whole_file(file) as partial, open(partial, "wb") as stream:
+    with atomic_write(file) as partial, open(partial, "wb") as stream:
         np.save(stream, np.concatenate(rows))
     return {"name": file.name, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
 

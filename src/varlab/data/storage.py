@@ -147,10 +147,10 @@ class Storage:
     def fetch(self, file: RemoteFile) -> Path:
         """The local copy of a file, fetched if it is not here. Raises OSError when it cannot be had or is another one."""
         local = self.folder / file.sha256
-        if not touched(local):
+        if not touch_if_exists(local):
             local.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f"{file.sha256}.lock"):
-                if not touched(local):
+                if not touch_if_exists(local):
                     partial = self.folder / f"{file.sha256}.{file.num_bytes}.partial"
                     self.make_room(file.num_bytes, partial)
                     self.download(file.url, file.num_bytes, partial)
@@ -223,7 +223,7 @@ class Storage:
                 time.sleep(0.2)  # until another process has fetched its file
 
 
-def touched(file: Path) -> bool:
+def touch_if_exists(file: Path) -> bool:
     """Whether the file is there; if so it counts as used now."""
     try:
         os.utime(file)

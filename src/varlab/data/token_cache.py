@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from varlab import scales
-from varlab.checkpoints import tokenizer_fingerprint
-from varlab.data.imagenet import Crop, ImageDataset, to_tensor
-from varlab.data.module import OrderedDataModule
-from varlab.data.order import Draw
+from varlab.checkpoints.load import tokenizer_fingerprint
+from varlab.data.datamodule import OrderedDataModule
+from varlab.data.images import Crop, ImageDataset, to_tensor
+from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
 from varlab.data.storage import Storage
-from varlab.files import json_hash, load_json, save_json, sha256, whole_file
+from varlab.distributed import WorkSplit, wait_for_files
+from varlab.files import atomic_write, json_hash, load_json, save_json, sha256
+from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
-from varlab.share import Share, wait_for
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def write_cache(
     batch_size: int,
     device: str,
     part_images: int = 4096,
-    share: Share | None = None,
+    share: WorkSplit | None = None,
     storage: Storage | None = None,
 ) -> dict[str, Any]:
     """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
@@ -75,7 +75,7 @@ def write_cache(
     and several processes share the parts out. A cache that is there already and belongs to the same tokenizer, data and
     views is kept; one that belongs to others is an error.
     """
-    share = share or Share()
+    share = share or WorkSplit()
     shard_manifest = load_manifest(shards, storage)
     views = views_of(crops, flips, seed)
     manifest: dict[str, Any] = {
@@ -111,7 +111,7 @@ def write_cache(
     if share.rank:
         return manifest
     for split, parts in files.items():
-        wait_for(parts)
+        wait_for_files(parts)
         manifest["splits"][split] = join_parts(path, split, parts, tokenizer, len(views))
     save_json(path / "manifest.json", manifest)
     shutil.rmtree(path / "parts")
@@ -145,13 +145,13 @@ def write_part(
     for first in range(samples.start, samples.stop, batch_size):
         batch = range(first, min(first + batch_size, samples.stop))
         images.reader.prepare(batch)
-        by_view = [[images.readable(Draw(i, 0, True), crop_of_view(view, i)) for i in batch] for view in views]
+        by_view = [[images.readable(SampleRequest(i, 0, True), crop_of_view(view, i)) for i in batch] for view in views]
         encoded = [tokenizer.encode(to_tensor([pixels for pixels, _, _ in view]).to(device)) for view in by_view]
         tokens.append(torch.stack([torch.cat(token_maps, dim=1).cpu() for token_maps in encoded], dim=1).numpy())
         labels += [label for _, label, _ in by_view[0]]
         skipped += [is_replaced for _, _, is_replaced in by_view[0]]
     kind = smallest_type(tokenizer)
-    with whole_file(file) as partial, open(partial, "wb") as stream:
+    with atomic_write(file) as partial, open(partial, "wb") as stream:
         np.savez(stream, tokens=np.concatenate(tokens).astype(kind), labels=np.array(labels), skipped=np.array(skipped))
 
 
@@ -169,7 +169,7 @@ def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, nu
             labels.append(loaded["labels"])
             num_skipped += int(loaded["skipped"].sum())
     num_images, kind = sum(map(len, labels)), smallest_type(tokenizer)
-    with whole_file(tokens_file) as partial:
+    with atomic_write(tokens_file) as partial:
         shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
         first = 0
@@ -179,7 +179,7 @@ def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, nu
                 first += len(loaded["tokens"])
         tokens.flush()
         del tokens
-    with whole_file(path / f"{split}.labels.npy") as partial, open(partial, "wb") as stream:
+    with atomic_write(path / f"{split}.labels.npy") as partial, open(partial, "wb") as stream:
         np.save(stream, np.concatenate(labels))
     if num_skipped:
         log.warning("%s: %d images could not be read, their neighbors take their places", split, num_skipped)
@@ -203,7 +203,7 @@ class TokenDataset(Dataset):
             *(torch.from_numpy(array).to(device) for array in (self.tokens.astype(kind), np.asarray(self.labels)))
         )
 
-    def __getitems__(self, draws: list[Draw]) -> TokenBatch:
+    def __getitems__(self, draws: list[SampleRequest]) -> TokenBatch:
         samples, epochs, is_real = (np.array(column) for column in zip(*draws, strict=True))
         views = (samples + epochs) % self.tokens.shape[1]
         weight = torch.from_numpy(is_real.astype(np.float32))
@@ -262,7 +262,7 @@ class TokenDataModule(OrderedDataModule):
         """Entropy of the codes of each scale over the validation set, in nats: the loss of a guess that knows how often each code
         comes and nothing else."""
         tokens, found = np.asarray(torch.as_tensor(self.val_set.tokens).cpu()), {}  # pyright: ignore[reportAttributeAccessIssue]
-        for k, (first, last) in enumerate(scales.spans(self.manifest["patch_nums"])):
+        for k, (first, last) in enumerate(scales.scale_bounds(self.manifest["patch_nums"])):
             counts = np.bincount(tokens[:, 0, first:last].ravel().astype(np.int64), minlength=codebook_size)
             shares = counts[counts > 0] / counts.sum()
             found[f"entropy_marginal_scale_{k:02d}"] = float(-(shares * np.log(shares)).sum())

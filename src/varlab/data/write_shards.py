@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from varlab.data.shards import FORMAT, Sample, index_shard, save_index, write_shard
-from varlab.data.sources import Item, Source, reencode
+from varlab.data.sources.folder import Item, Source, reencode
 from varlab.files import save_json, sha256
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from varlab.metrics.frechet import frechet_distance, statistics
+from varlab.evaluation.frechet import frechet_distance, statistics
 
 
 @dataclass(frozen=True)

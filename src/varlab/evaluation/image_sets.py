@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from varlab.files import sha256, whole_file
-from varlab.metrics.frechet import FeatureStatistics
-from varlab.metrics.generation import Features
-from varlab.share import Share, wait_for
+from varlab.distributed import WorkSplit, wait_for_files
+from varlab.evaluation.frechet import FeatureStatistics
+from varlab.evaluation.generation import Features
+from varlab.files import atomic_write, sha256
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -80,13 +80,13 @@ def extract(
     batch_size: int,
     cache: Path,
     desc: str,
-    share: Share | None = None,
+    share: WorkSplit | None = None,
 ) -> Features:
     """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file `cache`.
 
     Processes share the images out; each but the first returns what it made itself.
     """
-    share = share or Share()
+    share = share or WorkSplit()
     if cache.is_file():
         return load_features(cache)
     own = list(range(num_images))[share.rank :: share.num_ranks]
@@ -103,7 +103,7 @@ def extract(
     save_features(parts[share.rank], arrays)
     if share.rank > 0:
         return Features(**arrays)
-    wait_for(parts)
+    wait_for_files(parts)
     shares = [load_features(part) for part in parts]
     joined = {}
     for name in arrays:
@@ -131,7 +131,7 @@ def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
 
 def save_features(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes features, whole or not at all."""
-    with whole_file(path) as partial, open(partial, "wb") as file:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 

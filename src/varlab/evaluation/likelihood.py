@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from varlab import losses, scales
+from varlab.models import losses, scales
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
@@ -67,7 +67,7 @@ def likelihood_scores(
         blind = losses.token_scores(var(inputs, torch.full_like(labels, var.null_label)), sequence, patch_nums)
         for name, values in [("loss", found.loss), ("error", found.error), ("unconditional_loss", blind.loss)]:
             sums[name] += values.double().sum(dim=0).cpu()
-        for k, (first, last) in enumerate(scales.spans(patch_nums)):
+        for k, (first, last) in enumerate(scales.scale_bounds(patch_nums)):
             calibration.add(k, logits[:, first:last], sequence[:, first:last])
         num += len(labels)
     by_scale = {name: (total / num).tolist() for name, total in sums.items()}

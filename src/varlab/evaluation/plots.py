@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from varlab.files import whole_file
+from varlab.files import atomic_write
 
 
 def curve_by_scale(scores: dict[str, list[float]], labels: list[str], path: Path) -> None:
@@ -15,7 +15,7 @@ def curve_by_scale(scores: dict[str, list[float]], labels: list[str], path: Path
         axes.set_xticks(range(len(values)), labels, rotation=45 if len(values) > 6 else 0)
         axes.set(xlabel="after scale", title={"psnr": "PSNR (dB)", "ssim": "SSIM"}.get(name, name))
         axes.grid(alpha=0.3)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 
@@ -31,5 +31,5 @@ def curves_of_grid(rows: list[dict], score: str, path: Path) -> None:
     axes.set(xlabel="cfg_scale", ylabel=score)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

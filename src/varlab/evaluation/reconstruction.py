@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from varlab import losses, scales
-from varlab.metrics.frechet import features_of, frechet_distance, statistics
+from varlab.evaluation.frechet import features_of, frechet_distance, statistics
+from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import perplexity
 

@@ -11,13 +11,13 @@ def evaluate_samples(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from varlab import __version__
+    from varlab.distributed import WorkSplit, default_device
+    from varlab.evaluation.generation import scores
+    from varlab.evaluation.image_sets import ImageSet, cache_file, extract, network_identity
+    from varlab.evaluation.published_scores import compare
     from varlab.files import save_json
-    from varlab.metrics.generation import scores
-    from varlab.metrics.image_sets import ImageSet, cache_file, extract, network_identity
-    from varlab.presets import compare
-    from varlab.share import Share, own_device
 
-    share, device = Share.of_environment(), torch.device(own_device(cfg.device))
+    share, device = WorkSplit.of_environment(), torch.device(default_device(cfg.device))
     if cfg.reference is None:
         raise ValueError("reference=... is missing: shards (FOLDER), or the ADM reference batch (.npz)")
     network = instantiate(cfg.features)
@@ -73,10 +73,10 @@ def evaluate_grid(cfg: DictConfig) -> None:
 
     from omegaconf import OmegaConf
 
-    from varlab import sample
+    from varlab.commands import sample
     from varlab.config import conf_dir
-    from varlab.files import load_json, whole_file
-    from varlab.metrics.plot import curves_of_grid
+    from varlab.evaluation.plots import curves_of_grid
+    from varlab.files import atomic_write, load_json
 
     out, rows = Path(cfg.out), []
     defaults = OmegaConf.load(Path(conf_dir()) / "sample.yaml")
@@ -94,7 +94,7 @@ def evaluate_grid(cfg: DictConfig) -> None:
         evaluate_samples(DictConfig(OmegaConf.merge(cfg, {"samples": str(folder), "out": str(folder)})))
         found = load_json(folder / "generation.json", "varlab evaluate")
         rows.append({**point, **{key: value for key, value in found.items() if isinstance(value, float)}})
-        with whole_file(out / "grid.csv") as partial, open(partial, "w", newline="") as file:
+        with atomic_write(out / "grid.csv") as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -124,9 +124,9 @@ class Reference:
     def __init__(self, cfg: DictConfig, network, identity: str, samples, device, share) -> None:
         from hydra.utils import instantiate
 
-        from varlab.data.imagenet import CenterCrops
+        from varlab.data.images import CenterCrops
         from varlab.data.shards import ShardReader, fingerprint
-        from varlab.metrics.image_sets import ImageSet, cache_file, extract, stored_statistics
+        from varlab.evaluation.image_sets import ImageSet, cache_file, extract, stored_statistics
 
         self.other, self.statistics = None, {}
         if str(cfg.reference).endswith(".npz"):
@@ -175,7 +175,7 @@ class Reference:
 
     def distances(self, made) -> dict[str, float]:
         """Frechet distances to the statistics that the reference file holds."""
-        from varlab.metrics.frechet import frechet_distance, statistics
+        from varlab.evaluation.frechet import frechet_distance, statistics
 
         names = {"pooled": "frechet_distance", "spatial": "spatial_frechet_distance"}
         return {

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from varlab.models.features import fill_exactly, frozen
-from varlab.weights import WeightFile, locate, read_state_dict
+from varlab.models.feature_networks import fill_exactly, frozen
+from varlab.models.weight_files import WeightFile, locate, read_state_dict
 
 DINO_FILE = WeightFile("dino_deitsmall16_pretrain.pth")
 

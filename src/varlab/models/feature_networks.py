@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varlab.weights import WeightFile, locate, read_state_dict
+from varlab.models.weight_files import WeightFile, locate, read_state_dict
 
 VGG16_FILE = WeightFile(
     "vgg16-397923af.pth", sha256="397923af", url="https://download.pytorch.org/models/vgg16-397923af.pth"

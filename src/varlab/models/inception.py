@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varlab.models.features import fill_exactly, frozen
-from varlab.weights import WeightFile, locate, read_state_dict
+from varlab.models.feature_networks import fill_exactly, frozen
+from varlab.models.weight_files import WeightFile, locate, read_state_dict
 
 INCEPTION_FILE = WeightFile(
     "weights-inception-2015-12-05-6726825d.pth",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from varlab import scales
+from varlab.models import scales
 
 
 class TokenScores(NamedTuple):
@@ -44,7 +44,7 @@ def token_scores(
 
 def by_scale(by_token: Float[Tensor, "B L"], patch_nums: scales.PatchNums) -> Float[Tensor, "B K"]:
     """Means over the tokens of each scale."""
-    return torch.stack([by_token[:, first:last].mean(dim=1) for first, last in scales.spans(patch_nums)], dim=1)
+    return torch.stack([by_token[:, first:last].mean(dim=1) for first, last in scales.scale_bounds(patch_nums)], dim=1)
 
 
 def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, " *rows"]:

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from varlab import scales
+from varlab.models import scales
 from varlab.models.autoencoder import Decoder, Encoder
-from varlab.models.own import named
+from varlab.models.custom_classes import named
 from varlab.models.quantizer import MultiScaleQuantizer
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from varlab import scales
+from varlab.models import scales
 
 MIN_NORM = 1e-4  # of a vector that has a direction
 MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
@@ -232,11 +232,11 @@ class MultiScaleQuantizer(nn.Module):
     def residuals(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
         """What is looked up at each scale while coding `f`."""
         f = f.float()
-        f_hat, looked_up = torch.zeros_like(f), []
+        f_hat, lookup_vectors = torch.zeros_like(f), []
         for k in range(self.num_scales):
-            looked_up.append(self.at_scale(f - f_hat, k))
-            f_hat = self.accumulate(f_hat, self.codebook(self.nearest(looked_up[-1])), k)
-        return looked_up
+            lookup_vectors.append(self.at_scale(f - f_hat, k))
+            f_hat = self.accumulate(f_hat, self.codebook(self.nearest(lookup_vectors[-1])), k)
+        return lookup_vectors
 
     def perplexity(self) -> Float[Tensor, " K"]:
         """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V."""

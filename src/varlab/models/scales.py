@@ -34,18 +34,18 @@ def num_tokens(patch_nums: PatchNums) -> int:
     return sum(lengths(patch_nums))
 
 
-def spans(patch_nums: PatchNums) -> list[tuple[int, int]]:
+def scale_bounds(patch_nums: PatchNums) -> list[tuple[int, int]]:
     """(first, one past the last) position of each scale in the flattened sequence."""
     ends = list(accumulate(lengths(patch_nums)))
     return list(zip([0, *ends], ends, strict=False))
 
 
-def steps(patch_nums: PatchNums, order: str) -> list[tuple[int, int]]:
+def step_bounds(patch_nums: PatchNums, order: str) -> list[tuple[int, int]]:
     """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for next-token
     prediction of the same sequence, one token (`raster`)."""
     if order not in ORDERS:
         raise ValueError(f"order={order!r}: choose one of {', '.join(ORDERS)}")
-    return spans(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
+    return scale_bounds(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
 
 
 def scale_of_token(patch_nums: PatchNums) -> list[int]:

@@ -40,7 +40,7 @@ class Split:
     that take no mask can serve."""
 
     mask: Bool[Tensor, "c c"]
-    spans: tuple[tuple[int, int], ...]
+    bounds: tuple[tuple[int, int], ...]
 
 
 Visible = Bool[Tensor, "l l"] | Split | BlockMask | None
@@ -62,7 +62,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
     coarse = len(visible.mask)
     parts = [attend(q[:, :, :coarse], k[:, :, :coarse], v[:, :, :coarse], softmax_scale, visible.mask)]
-    for first, last in visible.spans:
+    for first, last in visible.bounds:
         parts.append(attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], softmax_scale, None))
     return torch.cat(parts, dim=2)
 

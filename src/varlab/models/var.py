@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
-from varlab import scales
-from varlab.models.own import named
+from varlab.models import scales
+from varlab.models.custom_classes import named
 from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, Split, modulate
 
 SPLIT_FROM = 64  # tokens of a scale that attends in a call of its own
@@ -26,7 +26,7 @@ SPLIT_FROM = 64  # tokens of a scale that attends in a call of its own
 
 def block_causal_mask(patch_nums: scales.PatchNums, order: str = "scales") -> Bool[Tensor, "L L"]:
     """True where a token (row) may look: its own step, a scale or in raster order itself, and all steps before."""
-    steps = scales.steps(patch_nums, order)
+    steps = scales.step_bounds(patch_nums, order)
     step = torch.tensor([number for number, (first, last) in enumerate(steps) for _ in range(first, last)])
     return step[:, None] >= step[None, :]
 
@@ -44,7 +44,7 @@ class VAR(nn.Module):
     width 64 * depth, num_heads depth, drop_path 0.1 * depth / 24 (rate of the last block, rising linearly from 0).
 
     With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
-    token, scale after scale and each row by row, seeing all tokens before. `spans` are then single tokens.
+    token, scale after scale and each row by row, seeing all tokens before. `step_bounds` are then single tokens.
 
     `attention`: how the block-causal mask is kept while training: `masked` in one call, `split` (see `Split`), or `flex`, by
     FlexAttention (trains on GPUs only); the same result.
@@ -108,8 +108,8 @@ class VAR(nn.Module):
             label_dropout,
         )
         self.patch_nums = self.sizes["patch_nums"]
-        self.order, self.spans = order, scales.steps(patch_nums, order)
-        num_tokens, num_start = self.spans[-1][1], self.spans[0][1]
+        self.order, self.step_bounds = order, scales.step_bounds(patch_nums, order)
+        num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
 
         self.class_embedding = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
@@ -188,7 +188,7 @@ class VAR(nn.Module):
         self, inputs: Float[Tensor, "B l C"] | None, class_vector: Float[Tensor, "B D"], k_first: int, k_last: int
     ) -> Float[Tensor, "B m D"]:
         """Embeddings of steps k_first..k_last; step 0 is made of the class vector, the others of `inputs`."""
-        first, last = self.spans[k_first][0], self.spans[k_last][1]
+        first, last = self.step_bounds[k_first][0], self.step_bounds[k_last][1]
         parts = [class_vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
             parts.append(self.word_embed(inputs))
@@ -215,8 +215,8 @@ class VAR(nn.Module):
         With `judge`, what it makes of them instead (B m and more): it is given the logits and the place of their tokens in the
         sequence, a chunk at a time, and no logits outlive their chunk (the backward pass computes them again).
         """
-        length = inputs.shape[1] + self.spans[0][1]
-        ends = [end for _, end in self.spans]
+        length = inputs.shape[1] + self.step_bounds[0][1]
+        ends = [end for _, end in self.step_bounds]
         if length not in ends:
             raise ValueError(
                 f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}"
@@ -245,9 +245,11 @@ class VAR(nn.Module):
     def visible(self, length: int) -> Tensor | Split | BlockMask:
         """What each of the first `length` tokens may see."""
         if self.attention == "flex":
-            ends = tuple(last for _, last in self.spans if last <= length)
+            ends = tuple(last for _, last in self.step_bounds if last <= length)
             return flex_mask(ends, self.mask.device)
-        apart = tuple((first, last) for first, last in self.spans if last - first >= SPLIT_FROM and last <= length)
+        apart = tuple(
+            (first, last) for first, last in self.step_bounds if last - first >= SPLIT_FROM and last <= length
+        )
         if self.attention == "masked" or not apart:
             return self.mask[:length, :length]
         coarse = apart[0][0]
@@ -255,7 +257,7 @@ class VAR(nn.Module):
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
         """An empty cache for `predict_scale`, one entry a block, with room for all scales but the last, which none looks back at."""
-        shape = (batch_size, self.num_heads, self.spans[-1][0], self.width // self.num_heads)
+        shape = (batch_size, self.num_heads, self.step_bounds[-1][0], self.width // self.num_heads)
         device = self.head.weight.device
         return [
             BlockCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from varlab import scales
-from varlab.drawing import Settings
+from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import Kept, decode, generate_tokens
+from varlab.sampling.generate import KeptTokens, decode, generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
 
 BLENDS = ("tokens", "latents")
 
@@ -68,15 +68,15 @@ def edit(
 ) -> Float[Tensor, "B 3 H W"]:
     """Images in [0, 1] with what `images` (in [-1, 1]) show where `keep` (on the latent map) is 1 and generated content elsewhere.
 
-    `settings`: fields of `Settings`. The null label in-paints without a class; a class edits towards it.
+    `settings`: fields of `SamplingSettings`. The null label in-paints without a class; a class edits towards it.
     """
     if blend not in BLENDS:
         raise ValueError(f"blend={blend!r}: choose one of {', '.join(BLENDS)}")
     with torch.no_grad():
         token_maps = tokenizer.encode(images)
         partial_sums = tokenizer.quantizer.partial_sums(token_maps) if blend == "latents" else None
-        kept = Kept(token_maps, keep_masks(keep, tokenizer.patch_nums, strength), partial_sums, keep)
-        f_hat, _ = generate_tokens(var, tokenizer, labels, Settings(**settings), seed=seed, kept=kept)
+        kept = KeptTokens(token_maps, keep_masks(keep, tokenizer.patch_nums, strength), partial_sums, keep)
+        f_hat, _ = generate_tokens(var, tokenizer, labels, SamplingSettings(**settings), seed=seed, kept=kept)
         return decode(tokenizer, f_hat)
 
 

@@ -9,15 +9,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from varlab import scales
-from varlab.drawing import Drawing, Randomness, Settings, draw_codes, draw_filtered, guide, smooth_temperature
+from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+from varlab.sampling.token_sampling import (
+    Randomness,
+    SamplingSettings,
+    ScaleSettings,
+    guide,
+    sample_codes,
+    sample_filtered,
+    smooth_temperature,
+)
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With `partial_sums` the
     images' own sums of codes stand, after each scale, where `latents` is 1."""
 
@@ -59,12 +67,12 @@ def compile_scales(var: VAR) -> None:
     The first batch takes a minute or more; tokens stay the same but for rounding.
     """
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.spans))
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.step_bounds))
     var.predict_scale = torch.compile(var.predict_scale, dynamic=False)
 
 
 def generate_tokens(
-    var: VAR, tokenizer: MSVQVAE, labels: Int[Tensor, " B"], settings: Settings, **given: Any
+    var: VAR, tokenizer: MSVQVAE, labels: Int[Tensor, " B"], settings: SamplingSettings, **given: Any
 ) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
     """The sum of codes `f_hat` of all scales and the token maps of the given classes. `given`: see `generate_scales`."""
     by_scale = list(generate_scales(var, tokenizer, labels, settings, **given))
@@ -76,10 +84,10 @@ def generate_scales(
     var: VAR,
     tokenizer: MSVQVAE,
     labels: Int[Tensor, " B"],
-    settings: Settings,
+    settings: SamplingSettings,
     *,
     seed: int | Sequence[int] = 0,
-    kept: Kept | None = None,
+    kept: KeptTokens | None = None,
     randomness: Randomness | None = None,
 ) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
     """The loop over scales: after each, coarse to fine, the sum of codes so far and the scale's tokens.
@@ -100,7 +108,7 @@ def generate_scales(
     has_autocast = torch.is_autocast_enabled(device.type)
     cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
 
-    def predict(step: int, inputs: Tensor | None, how: Drawing) -> Tensor:
+    def predict(step: int, inputs: Tensor | None, how: ScaleSettings) -> Tensor:
         """Guided logits of one step; `inputs` serve both halves of a guided batch."""
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
@@ -115,7 +123,7 @@ def generate_scales(
         for k, how in enumerate(by_scale):
             drawn = []
             for i, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
-                drawn.append(draw_codes(predict(i, inputs, how), uniform, how))
+                drawn.append(sample_codes(predict(i, inputs, how), uniform, how))
                 inputs = quantizer.codebook(drawn[-1])
             tokens = torch.cat(drawn, dim=1)
             f_hat = quantizer.accumulate(f_hat, quantizer.codebook(tokens), k)
@@ -125,10 +133,10 @@ def generate_scales(
         logits = predict(k, inputs, how)
         uniform = randomness.uniform(k).to(device)
         if settings.smooth:
-            tokens, logits = draw_filtered(logits, uniform, how)
+            tokens, logits = sample_filtered(logits, uniform, how)
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, num_scales, quantizer)
         else:
-            tokens = draw_codes(logits, uniform, how)
+            tokens = sample_codes(logits, uniform, how)
             codes = quantizer.codebook(tokens)
         if kept is not None:
             mask = kept.masks[k].to(device)
@@ -166,9 +174,9 @@ def generate(
     return_tokens: bool = False,
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"] | tuple[Float[Tensor, "B 3 H W"], list[Int[Tensor, "B _"]]]:
-    """Images in [0, 1] of the given classes, and their token maps if `return_tokens`. `settings`: fields of `Settings`
+    """Images in [0, 1] of the given classes, and their token maps if `return_tokens`. `settings`: fields of `SamplingSettings`
     (cfg_scale=4.0, top_k=900, ...)."""
-    f_hat, token_maps = generate_tokens(var, tokenizer, labels, Settings(**settings), seed=seed)
+    f_hat, token_maps = generate_tokens(var, tokenizer, labels, SamplingSettings(**settings), seed=seed)
     images = decode(tokenizer, f_hat)
     return (images, token_maps) if return_tokens else images
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from varlab import scales
+from varlab.models import scales
 
 ByScale = float | int | Sequence[float | int]
 SCHEDULES = ("linear", "cosine", "constant")
@@ -44,7 +44,7 @@ def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float
     return logits
 
 
-def draw(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
+def sample_tokens(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
     """Tokens by inverse CDF from numbers in [0, 1): one number a token, so the stream is short and the same on any device."""
     cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
@@ -75,7 +75,7 @@ def smooth_temperature(k: int, num_scales: int) -> float:
     return max(0.27 * (1 - 0.95 * scales.progress(k, num_scales)), 0.005)
 
 
-class Drawing(NamedTuple):
+class ScaleSettings(NamedTuple):
     """How the tokens of one scale are drawn."""
 
     guidance: float
@@ -86,7 +86,7 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How tokens are drawn. Every number may be a list instead, one entry a scale, coarse to fine.
 
     `cfg_scale`: guidance, by `cfg_schedule` growing from 0 at the coarsest scale to `cfg_scale` at the finest (linear, as
@@ -105,7 +105,7 @@ class Settings:
     min_p: ByScale = 0.0
     smooth: bool = False
 
-    def by_scale(self, num_scales: int, codebook_size: int) -> list[Drawing]:
+    def by_scale(self, num_scales: int, codebook_size: int) -> list[ScaleSettings]:
         """The numbers for each scale. Raises ValueError naming what is out of range."""
         if self.cfg_schedule not in SCHEDULES:
             raise ValueError(f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(SCHEDULES)}")
@@ -119,7 +119,7 @@ class Settings:
                     raise ValueError(f"{name}={value}: {hint}")
         rest = zip(*(lists[name] for name in ranges), strict=True)
         return [
-            Drawing(
+            ScaleSettings(
                 self.guidance(k, num_scales, lists["cfg_scale"][k]), float(t), int(top_k), float(top_p), float(min_p)
             )
             for k, (t, top_k, top_p, min_p) in enumerate(rest)
@@ -144,8 +144,8 @@ class Settings:
         return cfg_scale * (t if self.cfg_schedule == "linear" else (1 - math.cos(math.pi * t)) / 2)
 
 
-def draw_filtered(
-    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing
+def sample_filtered(
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
 ) -> tuple[Int[Tensor, "B l"], Float[Tensor, "B l V"]]:
     """(tokens, filtered logits): temperature, filters, one draw a token."""
     logits = logits if how.temperature == 1 else logits / how.temperature
@@ -155,18 +155,22 @@ def draw_filtered(
     if how.min_p > 0:
         highest = logits.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < highest + math.log(how.min_p), -torch.inf)
-    return draw(logits, uniform), logits
+    return sample_tokens(logits, uniform), logits
 
 
-def draw_codes(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing) -> Int[Tensor, "B l"]:
+def sample_codes(
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
+) -> Int[Tensor, "B l"]:
     """One draw a token by the cheaper of the two ways below."""
     is_short = 1 < how.top_k < logits.shape[-1]
-    return draw_from_top(logits, uniform, how) if is_short else draw_filtered(logits, uniform, how)[0]
+    return sample_top_k(logits, uniform, how) if is_short else sample_filtered(logits, uniform, how)[0]
 
 
-def draw_from_top(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: Drawing) -> Int[Tensor, "B l"]:
+def sample_top_k(
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
+) -> Int[Tensor, "B l"]:
     """Tokens alone, from the `top_k` most likely codes in falling order: nothing as long as the codebook is sorted, summed or
-    exponentiated. The same distribution as `draw_filtered`, other tokens for the same numbers; of codes that tie with the k-th
+    exponentiated. The same distribution as `sample_filtered`, other tokens for the same numbers; of codes that tie with the k-th
     only the first are kept."""
     values, codes = logits.topk(how.top_k, dim=-1)  # falling
     probabilities = (values.double() / how.temperature).softmax(dim=-1)

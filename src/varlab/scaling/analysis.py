@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from varlab.scaling.fit import MIN_SIZES_FOR_INTERVAL, PowerLaw, Values, exponents_by_floor, fit
 from varlab.scaling.frontier import IsoFLOP, candidates, frontier, isoflop
-from varlab.scaling.parametric import Form, HeldOut, ParametricLaw, compare_forms, fit_parametric, worth
+from varlab.scaling.parametric import Form, HeldOut, ParametricLaw, compare_forms, effective_data, fit_parametric
+from varlab.scaling.power_law import MIN_SIZES_FOR_INTERVAL, PowerLaw, Values, exponents_by_floor, fit
 from varlab.scaling.runs import Row, Runs
 
 SCORES = ("val_loss", "val_loss_last", "val_err", "val_err_last")
@@ -16,7 +16,7 @@ SIZE, COMPUTE = "params_main", "flops_exact"
 
 
 @dataclass(frozen=True)
-class Settings:
+class FitSettings:
     """`floor` of losses: None is fitted, 0 none. `form`: of L(N, D); None is chosen by held-out extrapolation."""
 
     floor: float | None = None
@@ -31,7 +31,7 @@ class Analysis:
     """What the runs say. What could not be fitted is in `missing`, with the reason."""
 
     runs: Runs
-    settings: Settings
+    settings: FitSettings
     fixed: list[Row]  # the runs of equal images that L(N) is fitted to
     laws: dict[tuple[str, str], PowerLaw]
     frontiers: dict[str, list[Row]]
@@ -101,7 +101,7 @@ def of_equal_images(rows: Sequence[Row]) -> list[Row]:
 
 def images_of(row: Row, repeated: bool) -> float:
     """D of the fits: images seen, or what they are worth when they were seen several times."""
-    return float(worth(row["images_seen"], row["unique_images"])) if repeated else float(row["images_seen"])
+    return float(effective_data(row["images_seen"], row["unique_images"])) if repeated else float(row["images_seen"])
 
 
 def run_of(row: Row) -> str:
@@ -109,7 +109,7 @@ def run_of(row: Row) -> str:
     return str(row.get("parent_run") or row["name"])
 
 
-def analyse(runs: Runs, settings: Settings) -> Analysis:
+def analyse(runs: Runs, settings: FitSettings) -> Analysis:
     """All fits that the runs allow. Raises ValueError when not even L(N) can be fitted."""
     missing: list[str] = []
     fixed = of_equal_images(runs.rows)
@@ -153,7 +153,7 @@ def analyse(runs: Runs, settings: Settings) -> Analysis:
     )
 
 
-def power_law(x: Values, y: Values, floor: float | None, settings: Settings) -> PowerLaw:
+def power_law(x: Values, y: Values, floor: float | None, settings: FitSettings) -> PowerLaw:
     """A power law; a floor is not fitted to fewer than four sizes, which cannot tell one."""
     if floor is None and len(np.unique(x)) < MIN_SIZES_FOR_INTERVAL:
         floor = 0.0
@@ -161,7 +161,7 @@ def power_law(x: Values, y: Values, floor: float | None, settings: Settings) -> 
 
 
 def parametric_laws(
-    rows: Sequence[Row], settings: Settings, missing: list[str]
+    rows: Sequence[Row], settings: FitSettings, missing: list[str]
 ) -> tuple[ParametricLaw | None, ParametricLaw | None, list[HeldOut]]:
     """(L(N, D) in the form given or best at extrapolation, the same by the other loss, all forms compared)."""
     size = np.array([row[SIZE] for row in rows], dtype=float)
@@ -196,7 +196,7 @@ def seed_noise(rows: Sequence[Row]) -> float | None:
     return float(np.sqrt(squares / sum(len(values) - 1 for values in repeated)))
 
 
-def misfit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
+def lack_of_fit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
     """A warning where runs lie much farther from the law than seeds from each other; none where there are no seeds to tell."""
     spread = seed_noise(rows)
     if spread is None or law.noise <= 3 * spread:
@@ -206,7 +206,7 @@ def misfit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
     ]
 
 
-def extrapolated(fixed: Sequence[Row], settings: Settings, missing: list[str]) -> dict[str, Any] | None:
+def extrapolated(fixed: Sequence[Row], settings: FitSettings, missing: list[str]) -> dict[str, Any] | None:
     """L(N) fitted without the largest size, its prediction for it and the error."""
     largest = max(row[SIZE] for row in fixed)
     kept = [row for row in fixed if row[SIZE] < largest]

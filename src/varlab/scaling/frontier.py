@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from varlab.scaling.fit import PowerLaw, Values, fit
+from varlab.scaling.power_law import PowerLaw, Values, fit
 
 Row = dict[str, Any]
 SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are one

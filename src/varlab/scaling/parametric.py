@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from varlab.scaling.fit import Values, stretch
+from varlab.scaling.power_law import Values, t_correction
 
 Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
-REPEATS_WORTH = 15.0  # R* of Muennighoff et al. 2023: passes over the same images that still count
+REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: passes over the same images that still count
 POLISHED = 4
 NO_FLOOR = 1e-3  # nat: a fitted floor below is none
 LOSSES = ("huber", "squares")
@@ -87,12 +87,12 @@ def evaluate(parameters: np.ndarray, size: Any, images: Any) -> np.ndarray:
     return np.asarray(floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(images)))
 
 
-def worth(images: Any, unique: Any, repeats_worth: float = REPEATS_WORTH) -> np.ndarray:
+def effective_data(images: Any, unique: Any, repeat_decay: float = REPEAT_DECAY) -> np.ndarray:
     """How many new images the ones seen are worth, when each was seen several times (Muennighoff et al. 2023):
     U + U R* (1 - exp(-R / R*)), R being the passes after the first."""
     images, unique = np.asarray(images, dtype=float), np.asarray(unique, dtype=float)
     repeats = np.maximum(images / unique - 1, 0)
-    return np.asarray(np.minimum(images, unique) + unique * repeats_worth * (1 - np.exp(-repeats / repeats_worth)))
+    return np.asarray(np.minimum(images, unique) + unique * repeat_decay * (1 - np.exp(-repeats / repeat_decay)))
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def bootstrap(
         found = minimize(problem.objective, v, (weights,), "L-BFGS-B", jac=True, options=options)
         draws.append(problem.parameters(found.x, center))
     full, num_runs = problem.parameters(v, center), len(numbers)
-    widened = full + (np.array(draws) - full) * stretch(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
+    widened = full + (np.array(draws) - full) * t_correction(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
     widened[:, -1] = np.maximum(widened[:, -1], 0.0)
     return widened
 

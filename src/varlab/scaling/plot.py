@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from varlab.files import whole_file
+from varlab.files import atomic_write
 from varlab.scaling.analysis import COMPUTE, SCORES, SIZE, Analysis, images_of, scale_columns
-from varlab.scaling.fit import PowerLaw
+from varlab.scaling.power_law import PowerLaw
 from varlab.scaling.runs import Row
 
 logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every glyph it leaves out
@@ -58,7 +58,7 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for kind in KINDS:
             file = out / f"{name}.{kind}"
-            with whole_file(file) as partial:
+            with atomic_write(file) as partial:
                 undated = {"Date": None} if kind == "svg" else None  # the same figure is the same file
                 figure.savefig(partial, format=kind, dpi=150, metadata=undated)
             files.append(file)
@@ -176,7 +176,7 @@ def scales_panels(analysis: Analysis) -> Figure:
     left.set(xscale="log", xlabel=LABELS[SIZE], ylabel="loss of one scale [nat/token]")
     right.set(xlabel="scale, coarse to fine", ylabel="exponent of L(N), 95 %", xticks=range(len(columns)))
     right.axhline(0, color="0.6", linewidth=0.8)
-    return gridded(figure)
+    return add_grid(figure)
 
 
 def floor_panels(analysis: Analysis) -> Figure:
@@ -219,7 +219,7 @@ def isoflop_panels(analysis: Analysis) -> Figure:
     left.set(xscale="log", xlabel=LABELS[SIZE], ylabel=LABELS["val_loss"])
     left.legend(fontsize=7)
     right.set(xscale="log", yscale="log", xlabel=LABELS[COMPUTE], ylabel="best N")
-    return gridded(figure)
+    return add_grid(figure)
 
 
 def surface_panels(analysis: Analysis) -> Figure:
@@ -254,7 +254,7 @@ def surface_panels(analysis: Analysis) -> Figure:
         right.invert_yaxis()
         right.set(xlabel="error of the prediction [%]")
         right.legend(fontsize=7, loc="lower right")
-    return gridded(figure)
+    return add_grid(figure)
 
 
 def extrapolation_panel(analysis: Analysis) -> Figure:
@@ -273,10 +273,10 @@ def extrapolation_panel(analysis: Analysis) -> Figure:
     panel.set(xscale="log", xlabel=LABELS[SIZE], ylabel=LABELS["val_loss"])
     panel.set_title(f"prediction off by {found['error_percent']:+.2f} %", fontsize=9)
     panel.legend(fontsize=8)
-    return gridded(figure)
+    return add_grid(figure)
 
 
-def gridded(figure: Figure) -> Figure:
+def add_grid(figure: Figure) -> Figure:
     """Light grids everywhere."""
     for panel in figure.axes:
         panel.grid(alpha=0.25, which="both")

@@ -43,11 +43,11 @@ class PowerLaw:
         noise = np.random.default_rng(seed).normal(0, self.noise, len(alpha))
         values = floor + np.exp(alpha * (log_x0 - np.log(x)) + noise)
         center, low_high = float(self(x)), np.percentile(values, (2.5, 97.5))
-        low, high = center + (low_high - center) * stretch(self.num_points - (2 if not self.floor else 3))
+        low, high = center + (low_high - center) * t_correction(self.num_points - (2 if not self.floor else 3))
         return float(low), float(high)
 
 
-def stretch(degrees: int) -> float:
+def t_correction(degrees: int) -> float:
     """How much wider than a percentile interval one of so few degrees of freedom has to be."""
     return float(student.ppf(0.975, max(degrees, 1))) / 1.96
 
@@ -112,7 +112,7 @@ def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000,
     ]
     draws = np.array([(refit.alpha, refit.log_x0, refit.floor) for refit in refits])
     low, high = (float(np.percentile(draws[:, 0], percent)) - law.alpha for percent in (2.5, 97.5))
-    interval = (law.alpha + low * stretch(degrees), law.alpha + high * stretch(degrees))
+    interval = (law.alpha + low * t_correction(degrees), law.alpha + high * t_correction(degrees))
     noise = float(np.sqrt(np.square(np.log(ys - law.floor) - log_fit).sum() / degrees))
     return replace(law, alpha_interval=interval, noise=noise, draws=draws)
 

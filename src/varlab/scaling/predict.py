@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from varlab.compute import parameter_counts, training_flops
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, misfit, power_law, run_of
+from varlab.cost.flops import parameter_counts, training_flops
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, images_of, lack_of_fit, power_law, run_of
 from varlab.scaling.parametric import ParametricLaw, fit_parametric
 from varlab.scaling.runs import Row
 
@@ -182,7 +182,7 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
     if needed is not None and given.get(needed) is None:
         raise ValueError(f"varlab scaling {ask} needs {needed}=...")
-    warning = [] if analysis.parametric is None else misfit(analysis.runs.rows, analysis.parametric)
+    warning = [] if analysis.parametric is None else lack_of_fit(analysis.runs.rows, analysis.parametric)
     if ask == "predict":
         lines = predict(analysis, given["depth"], given["images"])
         return lines + (warning if "by L(N, D)" in lines[0] else [])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from varlab.files import whole_file
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, misfit, seed_noise
+from varlab.files import atomic_write
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, lack_of_fit, seed_noise
 from varlab.scaling.plot import POINT, words
 from varlab.scaling.runs import key_of
 
@@ -49,7 +49,7 @@ g[id^="run:"]:hover path, g[id^="run:"]:hover use { stroke: #d62728; stroke-widt
 """
 
 
-def lines_of(analysis: Analysis) -> list[str]:
+def summary_lines(analysis: Analysis) -> list[str]:
     """What was found, a line each, as printed and as written into reports."""
     rows, law = analysis.runs.rows, analysis.parametric
     depths = sorted({row["depth"] for row in rows})
@@ -83,7 +83,7 @@ def lines_of(analysis: Analysis) -> list[str]:
     if spread_of_seeds is not None:
         lines.append(f"runs that differ in seed alone scatter by {100 * spread_of_seeds:.2f} %")
     if law is not None:
-        lines += misfit(rows, law)
+        lines += lack_of_fit(rows, law)
     lines += [f"IsoFLOP, {line}" for line in analysis.isoflop.refused]
     if analysis.isoflop.size_law is not None:
         lines.append(f"IsoFLOP: best N grows as C^{-analysis.isoflop.size_law.alpha:.3f}")
@@ -168,7 +168,7 @@ def with_titles(svg: str) -> str:
 def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, title: str) -> Path:
     """`report.html`: figures with the run of every point, fits, what was left out, the table of runs."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts.append("<pre class='note wide'>" + html.escape("\n".join(lines_of(analysis))) + "</pre>")
+    parts.append("<pre class='note wide'>" + html.escape("\n".join(summary_lines(analysis))) + "</pre>")
     for name, kinds in files.items():
         svg = next(file for file in kinds if file.suffix == ".svg")
         parts.append(f"<h2>{NAMES[name]}</h2><figure>{with_titles(svg.read_text())}</figure>")
@@ -181,7 +181,7 @@ def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, titl
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
     file = out / "report.html"
-    with whole_file(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(page)
     return file
 
@@ -190,7 +190,7 @@ def wandb_report(analysis: Analysis, entity: str, project: str, title: str) -> A
     """A W&B report (not yet saved): the fits in words, curves against compute, loss against compute and size, the table of runs."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    told = "\n".join(f"- {line}" for line in lines_of(analysis))
+    told = "\n".join(f"- {line}" for line in summary_lines(analysis))
     panels = [
         wr.LinePlot(title="loss against compute", x=f"count/{COMPUTE}", y=["val/loss"], log_x=True),
         wr.LinePlot(title="last scale against compute", x=f"count/{COMPUTE}", y=["val/loss_last"], log_x=True),

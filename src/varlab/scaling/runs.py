@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from varlab.files import read_curves, whole_file
+from varlab.files import atomic_write, read_curves
 from varlab.scaling.wandb_runs import offline_runs, online_runs
 
 Row = dict[str, Any]
@@ -189,7 +189,7 @@ def check_same(rows: Sequence[Row]) -> None:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes a table with units in its header."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([f"{column} [{unit(column)}]" if unit(column) else column for column in columns])
         for row in rows:

@@ -29,7 +29,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import is_sweep
-from varlab.files import flat, json_hash, load_json, save_json, whole_file
+from varlab.files import atomic_write, flat, json_hash, load_json, save_json
 
 STOPPED = 75  # exit code of a run that was told to stop, and saved (EX_TEMPFAIL)
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -63,7 +63,7 @@ class Ledger(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if not self.planned:
             return
-        from varlab.planning import print_time
+        from varlab.cost.plan import print_time
 
         print(f"all {len(self.planned)} jobs together: {sum(self.planned):.3g} FLOP")
         print_time(config, sum(self.planned), 1)
@@ -114,7 +114,7 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
     if skipped := reason_to_skip(known, task):
         print(f"{folder}: {skipped}")
         return known.get("value") if known else None
-    with whole_file(folder / "job.yaml") as partial:
+    with atomic_write(folder / "job.yaml") as partial:
         OmegaConf.save(OmegaConf.create(config), partial)
     facts = {"overrides": overrides, "fingerprint": fingerprint, "host": socket.gethostname(), "started": time.time()}
     command = [sys.executable, "-m", module, "--job", str(folder / "job.yaml")]

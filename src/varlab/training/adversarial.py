@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from varlab import losses
+from varlab.models import losses
 from varlab.models.discriminator import DiffAugment
-from varlab.training.optim import Schedule, parameter_groups
+from varlab.training.schedules import Schedule, parameter_groups
 
 
-class Adversary:
+class DiscriminatorTrainer:
     """A discriminator with optimizer, schedule and place in the run.
 
-    `trains_from`: share of the run after which the discriminator learns. `counts_from`: share after which the tokenizer hears
+    `discriminator_start`: share of the run after which the discriminator learns. `adversarial_start`: share after which the tokenizer hears
     of it, rising over `warmup` (a share). `weight`: of the adversarial loss, times the adaptive ratio within `bounds` (fixed
     to 1 with is_adaptive=False). `loss`: hinge or nonsaturating. `r1_weight`: gradient penalty at real images, every
     `r1_every` steps, weighted so much the more. `lecam_weight`: keeps logits near the moving average of the other side
@@ -35,8 +35,8 @@ class Adversary:
         weight: float = 0.4,
         is_adaptive: bool = True,
         bounds: Sequence[float] = (0.015, 1e4),
-        trains_from: float = 0.18,
-        counts_from: float = 0.2,
+        discriminator_start: float = 0.18,
+        adversarial_start: float = 0.2,
         warmup: float = 0.02,
         r1_weight: float = 0.0,
         r1_every: int = 16,
@@ -46,16 +46,16 @@ class Adversary:
         weight_decay: float = 5e-4,
         clip: float = 10.0,
     ) -> None:
-        if not 0 <= trains_from <= counts_from < 1:
+        if not 0 <= discriminator_start <= adversarial_start < 1:
             raise ValueError(
-                f"adversarial.trains_from={trains_from} and counts_from={counts_from}: the discriminator must learn before it"
+                f"adversarial.discriminator_start={discriminator_start} and adversarial_start={adversarial_start}: the discriminator must learn before it"
                 " counts, both as shares of the run below 1"
             )
         if loss not in ("hinge", "nonsaturating"):
             raise ValueError(f"adversarial.loss={loss!r} is unknown: choose hinge or nonsaturating")
         self.net, self.schedule, self.augment = discriminator, schedule, augment or nn.Identity()
         self.loss, self.weight, self.is_adaptive, self.bounds = loss, weight, is_adaptive, (bounds[0], bounds[1])
-        self.trains_from, self.counts_from, self.warmup = trains_from, counts_from, warmup
+        self.discriminator_start, self.adversarial_start, self.warmup = discriminator_start, adversarial_start, warmup
         self.r1_weight, self.r1_every, self.lecam_weight = r1_weight, r1_every, lecam_weight
         self.base_lr, self.weight_decay, self.clip = base_lr, weight_decay, clip
         self.optimizer = torch.optim.AdamW(parameter_groups(self.net), lr=base_lr, betas=(betas[0], betas[1]))
@@ -70,13 +70,13 @@ class Adversary:
 
     def learns(self, progress: float) -> bool:
         """Whether the discriminator is trained at this share of the run."""
-        return progress >= self.trains_from
+        return progress >= self.discriminator_start
 
     def share(self, progress: float) -> float:
         """What of the adversarial weight is in force at this share of the run."""
-        if progress < self.counts_from:
+        if progress < self.adversarial_start:
             return 0.0
-        return min(1.0, (progress - self.counts_from) / self.warmup) if self.warmup > 0 else 1.0
+        return min(1.0, (progress - self.adversarial_start) / self.warmup) if self.warmup > 0 else 1.0
 
     def against(self, fake: Tensor) -> Tensor:
         """The generator's loss for reconstructions; the discriminator's weights get no gradient."""
@@ -122,7 +122,7 @@ class Adversary:
             for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        first = int(self.trains_from * total_steps)
+        first = int(self.discriminator_start * total_steps)
         step, peak_lr = round(progress * total_steps) - first, self.base_lr * global_batch_size / 256
         decay = (self.weight_decay, self.weight_decay)
         self.schedule.apply(self.optimizer, max(step, 0), total_steps - first, peak_lr, decay)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from varlab.data.imagenet import ImageBatch
+from varlab.data.images import ImageBatch
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.training.callbacks import EMA
@@ -38,13 +38,13 @@ def drawn_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def looked_up(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
+def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
     """Vectors that the lookup meets on these images, of all scales and all ranks, (N, C); many enough for the codebook."""
     vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.residuals(net.features(images))])
     return gathered(drawn_rows(vectors, min(len(vectors), MAX_VECTORS_A_CODE * net.quantizer.codebook_size), seed))
 
 
-class ReviveCodes(Callback):
+class ResetDeadCodes(Callback):
     """Every `every` steps moves codes that are hardly used to vectors that the lookup meets now.
 
     A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks choose alike.
@@ -74,10 +74,10 @@ class ReviveCodes(Callback):
         assert isinstance(net, MSVQVAE)
         hits = net.quantizer.hits.sum(dim=0)
         dead = (hits < self.min_share * hits.mean()).nonzero().flatten()
-        pl_module.log("train/codes_revived", float(len(dead)))
+        pl_module.log("train/codes_reset", float(len(dead)))
         if len(dead) == 0:
             return
-        vectors = drawn_rows(looked_up(net, batch.images, self.seed + step), len(dead), self.seed + step)
+        vectors = drawn_rows(lookup_vectors(net, batch.images, self.seed + step), len(dead), self.seed + step)
         codebook = net.quantizer.codebook.weight
         codebook[dead] = vectors.to(codebook.dtype)
         net.quantizer.hits[:, dead] = net.quantizer.hits.mean(dim=1, keepdim=True)  # they get their time
@@ -108,7 +108,7 @@ class KMeansInit(Callback):
         net = pl_module.net
         assert isinstance(net, MSVQVAE)
         for round_ in range(2):
-            vectors = looked_up(net, batch.images, self.seed + round_)
+            vectors = lookup_vectors(net, batch.images, self.seed + round_)
             if len(vectors) < net.quantizer.codebook_size:
                 log.warning(
                     "the first batch gives %d vectors for %d codes: some codes begin at the same place",

@@ -10,13 +10,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
-from varlab import pictures, scales
-from varlab.data.imagenet import ImageBatch
-from varlab.drawing import Settings
+from varlab import image_grid
+from varlab.data.images import ImageBatch
 from varlab.files import load_json
+from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling import generate_tokens
+from varlab.sampling.generate import generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
 
 
 class Pictures(Callback):
@@ -41,24 +42,26 @@ class Pictures(Callback):
         net = pl_module.net
         if isinstance(net, MSVQVAE) and self.images is not None:
             strip = net.filmstrip(net.encode(self.images))
-            shown = pictures.columns_of(self.images / 2 + 0.5, *(strip / 2 + 0.5))
-            self.show(trainer, "reconstructions", pictures.grid(shown, columns=1 + len(strip)))
+            shown = image_grid.columns_of(self.images / 2 + 0.5, *(strip / 2 + 0.5))
+            self.show(trainer, "reconstructions", image_grid.grid(shown, columns=1 + len(strip)))
         elif isinstance(net, VAR):
             tokenizer = pl_module.tokenizer
             assert isinstance(tokenizer, MSVQVAE)
             labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
             was_training = net.training
             with trainer.precision_plugin.forward_context():
-                _, token_maps = generate_tokens(net, tokenizer, labels, Settings(self.cfg_scale), seed=self.seed)
+                _, token_maps = generate_tokens(
+                    net, tokenizer, labels, SamplingSettings(self.cfg_scale), seed=self.seed
+                )
             net.train(was_training)
             strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
-            self.show(trainer, "samples", pictures.grid(pictures.columns_of(*strip), columns=len(strip)))
+            self.show(trainer, "samples", image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)))
 
     def show(self, trainer: Trainer, name: str, picture: Image.Image) -> None:
         """Saves a picture and mirrors it to W&B."""
         if not trainer.is_global_zero:
             return
-        pictures.save(picture, self.folder / f"{name}-{trainer.global_step:07d}.png")
+        image_grid.save(picture, self.folder / f"{name}-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(name, [picture])

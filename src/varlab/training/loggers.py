@@ -11,14 +11,14 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from varlab.files import whole_file
+from varlab.files import atomic_write
 
 
 def run_id(folder: str | Path) -> str:
     """The identity of a run, kept in its folder so that a resumed run stays one run. An agent of a W&B sweep gives its own."""
     file = Path(folder) / "run_id"
     if not file.is_file():
-        with whole_file(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     return file.read_text().strip()
 
@@ -94,7 +94,7 @@ class CSVLog(Logger):
         if new := [key for key in row if key not in self.columns]:
             rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
             self.columns += new
-            with whole_file(self.file) as partial, open(partial, "w", newline="") as file:
+            with atomic_write(self.file) as partial, open(partial, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows([*rows, row])

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from varlab import checkpoints, compute, losses, scales
-from varlab.data.imagenet import ImageBatch
+from varlab.checkpoints.load import check_same_networks, check_sizes, load_tokenizer, networks_entry
+from varlab.cost.flops import tokenizer_flops
+from varlab.data.images import ImageBatch
+from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
-from varlab.training.adversary import Adversary
-from varlab.training.optim import Schedule, parameter_groups
-from varlab.training.scores import ImageMean
+from varlab.training.adversarial import DiscriminatorTrainer
+from varlab.training.image_mean import ImageMean
+from varlab.training.schedules import Schedule, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class MSVQVAEModule(LightningModule):
         vq_weight: float = 1.0,
         perceptual: nn.Module | None = None,
         perceptual_weight: float = 1.0,
-        adversary: Adversary | None = None,
+        adversary: DiscriminatorTrainer | None = None,
         base_lr: float = 1e-4,
         betas: Sequence[float] = (0.5, 0.9),
         weight_decay: float = 0.005,
@@ -48,8 +50,8 @@ class MSVQVAEModule(LightningModule):
         super().__init__()
         self.net = net
         if init_from is not None:
-            start = checkpoints.load_tokenizer(init_from, patch_nums=net.patch_nums)
-            checkpoints.check_sizes("tokenizer", start.sizes, net.sizes, init_from)
+            start = load_tokenizer(init_from, patch_nums=net.patch_nums)
+            check_sizes("tokenizer", start.sizes, net.sizes, init_from)
             net.load_state_dict(start.state_dict())
         self.schedule, self.base_lr, self.betas, self.weight_decay = (
             schedule,
@@ -127,7 +129,9 @@ class MSVQVAEModule(LightningModule):
             found["perceptual"] = self.perceptual_weight * self.perceptual(output, images).mean()
         return found
 
-    def adversarial_loss(self, fake: Tensor, reconstruction: Tensor, adversary: Adversary) -> tuple[Tensor, Tensor]:
+    def adversarial_loss(
+        self, fake: Tensor, reconstruction: Tensor, adversary: DiscriminatorTrainer
+    ) -> tuple[Tensor, Tensor]:
         """(the adversarial loss with its weights, the adaptive ratio among them)."""
         against = adversary.against(fake)
         ratio = torch.ones_like(against)
@@ -230,7 +234,7 @@ class MSVQVAEModule(LightningModule):
             "kind": "tokenizer",
             "params_total": sum(parameter.numel() for parameter in self.net.parameters()),
             "tokens_per_image": scales.num_tokens(self.net.patch_nums),
-            "flops_exact_per_image": 3 * sum(compute.tokenizer_flops(self.net.sizes).values()),
+            "flops_exact_per_image": 3 * sum(tokenizer_flops(self.net.sizes).values()),
             "patch_nums": self.net.patch_nums,
             "codes": self.net.sizes["codebook_size"],
             "lr_peak": self.peak_lr,
@@ -244,12 +248,12 @@ class MSVQVAEModule(LightningModule):
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["varlab"] = checkpoints.networks_entry(self.net)
+        checkpoint["varlab"] = networks_entry(self.net)
         if self.adversary is not None:
             checkpoint["adversary"] = self.adversary.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoints.check_same_networks(checkpoint, self.net, None)
+        check_same_networks(checkpoint, self.net, None)
         if self.adversary is not None:
             if "adversary" not in checkpoint:
                 raise ValueError(

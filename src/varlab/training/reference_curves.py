@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from varlab.config import plain_verb
-from varlab.files import flat, load_json, save_json, whole_file
+from varlab.config import argument_command
+from varlab.files import atomic_write, flat, load_json, save_json
 
 USAGE = """varlab doctor RUN [REFERENCE.csv]: is this run normal?
 Lays the curves of RUN (metrics.csv) over the reference curves of its experiment: RUN/doctor.png, and in words what is out of
@@ -104,7 +104,7 @@ def band(runs: Sequence[Curves]) -> dict[str, Band]:
 
 def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> None:
     """Saves a reference: the CSV, and beside it a JSON of what it was made from."""
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["metric", "step", "mean", "low", "high"])
         for metric, found in bands.items():
@@ -180,7 +180,7 @@ def experiment_of(folder: Path) -> str:
 
 def references() -> Path:
     """The folder of shipped references: inside the package, or in the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return next(f for f in (package / "reference", package.parents[1] / "experiments/reference") if f.is_dir())
 
 
@@ -274,7 +274,7 @@ def draw(curves: Curves, bands: dict[str, Band], verdicts: Sequence[Verdict], pa
         axes.axis("off")
     if shown:
         figure.axes[0].legend(fontsize=7)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
@@ -283,7 +283,7 @@ def run(arguments: list[str]) -> None:
     print(report(Path(arguments[0]), Path(arguments[1]) if len(arguments) > 1 else None))
 
 
-main = plain_verb("doctor", USAGE, run)
+main = argument_command("doctor", USAGE, run)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from varlab.files import read_curves, save_json, whole_file
+from varlab.files import atomic_write, read_curves, save_json
 from varlab.training.loggers import run_id
 
 
@@ -54,9 +54,9 @@ class RunRecord(Callback):
         self.batch_time = self.logged_time = time.perf_counter()
         self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
         if trainer.is_global_zero:
-            print(self.intention(trainer), flush=True)
+            print(self.describe_run(trainer), flush=True)
 
-    def intention(self, trainer: Trainer) -> str:
+    def describe_run(self, trainer: Trainer) -> str:
         """The run in a line, for a look before it takes days."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         images, tokens = self.total_steps * data.global_batch_size, self.facts["tokens_per_image"]
@@ -151,13 +151,13 @@ class RunRecord(Callback):
             "torch": torch.__version__,
             "val_images": data.num_val,
             **{key.replace("/", "_"): value for key, value in self.scores.items()},
-            "train_loss_fresh": self.fresh_loss(unique),
+            "train_loss_unique": self.unique_loss(unique),
             "git_commit": git_commit(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         save_json(self.folder / "run.json", row)
 
-    def fresh_loss(self, unique: int) -> float | None:
+    def unique_loss(self, unique: int) -> float | None:
         """Mean of the training loss logged in the last tenth of the run, while no image came a second time; else None. Labels are
         dropped as in training."""
         if self.counters["images_seen"] > unique:
@@ -254,6 +254,6 @@ def draw_curves(folder: Path) -> bool:
         axes.set(xlabel="step")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    with whole_file(folder / "curves.png") as partial:
+    with atomic_write(folder / "curves.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
     return True

@@ -17,22 +17,22 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith("bias") and not name.endswith(UNDECAYED)
 
 
-def reads_width(name: str, parameter: torch.Tensor) -> bool:
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is a matrix whose input grows with the width: those of the blocks and of the head."""
     return parameter.ndim > 1 and name.endswith("weight") and name.startswith(("blocks.", "head", "shared_modulation."))
 
 
-def parameter_groups(net: nn.Module, matrix_share: float = 1.0) -> list[dict]:
-    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With a `matrix_share` the
+def parameter_groups(net: nn.Module, lr_multiplier: float = 1.0) -> list[dict]:
+    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With a `lr_multiplier` the
     matrices that read the width form two groups of their own, whose learning rate is that share of the others'."""
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     shares = [(named, 1.0)]
-    if matrix_share != 1:
-        matrices = [(name, p) for name, p in named if reads_width(name, p)]
-        shares = [([(name, p) for name, p in named if not reads_width(name, p)], 1.0), (matrices, matrix_share)]
+    if lr_multiplier != 1:
+        matrices = [(name, p) for name, p in named if is_hidden_matrix(name, p)]
+        shares = [([(name, p) for name, p in named if not is_hidden_matrix(name, p)], 1.0), (matrices, lr_multiplier)]
     groups = []
     for chosen, share in shares:
-        own = {} if share == 1 else {"lr_share": share}
+        own = {} if share == 1 else {"lr_multiplier": share}
         groups += [
             {"params": [p for name, p in chosen if is_decayed(name, p)], "is_decayed": True, **own},
             {
@@ -108,7 +108,7 @@ class Schedule:
         warmup_steps = self.warmup_steps(total_steps)
         return min(warmup_steps + math.ceil(HOLD * max(total_steps - 1 - warmup_steps, 1)), total_steps)
 
-    def lr_share(self, step: int, total_steps: int) -> float:
+    def lr_multiplier(self, step: int, total_steps: int) -> float:
         """Share of the peak learning rate at this step."""
         warmup_steps = self.warmup_steps(total_steps)
         if step < warmup_steps:
@@ -125,9 +125,9 @@ class Schedule:
         self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, peak_lr: float, decay: tuple[float, float]
     ) -> float:
         """Sets learning rate and weight decay of all groups for this step; returns the learning rate."""
-        lr = peak_lr * self.lr_share(step, total_steps)
+        lr = peak_lr * self.lr_multiplier(step, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_share", 1.0)
+            group["lr"] = lr * group.get("lr_multiplier", 1.0)
             group["weight_decay"] = self.weight_decay(step, total_steps, *decay) if group["is_decayed"] else 0.0
         return lr
 

@@ -18,16 +18,23 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 
-from varlab import checkpoints
-from varlab.files import whole_file
+from varlab.checkpoints.load import (
+    META_FILE,
+    optimizer_state_by_name,
+    optimizer_state_by_number,
+    read_checkpoint,
+    replace_folder,
+    swap_paths,
+)
+from varlab.files import atomic_write
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoint files that take their name once they are complete. Loads folders of sharded runs as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
-        with whole_file(target) as partial:
+        with atomic_write(target) as partial:
             if target.is_dir():  # a sharded run goes on unsharded
                 shutil.rmtree(target)
             torch.save(checkpoint, partial)
@@ -35,7 +42,7 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return checkpoints.read(path)
+        return read_checkpoint(path)
 
 
 class BF16Weights(MixedPrecision):
@@ -91,7 +98,7 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=is_whole, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
-        return checkpoints.by_number(state) if is_whole and state else state
+        return optimizer_state_by_number(state) if is_whole and state else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))
@@ -102,15 +109,15 @@ class FSDP2(ModelParallelStrategy):
         sharded = {"state_dict": checkpoint.pop("state_dict"), "ema": checkpoint.pop("ema", {})}
         for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
             sharded[f"optimizer_{i}"] = state
-        partial, old = checkpoints.sides(path)
+        partial, old = swap_paths(path)
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.barrier()
         save(sharded, checkpoint_id=partial)
         if self.is_global_zero:
-            torch.save(checkpoint, partial / checkpoints.REST)
-            checkpoints.replace_folder(partial, path, old)
+            torch.save(checkpoint, partial / META_FILE)
+            replace_folder(partial, path, old)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -127,12 +134,12 @@ class FSDP2(ModelParallelStrategy):
 
     def load_file(self, path: Path) -> dict[str, Any]:
         """Weights and optimizer of an unsharded run, each rank taking its part."""
-        checkpoint, whole = checkpoints.read(path), StateDictOptions(full_state_dict=True)
+        checkpoint, whole = read_checkpoint(path), StateDictOptions(full_state_dict=True)
         assert self.model is not None
         if self.optimizers:
             (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-            set_optimizer_state_dict(self.model, optimizer, checkpoints.by_name(state, groups), options=whole)
+            set_optimizer_state_dict(self.model, optimizer, optimizer_state_by_name(state, groups), options=whole)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
         return checkpoint

@@ -9,13 +9,16 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from varlab import checkpoints, compute, losses, scales
-from varlab.data.imagenet import ImageBatch
-from varlab.data.tokens import TokenBatch, TokenDataModule
+from varlab.checkpoints.export_folder import tokenizer_fingerprint
+from varlab.checkpoints.load import check_same_networks, load_tokenizer, networks_entry
+from varlab.cost.flops import parameter_counts, six_nd, tokenizer_flops, training_flops
+from varlab.data.images import ImageBatch
+from varlab.data.token_cache import TokenBatch, TokenDataModule
+from varlab.models import losses, scales
 from varlab.models.transformer import ATTENTIONS, RECOMPUTES, AdaLNBlock
 from varlab.models.var import VAR
-from varlab.training.optim import Progressive, Schedule, parameter_groups
-from varlab.training.scores import ImageMean
+from varlab.training.image_mean import ImageMean
+from varlab.training.schedules import Progressive, Schedule, parameter_groups
 
 
 class VARModule(LightningModule):
@@ -24,7 +27,7 @@ class VARModule(LightningModule):
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
     in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
     the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
-    With `slows_matrices_only` that factor acts on the matrices alone whose input grows with the width, not on embeddings, positions,
+    With `mup_lr_scaling` that factor acts on the matrices alone whose input grows with the width, not on embeddings, positions,
     biases (the rule of muP for Adam; initial weights stay the paper's).
     With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
     of the whole run that this one may be a branch of (Porian et al. 2024).
@@ -51,7 +54,7 @@ class VARModule(LightningModule):
         progressive: Progressive | None = None,
         attention: str = "split",
         loss_chunks: int = 1,
-        slows_matrices_only: bool = False,
+        mup_lr_scaling: bool = False,
         warmup_tokens: float | None = None,
         full_steps: int = -1,
     ) -> None:
@@ -65,11 +68,11 @@ class VARModule(LightningModule):
         self.attention, self.loss_chunks = attention, loss_chunks
         self.make_net, self.recompute, self.is_compiled = net, recompute, is_compiled
         self.tokenizer_path = tokenizer
-        self.tokenizer = checkpoints.load_tokenizer(tokenizer).requires_grad_(False)
-        self.tokenizer_fingerprint = checkpoints.tokenizer_fingerprint(self.tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer).requires_grad_(False)
+        self.tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
         self.progressive = progressive
         self.schedule = schedule if progressive is None else progressive.schedule(schedule)
-        self.slows_matrices_only = slows_matrices_only
+        self.mup_lr_scaling = mup_lr_scaling
         self.warmup_tokens, self.full_steps = warmup_tokens, full_steps
         self.base_lr, self.betas = base_lr, (betas[0], betas[1])
         self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
@@ -110,7 +113,7 @@ class VARModule(LightningModule):
             return self.schedule
         if self.full_steps < 0:
             raise ValueError("module.warmup_tokens needs the length of the run in steps=N, not in epochs")
-        parameters = compute.parameter_counts(self.net.sizes)["params_main"]
+        parameters = parameter_counts(self.net.sizes)["params_main"]
         steps = self.warmup_tokens * parameters / (scales.num_tokens(self.net.patch_nums) * batch)
         return replace(self.schedule, warmup=float(max(1, round(min(steps, 0.05 * self.full_steps)))))
 
@@ -152,13 +155,13 @@ class VARModule(LightningModule):
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
-        by_depth = 1.0 if self.slows_matrices_only else self.depth_share
+        by_depth = 1.0 if self.mup_lr_scaling else self.depth_share
         return by_depth * self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         is_fused = self.device.type == "cuda"
         return torch.optim.AdamW(
-            parameter_groups(self.net, self.depth_share if self.slows_matrices_only else 1.0),
+            parameter_groups(self.net, self.depth_share if self.mup_lr_scaling else 1.0),
             lr=self.peak_lr,
             betas=self.betas,
             eps=1e-8,
@@ -193,7 +196,7 @@ class VARModule(LightningModule):
         sequence, token_maps = self.tokens(batch)
         num_scales, newest_weight = self.active_scales()
         self.trained_scales = num_scales
-        active = scales.spans(self.net.patch_nums)[num_scales - 1][1]
+        active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
         target = sequence[:, :active]
         is_logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -273,9 +276,9 @@ class VARModule(LightningModule):
             "depth": self.net.depth,
             "width": self.net.width,
             "order": self.net.order,
-            **compute.parameter_counts(self.net.sizes),
+            **parameter_counts(self.net.sizes),
             **self.facts_per_image(len(self.net.patch_nums)),
-            "flops_tokenizer_per_image": compute.tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
+            "flops_tokenizer_per_image": tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
             "tokenizer_id": self.tokenizer_fingerprint,
             "patch_nums": self.net.patch_nums,
             "codes": self.tokenizer.sizes["codebook_size"],
@@ -294,8 +297,8 @@ class VARModule(LightningModule):
         sizes = {**self.net.sizes, "patch_nums": self.net.patch_nums[:num_scales]}
         return {
             "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
-            "flops_exact_per_image": compute.training_flops(sizes),
-            "flops_6nd_per_image": compute.six_nd(sizes),
+            "flops_exact_per_image": training_flops(sizes),
+            "flops_6nd_per_image": six_nd(sizes),
         }
 
     def step_facts(self) -> dict[str, int]:
@@ -303,7 +306,7 @@ class VARModule(LightningModule):
         return {} if self.progressive is None else self.facts_per_image(self.trained_scales)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["varlab"] = checkpoints.networks_entry(self.tokenizer, self.net, self.class_names)
+        checkpoint["varlab"] = networks_entry(self.tokenizer, self.net, self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoints.check_same_networks(checkpoint, self.tokenizer, self.net)
+        check_same_networks(checkpoint, self.tokenizer, self.net)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.pack import in_processes
 from varlab.data.shards import FORMAT, index_shard, save_index
 from varlab.data.storage import RemoteFile, Storage, is_remote
-from varlab.files import json_hash, save_json, sha256, whole_file
+from varlab.data.write_shards import in_processes
+from varlab.files import atomic_write, json_hash, save_json, sha256
 
 MAX_NAMED = 10
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def read_shard(job: Job) -> tuple[dict[str, Any], np.ndarray]:
             local = Path(job.url)
             file = RemoteFile(job.url, local.stat().st_size, sha256(local))
         index = index_shard(local, 0)
-        with whole_file(job.part) as partial, open(partial, "wb") as stream:
+        with atomic_write(job.part) as partial, open(partial, "wb") as stream:
             np.save(stream, index.rows)
         entry = {"name": file.url, "num_images": len(index.rows), "num_bytes": file.num_bytes, "sha256": file.sha256}
         save_json(described, {"entry": entry, "problems": [f"{job.url}: {problem}" for problem in index.problems]})

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from varlab.data.pack import in_processes
-from varlab.data.sources import Item, Source, split_off
-from varlab.files import json_hash, whole_file
+from varlab.data.sources.folder import Item, Source, split_off
+from varlab.data.write_shards import in_processes
+from varlab.files import atomic_write, json_hash
 
 ROWS_AT_ONCE = 256
 
@@ -51,7 +51,7 @@ def write_flat(layout: Layout) -> None:
         if column not in parquet.schema_arrow.names:
             raise ValueError(f"{layout.parquet} has no column {column!r}, only {parquet.schema_arrow.names}")
     rows: list[tuple[int, str, int, int]] = []
-    with whole_file(layout.flat) as partial, open(partial, "wb") as stream:
+    with atomic_write(layout.flat) as partial, open(partial, "wb") as stream:
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[layout.image_column, layout.label_column]):
             images, labels = (batch.column(name).to_pylist() for name in (layout.image_column, layout.label_column))
             for image, label in zip(images, labels, strict=True):
@@ -64,7 +64,7 @@ def write_flat(layout: Layout) -> None:
                 rows.append((label, extension_of(encoded), stream.tell(), len(encoded)))
                 stream.write(encoded)
     labels, extensions, offsets, sizes = (np.array(column) for column in zip(*rows, strict=True))
-    with whole_file(layout.table) as partial, open(partial, "wb") as stream:
+    with atomic_write(layout.table) as partial, open(partial, "wb") as stream:
         np.savez(stream, label=labels, extension=extensions, offset=offsets, size=sizes)
 
 

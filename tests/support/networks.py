@@ -1,0 +1,37 @@
+"""Tiny networks, each built in milliseconds."""
+
+import torch
+
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+
+PATCH_NUMS = [1, 2, 3, 4]
+
+
+def make_tokenizer(**sizes) -> MSVQVAE:
+    """16 px, downsample 4, 12 codes of 6 dims, with codes large enough to matter."""
+    defaults = {
+        "patch_nums": PATCH_NUMS,
+        "codebook_size": 12,
+        "codebook_dim": 6,
+        "channels": 8,
+        "channel_mult": (1, 1, 2),
+        "num_groups": 4,
+    }
+    tokenizer = MSVQVAE(**{**defaults, **sizes})
+    torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
+    return tokenizer
+
+
+def make_var(**sizes) -> VAR:
+    """Two blocks of width 32; gates open, so that every weight shows in the logits."""
+    defaults = {
+        "depth": 2,
+        "width": 32,
+        "num_heads": 2,
+        "patch_nums": PATCH_NUMS,
+        "codebook_size": 12,
+        "codebook_dim": 6,
+        "num_classes": 3,
+    }
+    return VAR(**{**defaults, "init_adaln_gamma": 0.5, "init_head": 1.0, **sizes})
