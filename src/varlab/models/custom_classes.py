@@ -1,32 +1,145 @@
-"""Networks of your own: subclasses of VAR and MSVQVAE, which checkpoints name and loading finds again."""
+"""Networks that a checkpoint can rebuild: their classes record the arguments they were made with.
 
+A class of your own subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe` turns a
+network into plain values for a checkpoint, `build` turns them back into a fresh network.
+"""
+
+import inspect
+from functools import partial
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
+PLAIN = (bool, int, float, str, type(None))
 
 
-def named(network: nn.Module, base: type) -> dict[str, str]:
-    """What `sizes` says of the class, if it is not `base` itself: {"class": "module.Class"}."""
-    own = type(network)
-    return {} if own is base else {"class": f"{own.__module__}.{own.__qualname__}"}
+class RecordArguments(type):
+    """Metaclass: an instance keeps the arguments of its outermost constructor, defaults included, in `arguments`.
+
+    Raises ValueError before construction for a value that an argument's `Literal[...]` does not list.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(cls.__init__)
+        bound = signature.bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(list(bound.arguments.items())[1:])  # all but self
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+            if parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
+                raise TypeError(f"{cls.__qualname__}(*{name}): give these arguments names, a checkpoint keeps them by name")
+        for name, hint in literal_hints(cls).items():
+            if name in arguments and arguments[name] not in get_args(hint):
+                choices = ", ".join(repr(choice) for choice in get_args(hint))
+                raise ValueError(f"{name}={arguments[name]!r}: choose one of {choices}")
+        instance = super().__call__(*args, **kwargs)
+        instance.arguments = arguments
+        return instance
 
 
-def build(base: type[Network], sizes: dict[str, Any]) -> Network:
-    """The network of these sizes, fresh. What `class` names must be importable and a subclass of `base`: ValueError else."""
-    given = dict(sizes)
-    name = given.pop("class", None)
-    if name is None:
-        return base(**given)
-    module, _, attribute = name.rpartition(".")
+def literal_hints(cls: type) -> dict[str, Any]:
+    """Arguments of the constructors of a class and its bases whose type is a `Literal[...]`."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base) and issubclass(base, nn.Module):
+            try:
+                hints = get_type_hints(base.__init__)
+            except (NameError, TypeError):  # annotations that exist for a type checker only
+                continue
+            found |= {name: hint for name, hint in hints.items() if get_origin(hint) is Literal}
+    return found
+
+
+class RecordedModule(nn.Module, metaclass=RecordArguments):
+    """A network whose arguments a checkpoint keeps.
+
+    `changeable`: arguments that may differ between a checkpoint and the run that resumes it, because they change no weight's
+    shape or meaning: rates, loss weights, initialization.
+    """
+
+    arguments: dict[str, Any]
+    changeable: ClassVar[frozenset[str]] = frozenset()
+
+    def resolved(self) -> dict[str, Any]:
+        """Values of arguments that were None and that the constructor derived from others."""
+        return {}
+
+
+def class_path(cls: type) -> str:
+    """The name under which a class is imported."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(network: nn.Module) -> dict[str, Any]:
+    """A network as plain values: {"class": its import path, argument: value, ...}, arguments that are networks described alike.
+
+    Raises ValueError naming class and argument for a value that a checkpoint cannot hold.
+    """
+    if not isinstance(network, RecordedModule):
+        raise ValueError(
+            f"{class_path(type(network))} does not record its arguments, so no checkpoint could rebuild it: make it a subclass of"
+            " varlab.models.custom_classes.RecordedModule"
+        )
+    arguments = {**network.arguments, **network.resolved()}
+    where = class_path(type(network))
+    return {"class": where, **{name: as_plain(value, f"{where}({name}=...)") for name, value in arguments.items()}}
+
+
+def as_plain(value: Any, where: str) -> Any:
+    """One argument as plain values."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [as_plain(entry, where) for entry in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: as_plain(entry, where) for key, entry in value.items()}
+    if isinstance(value, RecordedModule):
+        return describe(value)
+    if isinstance(value, type):
+        return {"partial": class_path(value)}
+    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
+        return {"partial": class_path(value.func), **as_plain(value.keywords, where)}
+    raise ValueError(
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: pass numbers, text, lists, a network that records its"
+        " arguments, or a class"
+    )
+
+
+def build(base: type[Network], description: dict[str, Any]) -> Network:
+    """The network of a description, with fresh weights. Its class must be importable and a subclass of `base`: ValueError if not."""
+    given = {name: from_plain(value) for name, value in description.items() if name != "class"}
+    found = find_class(description.get("class", class_path(base)), base)
+    try:
+        return found(**given)
+    except TypeError as error:
+        raise ValueError(f"{class_path(found)} cannot be built from the checkpoint's arguments: {error}") from None
+
+
+def from_plain(value: Any) -> Any:
+    """The way back from `as_plain`."""
+    if isinstance(value, list):
+        return [from_plain(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if "class" in value:
+        return build(RecordedModule, value)
+    rest = {key: from_plain(entry) for key, entry in value.items() if key != "partial"}
+    return partial(find_class(value["partial"], nn.Module), **rest) if "partial" in value else rest
+
+
+def find_class(path: str, base: type[Network]) -> type[Network]:
+    """The class of an import path. Raises ValueError when it cannot be imported or is no subclass of `base`."""
+    module, _, attribute = path.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"the checkpoint holds a {name}, which cannot be imported ({error}): run where its file lies, or put its folder on PYTHONPATH"
+            f"the checkpoint holds a {path}, which cannot be imported ({error}): run in the folder of its file, or add that folder to"
+            " PYTHONPATH"
         ) from None
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"the checkpoint holds a {name}, which is no {base.__name__}")
-    return found(**given)
+        raise ValueError(f"the checkpoint holds a {path}, which is no {base.__name__}")
+    return found

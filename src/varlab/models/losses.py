@@ -1,13 +1,20 @@
-"""Losses and the figures read off them. Losses are in nats per token, errors in percent of tokens."""
+"""Losses and scores. Losses of tokens are in nats per token, errors in percent of tokens."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from varlab.models import scales
+
+
+AdversarialLoss = Literal["hinge", "nonsaturating"]
 
 
 class TokenScores(NamedTuple):
@@ -25,6 +32,45 @@ def cross_entropy(
         logits.float().flatten(0, 1), sequence.flatten(), label_smoothing=label_smoothing, reduction="none"
     )
     return loss.view_as(sequence)
+
+
+@dataclass(frozen=True)
+class TokenCrossEntropy:
+    """The token loss of a `VARModule`: logits (B l V) and tokens (B l) -> loss of each token (B l)."""
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: give a number from 0 up to, but not including, 1")
+
+    def __call__(self, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> Float[Tensor, "B l"]:
+        return cross_entropy(logits, tokens, self.label_smoothing)
+
+
+def in_chunks(
+    head: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "B L D"],
+    loss_fn: Callable[[Tensor, slice], Tensor],
+    num_chunks: int,
+) -> Tensor:
+    """`loss_fn(logits, token_slice)` of the logits that `head` gives for the hidden states `x`, joined along the tokens.
+
+    The tokens come in `num_chunks` slices. With more than one, only one slice's logits are in memory at a time: the backward pass
+    computes them again.
+    """
+    length = x.shape[1]
+    if num_chunks == 1:
+        return loss_fn(head(x), slice(0, length))
+    bounds = [length * i // num_chunks for i in range(num_chunks + 1)]
+
+    def loss_of(x: Tensor, token_slice: slice) -> Tensor:
+        return loss_fn(head(x), token_slice)
+
+    parts = [
+        checkpoint(loss_of, x[:, first:last], slice(first, last), use_reentrant=False) for first, last in pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=1)  # pyright: ignore[reportArgumentType]
 
 
 def token_errors(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
@@ -48,9 +94,29 @@ def by_scale(by_token: Float[Tensor, "B L"], patch_nums: scales.PatchNums) -> Fl
 
 
 def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, " *rows"]:
-    """Mean over all L tokens of figures averaged by scale."""
+    """Mean over all L tokens of values averaged by scale."""
     weights = torch.tensor(scales.lengths(patch_nums), dtype=by_scale.dtype, device=by_scale.device)
     return by_scale @ (weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class L1:
+    """Mean absolute difference of images in [-1, 1], times `weight`: a reconstruction loss of an `MSVQVAEModule`."""
+
+    weight: float = 1.0
+
+    def __call__(self, output: Float[Tensor, "B 3 H W"], images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+        return self.weight * F.l1_loss(output, images)
+
+
+@dataclass(frozen=True)
+class L2:
+    """Mean squared difference of images in [-1, 1], times `weight`: a reconstruction loss of an `MSVQVAEModule`."""
+
+    weight: float = 1.0
+
+    def __call__(self, output: Float[Tensor, "B 3 H W"], images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+        return self.weight * F.mse_loss(output, images)
 
 
 def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -59,17 +125,15 @@ def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"])
 
 
 def discriminator_loss(
-    real: Float[Tensor, "B N"], fake: Float[Tensor, "B N"], kind: str = "hinge"
+    real: Float[Tensor, "B N"], fake: Float[Tensor, "B N"], kind: AdversarialLoss = "hinge"
 ) -> Float[Tensor, ""]:
     """What the discriminator minimizes: high logits for real images, low ones for reconstructions."""
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    if kind == "nonsaturating":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    raise ValueError(f"adversarial loss {kind!r} is unknown: choose hinge or nonsaturating")
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-def generator_loss(fake: Float[Tensor, "B N"], kind: str = "hinge") -> Float[Tensor, ""]:
+def generator_loss(fake: Float[Tensor, "B N"], kind: AdversarialLoss = "hinge") -> Float[Tensor, ""]:
     """What the tokenizer minimizes against the discriminator."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
@@ -81,7 +145,7 @@ def adaptive_weight(
     bounds: tuple[float, float] = (0.015, 1e4),
 ) -> Float[Tensor, ""]:
     """Ratio of the two losses' gradients at the decoder's last layer (VQGAN, equation 7), clamped: with it the adversarial
-    loss pulls as hard as the reconstruction loss."""
+    loss has the same gradient norm there as the reconstruction loss."""
     gradients = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]

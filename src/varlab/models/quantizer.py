@@ -1,10 +1,11 @@
 """Multi-scale residual vector quantizer (VAR, section 3.2, algorithms 1 and 2).
 
-One step of the residual loop, `accumulate`, serves encoding, decoding, teacher forcing and sampling.
+The residual loop stands once, in `residual_loop`: encoding, decoding, teacher forcing, training, k-means and sampling consume it.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from varlab.models import scales
+from varlab.models.custom_classes import RecordedModule
 
-MIN_NORM = 1e-4  # of a vector that has a direction
+MIN_NORM = 1e-4  # shorter vectors have no direction
 MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
 
 
 def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
-    """Which of `num_phis` smoothing convolutions serves each scale: the one whose tick lies nearest to t = k / (K - 1).
+    """Which of `num_phis` smoothing convolutions each scale uses: the one whose tick is nearest to t = k / (K - 1).
 
-    The released weights stand on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's
-    `linspace` and the first minimum give the choice they were trained with; other arithmetic does not.
+    The released weights depend on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's `linspace` and
+    the first minimum give the choice they were trained with; other arithmetic does not.
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -69,44 +71,50 @@ def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Flo
     return torch.where(has_direction, ratio * turned, f + (f_hat - f).detach())
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(RecordedModule):
     """Codes a feature map as K token maps, coarse to fine, each holding what the coarser ones left over.
 
-    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one a
+    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one per
     scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
-    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `gradient`: how the encoder learns
-    through the lookup, "straight_through" or "rotation". `scale_dropout`: while training, share of the images that stop after
+    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `beta`: weight of the commitment loss.
+    `gradient`: how the encoder learns through the lookup. `scale_dropout`: in training mode, share of the images that stop after
     some scale from `dropout_from` on, so that coarse maps must serve on their own.
+
+    A quantizer of your own overrides `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
     """
 
+    changeable: ClassVar = frozenset({"beta", "gradient", "scale_dropout", "dropout_from"})
     hits: Tensor
     num_updates: Tensor
 
     def __init__(
         self,
-        patch_nums: scales.PatchNums,
+        patch_nums: scales.PatchNums = scales.RELEASED_256,
         codebook_size: int = 4096,
         codebook_dim: int = 32,
         num_phis: int | None = 4,
         phi_ratio: float = 0.5,
-        lookup: str = "l2",
+        lookup: Literal["l2", "cosine"] = "l2",
         beta: float = 0.25,
-        gradient: str = "straight_through",
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
         scale_dropout: float = 0.0,
         dropout_from: int = 3,
     ) -> None:
         super().__init__()
-        if lookup not in ("l2", "cosine"):
-            raise ValueError(f"lookup={lookup!r}: choose 'l2' or 'cosine'")
-        if gradient not in ("straight_through", "rotation"):
-            raise ValueError(f"gradient={gradient!r}: choose 'straight_through' or 'rotation'")
         if not 0 <= scale_dropout <= 1:
             raise ValueError(f"scale_dropout={scale_dropout}: give a share of the images between 0 and 1")
-        self.gradient, self.scale_dropout, self.dropout_from = gradient, scale_dropout, dropout_from
+        self.patch_nums = scales.plain(patch_nums)
         self.sides = scales.sides(patch_nums)
         self.num_scales = len(self.sides)
-        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
-        self.num_phis, self.phi_ratio, self.lookup, self.beta = num_phis, phi_ratio, lookup, beta
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.num_phis = num_phis
+        self.phi_ratio = phi_ratio
+        self.lookup = lookup
+        self.beta = beta
+        self.gradient = gradient
+        self.scale_dropout = scale_dropout
+        self.dropout_from = dropout_from
         self.phi_index = list(range(self.num_scales)) if num_phis is None else phi_of_scale(num_phis, self.num_scales)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
         self.phis = nn.ModuleList(
@@ -115,6 +123,11 @@ class MultiScaleQuantizer(nn.Module):
         )
         self.register_buffer("hits", torch.zeros(self.num_scales, codebook_size))  # moving average of hits per code
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def init_weights(self) -> None:
+        """Codebook uniform in +-1 / (36 sqrt(C)): 0.0049 at C = 32. The convolutions are initialized by the tokenizer."""
+        bound = 1 / (36 * self.codebook_dim**0.5)
+        nn.init.uniform_(self.codebook.weight, -bound, bound)
 
     def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
         """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes swap."""
@@ -127,6 +140,10 @@ class MultiScaleQuantizer(nn.Module):
             found = [torch.addmm(norms, chunk, codes.T, alpha=-2).argmin(dim=1) for chunk in chunks]
             return torch.cat(found).view(z.shape[:2])
 
+    def embed(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows C"]:
+        """The code vector of each token."""
+        return self.codebook(tokens)
+
     def phi(self, h: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B C H W"]:
         """Smooths the upsampled codes of scale k."""
         if self.phi_ratio == 0:
@@ -138,7 +155,7 @@ class MultiScaleQuantizer(nn.Module):
     ) -> Float[Tensor, "B C H W"]:
         """`f_hat` with the codes of scale k added."""
         h, w = self.sides[k]
-        with torch.autocast(f_hat.device.type, enabled=False):  # sums of rounded codes would meet other codes
+        with torch.autocast(f_hat.device.type, enabled=False):  # rounded sums would be coded by other codes
             code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
             if (h, w) != self.sides[-1]:
                 code_map = F.interpolate(code_map, size=self.sides[-1], mode="bicubic")
@@ -152,29 +169,43 @@ class MultiScaleQuantizer(nn.Module):
 
     def empty(self, batch_size: int) -> Float[Tensor, "B C H W"]:
         """The `f_hat` that every pyramid starts from."""
-        weight = self.codebook.weight
-        return torch.zeros(batch_size, self.codebook_dim, *self.sides[-1], dtype=weight.dtype, device=weight.device)
+        return self.hits.new_zeros(batch_size, self.codebook_dim, *self.sides[-1])
+
+    def residual_loop(
+        self,
+        f_hat: Float[Tensor, "B C H W"],
+        choose: Callable[[int, Tensor], tuple[Any, Tensor]],
+        adjust: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[Any, Float[Tensor, "B C H W"]]]:
+        """Scale by scale, coarse to fine: (tokens, `f_hat` with their codes added).
+
+        `choose(k, f_hat)` gives tokens and codes (B l C) of scale k from the sum so far. `adjust(k, before, after)` may replace
+        the new sum. Consumers that need fewer scales stop early: nothing is computed ahead.
+        """
+        for k in range(self.num_scales):
+            tokens, codes = choose(k, f_hat)
+            after = self.accumulate(f_hat, codes, k)
+            f_hat = after if adjust is None else adjust(k, f_hat, after)
+            yield tokens, f_hat
 
     def encode(self, f: Float[Tensor, "B C H W"]) -> list[Int[Tensor, "B _"]]:
         """Token maps of `f`, coarse to fine (VAR, algorithm 1)."""
         f = f.float()
-        f_hat, token_maps = torch.zeros_like(f), []
-        for k in range(self.num_scales):
+
+        def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
             tokens = self.nearest(self.at_scale(f - f_hat, k))
-            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
-            token_maps.append(tokens)
-        return token_maps
+            return tokens, self.embed(tokens)
+
+        return [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
 
     def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
-        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is what the decoder gets."""
-        f_hat, partial = self.empty(len(token_maps[0])), []
-        for k, tokens in enumerate(token_maps):
-            f_hat = self.accumulate(f_hat, self.codebook(tokens), k)
-            partial.append(f_hat)
-        return partial
+        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. Fewer token maps
+        than scales give as many sums."""
+        loop = self.residual_loop(self.empty(len(token_maps[0])), lambda k, _: (None, self.embed(token_maps[k])))
+        return [f_hat for _, f_hat in islice(loop, len(token_maps))]
 
     def teacher_forcing_inputs(
-        self, token_maps: Sequence[Int[Tensor, "B _"]], order: str = "scales"
+        self, token_maps: Sequence[Int[Tensor, "B _"]], order: scales.Order = "scales"
     ) -> Float[Tensor, "B Lm1 C"]:
         """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side; in
         raster order while learning all tokens but the first: the code of the token before.
@@ -182,28 +213,34 @@ class MultiScaleQuantizer(nn.Module):
         Empty (B 0 C) for a pyramid of one scale.
         """
         if order == "raster":
-            return self.codebook(torch.cat(list(token_maps), dim=1)[:, :-1])
-        partial = self.partial_sums(token_maps[:-1]) if len(token_maps) > 1 else []
-        inputs = [self.at_scale(f_hat, k + 1) for k, f_hat in enumerate(partial)]
-        return (
-            torch.cat(inputs, dim=1)
-            if inputs
-            else self.codebook.weight.new_zeros(len(token_maps[0]), 0, self.codebook_dim)
-        )
+            return self.embed(torch.cat(list(token_maps), dim=1)[:, :-1])
+        if len(token_maps) == 1:
+            return self.empty(len(token_maps[0])).flatten(2).mT[:, :0]
+        partial = self.partial_sums(token_maps[:-1])
+        return torch.cat([self.at_scale(f_hat, k) for k, f_hat in enumerate(partial, start=1)], dim=1)
 
     def forward(self, f: Float[Tensor, "B C H W"]) -> Quantized:
-        """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
-        mean over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
+        """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a mean
+        over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
         f = f.float()
-        f_hat, token_maps, vq_losses = torch.zeros_like(f), [], []
         last = self.last_scales(len(f), f.device)
-        for k in range(self.num_scales):
+
+        def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
             tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
-            after = self.accumulate(f_hat, self.codebook(tokens), k)
-            goes_on = None if last is None else (last >= k)[:, None, None, None]
-            f_hat = after if goes_on is None else torch.where(goes_on, after, f_hat)
+            return tokens, self.embed(tokens)
+
+        def used(k: int) -> Tensor | None:
+            return None if last is None else (last >= k)[:, None, None, None]
+
+        def adjust(k: int, before: Tensor, after: Tensor) -> Tensor:
+            is_used = used(k)
+            return after if is_used is None else torch.where(is_used, after, before)
+
+        token_maps, vq_losses, f_hat = [], [], torch.zeros_like(f)
+        for k, (tokens, f_hat) in enumerate(self.residual_loop(f_hat, choose, adjust)):
             error = (f_hat - f.detach()).square() + self.beta * (f_hat.detach() - f).square()
-            vq_losses.append(error.mean() if goes_on is None else (error * goes_on).mean())
+            is_used = used(k)
+            vq_losses.append(error.mean() if is_used is None else (error * is_used).mean())
             token_maps.append(tokens)
         by_scale = torch.stack(vq_losses)
         through = f + (f_hat - f).detach() if self.gradient == "straight_through" else rotated(f, f_hat.detach())
@@ -213,9 +250,9 @@ class MultiScaleQuantizer(nn.Module):
         """The last scale of each image in this training step; None where all are used."""
         if not self.training or self.scale_dropout == 0:
             return None
-        whole = self.num_scales - 1
-        stop = torch.randint(min(self.dropout_from, whole), whole + 1, (batch_size,), device=device)
-        return torch.where(torch.rand(batch_size, device=device) < self.scale_dropout, stop, whole)
+        finest = self.num_scales - 1
+        stop = torch.randint(min(self.dropout_from, finest), finest + 1, (batch_size,), device=device)
+        return torch.where(torch.rand(batch_size, device=device) < self.scale_dropout, stop, finest)
 
     @torch.no_grad()
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
@@ -229,14 +266,17 @@ class MultiScaleQuantizer(nn.Module):
         self.hits.mul_(momentum).add_(counts, alpha=1 - momentum)
         self.num_updates += 1
 
-    def residuals(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
-        """What is looked up at each scale while coding `f`."""
-        f = f.float()
-        f_hat, lookup_vectors = torch.zeros_like(f), []
-        for k in range(self.num_scales):
-            lookup_vectors.append(self.at_scale(f - f_hat, k))
-            f_hat = self.accumulate(f_hat, self.codebook(self.nearest(lookup_vectors[-1])), k)
-        return lookup_vectors
+    def lookup_vectors(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
+        """The vectors that are looked up at each scale while coding `f`."""
+        f, vectors = f.float(), []
+
+        def choose(k: int, f_hat: Tensor) -> tuple[None, Tensor]:
+            vectors.append(self.at_scale(f - f_hat, k))
+            return None, self.embed(self.nearest(vectors[-1]))
+
+        for _ in self.residual_loop(torch.zeros_like(f), choose):
+            pass
+        return vectors
 
     def perplexity(self) -> Float[Tensor, " K"]:
         """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V."""

@@ -6,9 +6,17 @@ square map or a pair (h, w).
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Literal
 
 PatchNums = Sequence[int | Sequence[int]]
-ORDERS = ("scales", "raster")
+Order = Literal["scales", "raster"]
+RELEASED_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+RELEASED_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def plain(patch_nums: PatchNums) -> list[int | list[int]]:
+    """As lists, the way manifests and checkpoints hold it."""
+    return [pn if isinstance(pn, int) else list(pn) for pn in patch_nums]
 
 
 def sides(patch_nums: PatchNums) -> list[tuple[int, int]]:
@@ -40,11 +48,9 @@ def scale_bounds(patch_nums: PatchNums) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def step_bounds(patch_nums: PatchNums, order: str) -> list[tuple[int, int]]:
+def step_bounds(patch_nums: PatchNums, order: Order) -> list[tuple[int, int]]:
     """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for next-token
     prediction of the same sequence, one token (`raster`)."""
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r}: choose one of {', '.join(ORDERS)}")
     return scale_bounds(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ COSTLY = [  # what selective recomputation keeps: matrix products and attention
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 ]
-RECOMPUTES = ("none", "selective", "all")
-ATTENTIONS = ("masked", "split", "flex")
+Recompute = Literal["none", "selective", "all"]
+AttentionKind = Literal["masked", "split", "flex"]
 
 
 def modulate(
@@ -35,9 +36,9 @@ def modulate(
 
 @dataclass(frozen=True)
 class Split:
-    """Block-causal attention with hardly a mask: the coarse tokens, as many as `mask` has rows, attend under it in one call; each
-    span after them is one call without a mask, over all tokens up to its own end. The same result for fewer products, and kernels
-    that take no mask can serve."""
+    """Block-causal attention almost without a mask: the coarse tokens, as many as `mask` has rows, attend under it in one call; each
+    of `bounds` (first, one past the last token) is one call without a mask, over all tokens up to its own end. The same result with
+    fewer products, by kernels that take no mask."""
 
     mask: Bool[Tensor, "c c"]
     bounds: tuple[tuple[int, int], ...]
@@ -77,7 +78,7 @@ def compiled_flex_attention():
 class BlockCache:
     """What one block keeps from scale to scale of one `generate` call: keys, values, and its modulation.
 
-    The modulation depends on the class alone, so it is computed once, not at every scale.
+    The modulation depends on the condition alone, so it is computed once, not at every scale.
     """
 
     keys: Float[Tensor, "B N L d"]
@@ -177,16 +178,16 @@ class DropPath(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Attention and feed-forward, each scaled, shifted and gated by vectors of the class (AdaLN-Zero).
+    """Attention and feed-forward, each scaled, shifted and gated by vectors of the condition (AdaLN-Zero).
 
     With `shared_adaln` the six vectors come from one network for all blocks, given in place of `cond`, and this block
-    only adds a learnt offset; otherwise the block has a Linear of its own.
+    only adds a learned offset; otherwise the block has a Linear of its own.
 
     `recompute` trades time for memory in the backward pass: `none` keeps all activations, `selective` those of matrix
     products and attention, `all` only the block's input.
     """
 
-    recompute = "none"
+    recompute: Recompute = "none"
     attention_class = Attention
 
     def __init__(

@@ -2,29 +2,28 @@
 (VAR, section 3.2, figure 4).
 
 The network knows nothing of the tokenizer: it maps embeddings (sums of coarser codes, see
-`MultiScaleQuantizer.teacher_forcing_inputs`) and a class label to logits.
+`MultiScaleQuantizer.teacher_forcing_inputs`) and a condition, such as a class label, to logits.
 """
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.utils.checkpoint import checkpoint
 
 from varlab.models import scales
-from varlab.models.custom_classes import named
-from varlab.models.transformer import AdaLNBlock, Attention, BlockCache, Modulation, Split, modulate
+from varlab.models.conditioning import ClassEmbedder, ConditionEmbedder
+from varlab.models.custom_classes import RecordedModule
+from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, BlockCache, Modulation, Split, modulate
 
-SPLIT_FROM = 64  # tokens of a scale that attends in a call of its own
+SPLIT_FROM = 64  # scales of at least so many tokens attend in a call of their own
 
 
-def block_causal_mask(patch_nums: scales.PatchNums, order: str = "scales") -> Bool[Tensor, "L L"]:
+def block_causal_mask(patch_nums: scales.PatchNums, order: scales.Order = "scales") -> Bool[Tensor, "L L"]:
     """True where a token (row) may look: its own step, a scale or in raster order itself, and all steps before."""
     steps = scales.step_bounds(patch_nums, order)
     step = torch.tensor([number for number, (first, last) in enumerate(steps) for _ in range(first, last)])
@@ -39,9 +38,36 @@ def flex_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
     return create_block_mask(lambda _b, _h, q, kv: step[q] >= step[kv], None, None, ends[-1], ends[-1], device)  # pyright: ignore[reportArgumentType]
 
 
-class VAR(nn.Module):
-    """Next-scale transformer. `depth` is the one dial of size; what is None follows from it as in the paper:
-    width 64 * depth, num_heads depth, drop_path 0.1 * depth / 24 (rate of the last block, rising linearly from 0).
+class SizeDefaults(NamedTuple):
+    """What follows from the depth of a network where it is not given."""
+
+    width: int
+    num_heads: int
+    drop_path: float
+    shared_adaln: bool
+    init_adaln_gamma: float
+
+
+def size_defaults(depth: int) -> SizeDefaults:
+    """The paper's sizes: width 64 d, d heads, drop path 0.1 d / 24 (VAR, section 5.1); AdaLN shared from d36 on, and smaller first
+    gates for deeper networks (released recipes of d16, d20, d24, d30, d36; other depths take those of the next smaller one)."""
+    gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5 if depth < 36 else 5e-6
+    return SizeDefaults(64 * depth, depth, 0.1 * depth / 24, depth >= 36, gamma)
+
+
+class HiddenStates(NamedTuple):
+    """What the head needs: the last hidden states and the vector of the condition."""
+
+    x: Float[Tensor, "B l D"]
+    vector: Float[Tensor, "B D"]
+
+
+class VAR(RecordedModule):
+    """Next-scale transformer. `depth` is the one dial of size; what is None follows from it, see `size_defaults` (`drop_path` is the
+    rate of the last block, rising linearly from 0).
+
+    `embedder`: class of the embedder of conditions (models/conditioning.py), built with num_classes, width and
+    dropout=`label_dropout`.
 
     With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
     token, scale after scale and each row by row, seeing all tokens before. `step_bounds` are then single tokens.
@@ -53,9 +79,11 @@ class VAR(nn.Module):
     code drops labels in validation too).
     """
 
+    changeable: ClassVar = frozenset({"drop_path", "label_dropout", "init_head", "init_adaln", "init_adaln_gamma"})
     scale_of_token: Tensor
     mask: Tensor
-    attention = "split"
+    embedder: ConditionEmbedder
+    attention: AttentionKind = "split"
     block_class = AdaLNBlock
 
     def __init__(
@@ -70,48 +98,46 @@ class VAR(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float | None = None,
         label_dropout: float = 0.1,
-        shared_adaln: bool = False,
+        shared_adaln: bool | None = None,
         qk_norm: bool = True,
-        order: str = "scales",
+        order: scales.Order = "scales",
+        embedder: Callable[..., nn.Module] = ClassEmbedder,
         init_head: float = 0.02,
         init_adaln: float = 0.5,
-        init_adaln_gamma: float = 1e-5,
+        init_adaln_gamma: float | None = None,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth={depth}: a VAR has at least one block")
-        width = 64 * depth if width is None else width
-        num_heads = depth if num_heads is None else num_heads
-        drop_path = 0.1 * depth / 24 if drop_path is None else drop_path
+        defaults = size_defaults(depth)
+        self.depth = depth
+        self.width = width = defaults.width if width is None else width
+        self.num_heads = num_heads = defaults.num_heads if num_heads is None else num_heads
+        self.shared_adaln = shared_adaln = defaults.shared_adaln if shared_adaln is None else shared_adaln
+        self.drop_path = drop_path = defaults.drop_path if drop_path is None else drop_path
+        self.init_adaln_gamma = defaults.init_adaln_gamma if init_adaln_gamma is None else init_adaln_gamma
+        self.num_classes = num_classes
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.patch_nums = scales.plain(patch_nums)
+        self.order = order
+        self.step_bounds = scales.step_bounds(patch_nums, order)
         self.sizes: dict[str, Any] = {
             "depth": depth,
-            "patch_nums": [pn if isinstance(pn, int) else list(pn) for pn in patch_nums],
+            "patch_nums": self.patch_nums,
             "codebook_size": codebook_size,
             "codebook_dim": codebook_dim,
             "num_classes": num_classes,
             "width": width,
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
-            "drop_path": drop_path,
-            "label_dropout": label_dropout,
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
-            **named(self, VAR),
+            "order": order,
         }
-        if order != "scales":  # what was saved before there was a choice lacks the word
-            self.sizes["order"] = order
-        self.depth, self.width, self.num_heads, self.num_classes, self.label_dropout = (
-            depth,
-            width,
-            num_heads,
-            num_classes,
-            label_dropout,
-        )
-        self.patch_nums = self.sizes["patch_nums"]
-        self.order, self.step_bounds = order, scales.step_bounds(patch_nums, order)
         num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
 
-        self.class_embedding = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
+        self.embedder = embedder(num_classes=num_classes, width=width, dropout=label_dropout)  # pyright: ignore[reportAttributeAccessIssue]
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
         self.word_embed = nn.Linear(codebook_dim, width)
         self.position = nn.Parameter(torch.empty(1, num_tokens, width))
@@ -127,11 +153,15 @@ class VAR(nn.Module):
 
         self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
         self.register_buffer("mask", block_causal_mask(patch_nums, order), persistent=False)
-        self.init_weights(init_head, init_adaln, init_adaln_gamma)
+        self.init_weights(init_head, init_adaln, self.init_adaln_gamma)
+
+    def resolved(self) -> dict[str, Any]:
+        names = ("width", "num_heads", "drop_path", "shared_adaln", "init_adaln_gamma")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def null_label(self) -> int:
-        """The class that stands for "no class"."""
+        """The class label that stands for "no class"."""
         return self.num_classes
 
     @torch.no_grad()
@@ -178,42 +208,29 @@ class VAR(nn.Module):
                 block.modulation_offset[:2].mul_(init_adaln_gamma)
                 block.modulation_offset[2:].mul_(init_adaln)
 
-    def drop_labels(self, labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Labels, each replaced by the null label with probability `label_dropout` while training (for guidance)."""
-        if not self.training or self.label_dropout == 0:
-            return labels
-        return torch.where(torch.rand(labels.shape, device=labels.device) < self.label_dropout, self.null_label, labels)
-
     def embed(
-        self, inputs: Float[Tensor, "B l C"] | None, class_vector: Float[Tensor, "B D"], k_first: int, k_last: int
+        self, inputs: Float[Tensor, "B l C"] | None, vector: Float[Tensor, "B D"], k_first: int, k_last: int
     ) -> Float[Tensor, "B m D"]:
-        """Embeddings of steps k_first..k_last; step 0 is made of the class vector, the others of `inputs`."""
+        """Embeddings of steps k_first..k_last; step 0 is made from the condition's vector, the others from `inputs`."""
         first, last = self.step_bounds[k_first][0], self.step_bounds[k_last][1]
-        parts = [class_vector[:, None] + self.start_position] if k_first == 0 else []
+        parts = [vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
             parts.append(self.word_embed(inputs))
         place = self.scale_embedding(self.scale_of_token[first:last]) + self.position[:, first:last]
         return torch.cat([part.float() for part in parts], dim=1) + place
 
-    def predict(self, x: Float[Tensor, "B l D"], class_vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
+    def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
         """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast type."""
-        scale, shift = self.head_modulation(class_vector)[:, :, None].unbind(dim=1)  # each B 1 D
+        scale, shift = self.head_modulation(vector)[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
     def forward(
-        self,
-        inputs: Float[Tensor, "B l C"],
-        labels: Int[Tensor, " B"],
-        judge: Callable[[Tensor, slice], Tensor] | None = None,
-        num_chunks: int = 1,
-    ) -> Tensor:
-        """Logits of the L tokens from the true coarser ones, B m V.
+        self, inputs: Float[Tensor, "B l C"], condition: Tensor, returns_hidden: bool = False
+    ) -> Float[Tensor, "B m V"] | HiddenStates:
+        """Logits of the L tokens from the true coarser ones, or, with `returns_hidden`, what `predict` makes them from.
 
         `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends with a step gives
-        the logits of the steps it holds.
-
-        With `judge`, what it makes of them instead (B m and more): it is given the logits and the place of their tokens in the
-        sequence, a chunk at a time, and no logits outlive their chunk (the backward pass computes them again).
+        the logits of the steps it holds. `condition`: class labels (B), or what the embedder takes.
         """
         length = inputs.shape[1] + self.step_bounds[0][1]
         ends = [end for _, end in self.step_bounds]
@@ -221,26 +238,13 @@ class VAR(nn.Module):
             raise ValueError(
                 f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}"
             )
-        class_vector = self.class_embedding(self.drop_labels(labels))
-        cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
-        x = self.embed(inputs, class_vector, 0, ends.index(length))
+        vector = self.embedder(self.embedder.drop(condition))
+        cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
+        x = self.embed(inputs, vector, 0, ends.index(length))
         visible = self.visible(length)
         for block in self.blocks:
             x = block(x, cond, visible)
-        if judge is None:
-            return self.predict(x, class_vector)
-
-        def judged(x: Tensor, class_vector: Tensor, place: slice) -> Tensor:
-            return judge(self.predict(x, class_vector), place)
-
-        if num_chunks == 1:
-            return judged(x, class_vector, slice(0, length))
-        bounds = [length * i // num_chunks for i in range(num_chunks + 1)]
-        parts = [
-            checkpoint(judged, x[:, first:last], class_vector, slice(first, last), use_reentrant=False)
-            for first, last in pairwise(bounds)
-        ]
-        return torch.cat(parts, dim=1)  # pyright: ignore[reportArgumentType]
+        return HiddenStates(x, vector) if returns_hidden else self.predict(x, vector)
 
     def visible(self, length: int) -> Tensor | Split | BlockMask:
         """What each of the first `length` tokens may see."""
@@ -256,7 +260,7 @@ class VAR(nn.Module):
         return Split(self.mask[:coarse, :coarse], apart)
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
-        """An empty cache for `predict_scale`, one entry a block, with room for all scales but the last, which none looks back at."""
+        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, which no scale looks back at."""
         shape = (batch_size, self.num_heads, self.step_bounds[-1][0], self.width // self.num_heads)
         device = self.head.weight.device
         return [
@@ -265,13 +269,13 @@ class VAR(nn.Module):
         ]
 
     def predict_scale(
-        self, k: int, inputs: Float[Tensor, "B l C"] | None, labels: Int[Tensor, " B"], cache: list[BlockCache]
+        self, k: int, inputs: Float[Tensor, "B l C"] | None, condition: Tensor, cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
-        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, but for the last. No mask is
+        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, unless it is the last. No mask is
         needed: all that is cached may be seen. `inputs` is None at step 0."""
-        class_vector = self.class_embedding(labels)
-        cond = class_vector if self.shared_modulation is None else self.shared_modulation(class_vector)
-        x = self.embed(inputs, class_vector, k, k)
+        vector = self.embedder(condition)
+        cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
+        x = self.embed(inputs, vector, k, k)
         for block, block_cache in zip(self.blocks, cache, strict=True):
             x = block(x, cond, cache=block_cache)
-        return self.predict(x, class_vector)
+        return self.predict(x, vector)

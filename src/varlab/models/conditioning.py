@@ -1,0 +1,71 @@
+"""Conditions: what a batch carries beside its tokens -> the vector that starts the sequence and modulates every block.
+
+An embedder of your own subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` besides its own
+arguments. The class label is one kind of condition, one number per image.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class ConditionEmbedder(nn.Module):
+    """What VAR needs of an embedder.
+
+    `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: share of the conditions that are
+    replaced by the null condition in training mode, for classifier-free guidance.
+    """
+
+    condition_shape: tuple[int, ...] = ()
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout={dropout} of the condition: give a share between 0 and 1")
+        self.dropout = dropout
+
+    def forward(self, condition: Tensor) -> Float[Tensor, "B D"]:
+        """Vectors of the transformer's width."""
+        raise NotImplementedError
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The null condition ("no condition"), as many as `condition` has rows."""
+        raise NotImplementedError
+
+    def check(self, condition: Tensor) -> None:
+        """Raises ValueError for a condition that cannot be embedded. Called once per `generate`, not while training."""
+        if tuple(condition.shape[1:]) != self.condition_shape:
+            raise ValueError(
+                f"the condition of an image has shape {tuple(condition.shape[1:])}, {type(self).__name__} takes {self.condition_shape}"
+            )
+
+    def drop(self, condition: Tensor) -> Tensor:
+        """Conditions, each replaced by the null condition with probability `dropout` in training mode."""
+        if not self.training or self.dropout == 0:
+            return condition
+        is_dropped = torch.rand(len(condition), device=condition.device) < self.dropout
+        return torch.where(is_dropped.view(-1, *[1] * len(self.condition_shape)), self.null(condition), condition)
+
+
+class ClassEmbedder(ConditionEmbedder):
+    """Class labels, 0 to num_classes - 1; `num_classes` itself is the null label, the last row of the table (as released)."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float = 0.1) -> None:
+        super().__init__(dropout)
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, condition: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        return self.embedding(condition)
+
+    def null(self, condition: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        return torch.full_like(condition, self.num_classes)
+
+    def check(self, condition: Int[Tensor, " B"]) -> None:
+        super().check(condition)
+        wrong = [label for label in condition.tolist() if not 0 <= label <= self.num_classes]
+        if wrong:
+            raise ValueError(
+                f"label {wrong[0]} is out of range: there are {self.num_classes} classes, 0..{self.num_classes - 1}"
+                f" (and {self.num_classes} for none)"
+            )
