@@ -58,7 +58,7 @@ train-d30 train-d36: $(INSTALLED)
 train-d16: ## VAR at the paper's sizes (d12 d16 d20 d24; d30 d36 with FSDP2): ARGS="tokenizer=FILE data.path=data/mine_tokens"
 
 sweep-depth: $(INSTALLED) ## sweep over depth: ARGS="tokenizer=FILE data.path=data/mine_tokens steps=N"
-	$(BIN)/varlab train --multirun experiment=depth_scaling model=var_d2,var_d3,var_d4,var_d6,var_d8 $(ARGS)
+	$(BIN)/varlab train --multirun experiment=depth_scaling model.depth=2,3,4,6,8 $(ARGS)
 
 sweep-wandb: $(INSTALLED) ## the same grid as a W&B sweep, for agents on many machines (needs `wandb login`)
 	$(BIN)/wandb sweep $(ARGS) experiments/depth_scaling/sweep.yaml

@@ -27,7 +27,7 @@ from varlab.data.images import ImageDataset
 from varlab.data.order import Order, SampleRequest, TrainBatches
 from varlab.data.shards import ShardReader
 from varlab.data.sources.folder import folder_source
-from varlab.data.token_cache import TokenDataset
+from varlab.data.token_datamodule import TokenDataset
 from varlab.data.write_shards import pack
 
 NUM_IMAGES, RESOLUTION, REPEATS, BATCH = 256, 256, 5, 32

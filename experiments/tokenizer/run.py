@@ -37,7 +37,7 @@ ARMS = {
     "perceptual_adversarial_r1": [*PERCEPTUAL, *ADVERSARIAL, "adversarial.r1_weight=1.0"],
     "kmeans_revive": [
         "callbacks.kmeans={_target_: varlab.training.codebook_callbacks.KMeansInit}",
-        "callbacks.revive={_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 100}",
+        "callbacks.reset_dead_codes={_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 100}",
     ],
     "rotation": ["model.gradient=rotation"],
     "scale_dropout": ["model.scale_dropout=0.1"],
@@ -74,7 +74,7 @@ def logged(arm: str, name: str) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
 
 
-def draw_curves(arms: list[str]) -> None:
+def plot_curves(arms: list[str]) -> None:
     """PSNR and codes in use while training."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {
@@ -119,7 +119,7 @@ def main() -> None:
             by_scale = " ".join(f"{value:.1f}" for value in scores["perplexity_by_scale"])
             numbers = [f"{scores[name]:.4g}" for name in [*SCORES, FLOOR]]
             writer.writerow([arm, *numbers, scores["num_images"], by_scale])
-    draw_curves(arms)
+    plot_curves(arms)
     image_grid.save(draw_reconstructions(arms), HERE / "reconstructions.png")
     print((HERE / "results.csv").read_text())
 

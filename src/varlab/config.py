@@ -1,4 +1,4 @@
-"""From yaml to objects: where the configs lie, types checked against constructors, errors in one sentence."""
+"""From yaml to objects: the config folder, types checked against constructors, user errors in one sentence."""
 
 import inspect
 import logging
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,10 +31,10 @@ def conf_dir() -> str:
     raise FileNotFoundError(f"no conf folder in {package} or {package.parents[1]}: the installation is incomplete")
 
 
-def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Turns a function of the composed config into a Hydra app on `conf/<name>.yaml`.
 
-    What a user can mend (ValueError, OSError) is one line and exit code 1; HYDRA_FULL_ERROR=1 shows where it came from.
+    A user error (ValueError, OSError) is one line and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback.
     """
 
     def decorate(run: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -61,8 +61,8 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
 
 
 def argument_command(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Turns a function of plain arguments into a verb, for those that have files to read and nothing to set. Without arguments it
-    prints `usage`; what a user can mend is one line and exit code 1."""
+    """Turns a function of plain arguments into a command, for those that take files and no settings. Without arguments it prints
+    `usage`; a user error is one line and exit code 1."""
 
     def main() -> None:
         arguments = sys.argv[1:]
@@ -84,10 +84,10 @@ def is_sweep() -> bool:
 
 @contextmanager
 def report_user_errors(name: str) -> Iterator[None]:
-    """Errors of the user's, told in a sentence."""
+    """Reports user errors in one sentence."""
     try:
         yield
-    except BrokenPipeError:  # the reader of our output left: `varlab ... | head`
+    except BrokenPipeError:  # the reader of the output closed it: `varlab ... | head`
         raise SystemExit(1) from None
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_user_error(error):
@@ -95,19 +95,19 @@ def report_user_errors(name: str) -> Iterator[None]:
         cause = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        log.error("varlab %s: %s", name, sentence(cause))
+        log.error("varlab %s: %s", name, one_sentence(cause))
         if is_sweep():  # the sweep runs its other jobs and fails at the end
             raise CompactHydraException(str(cause)) from None
         raise SystemExit(1) from None
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error lies in what a user gave. Of the RuntimeErrors, those of a data worker that died or hangs do."""
+    """Whether an error is the user's to fix. Of the RuntimeErrors, those of a data worker that died or hangs are."""
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader")
 
 
-def sentence(error: BaseException) -> str:
-    """What an error says, in one line; of a data worker's traceback the last one, of OmegaConf's errors with the whole key."""
+def one_sentence(error: BaseException) -> str:
+    """An error's message in one line: of a data worker's traceback the last one, of OmegaConf's errors with the full key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, RuntimeError):
@@ -119,30 +119,30 @@ def sentence(error: BaseException) -> str:
 
 
 def examples(name: str) -> str:
-    """The comment at the head of a verb's yaml: what it does and how it is called."""
+    """The comment at the head of a command's yaml: what it does and how it is called."""
     lines = (Path(conf_dir()) / f"{name}.yaml").read_text().splitlines()
     return "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines)) + "\n"
 
 
 def check_types(cfg: DictConfig) -> None:
-    """Raises ValueError for a value of another type than its constructor wants, or a key that it does not know.
+    """Raises ValueError for a value whose type does not match its constructor's, or a key that it does not have.
 
     Hydra itself passes `lr=1e-3x` on as text. Every node with a `_target_` is checked.
     """
-    check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), place="")
+    check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), key_path="")
 
 
-def check_node(node: Any, place: str) -> None:
+def check_node(node: Any, key_path: str) -> None:
     """Checks one node of the plain config and all below it."""
     from beartype.door import is_bearable
 
     if isinstance(node, list):
         for i, value in enumerate(node):
-            check_node(value, f"{place}[{i}]")
+            check_node(value, f"{key_path}[{i}]")
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        check_node(value, f"{place}.{key}".lstrip("."))
+        check_node(value, f"{key_path}.{key}".lstrip("."))
     if "_target_" not in node:
         return
     target = get_object(node["_target_"])
@@ -158,20 +158,23 @@ def check_node(node: Any, place: str) -> None:
             continue
         if key not in parameters and not takes_any:
             raise ValueError(
-                f"{place}.{key}: {node['_target_']} knows no such setting, only {', '.join(list(parameters)[1:])}"
+                f"{key_path}.{key}: {node['_target_']} has no such setting, only {', '.join(list(parameters)[1:])}"
             )
         is_built = isinstance(value, dict) or (
             isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
         )
         if key in hints and not is_built and not fits(value, hints[key], is_bearable):
-            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
+            if get_origin(hints[key]) is Literal:
+                choices = ", ".join(str(choice) for choice in get_args(hints[key]))
+                raise ValueError(f"{key_path}.{key}={value!r}: choose one of {choices}")
+            expected = getattr(hints[key], "__name__", None) or str(hints[key])
             raise ValueError(
-                f"{place}.{key}={value!r} has type {type(value).__name__}, {node['_target_']} wants {wanted}"
+                f"{key_path}.{key}={value!r} has type {type(value).__name__}, {node['_target_']} expects {expected}"
             )
 
 
 def fits(value: Any, hint: Any, is_bearable: Callable[[Any, Any], bool]) -> bool:
-    """Whether a yaml value serves for a type: an int for a float, a list for a tuple."""
+    """Whether a yaml value can be used for a type: an int for a float, a list for a tuple."""
     candidates = [value]
     if isinstance(value, int) and not isinstance(value, bool):
         candidates.append(float(value))  # pyright: ignore[reportArgumentType]

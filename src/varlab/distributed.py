@@ -1,4 +1,4 @@
-"""Work shared out among processes that torchrun or SLURM started."""
+"""Who does which part of the work, among processes that torchrun started; the default device."""
 
 import logging
 import os
@@ -12,19 +12,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """Which parts of the work this process does: those whose number is `rank` modulo `num_ranks`."""
+    """The parts of the work that this process does: those whose number is `rank` modulo `num_ranks`."""
 
     rank: int = 0
     num_ranks: int = 1
 
     @classmethod
     def of_environment(cls) -> "WorkSplit":
-        """As torchrun says it; all of the work where it does not."""
+        """From the variables that torchrun sets; all of the work without them."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def default_device(device: str | None) -> str:
-    """The device asked for, or this process's GPU, or the CPU where there is none."""
+    """The given device, or this process's GPU, or the CPU if there is none."""
     import torch
 
     return device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, the log of a run read."""
+"""Files: atomic writes, hashes, JSON, the log of a run."""
 
 import csv
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name once the block ends well, and vanishes if it does not."""
+    """A temporary path beside `path` that is renamed to it when the block succeeds, and removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -28,9 +28,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name once the block ends well. Raises ValueError when `path` exists."""
+    """A temporary folder beside `path` that is renamed to it when the block succeeds. Raises ValueError when `path` exists."""
     if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another out=...")
+        raise ValueError(f"{path} already exists: remove it, or choose another out=...")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -50,13 +50,13 @@ def sha256(path: Path) -> str:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
+    """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def load_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A manifest. Raises ValueError naming the file when it is missing or no JSON, and the command that makes it."""
+    """A manifest. Raises ValueError naming the file when it is missing or not JSON, and the command that makes it."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: make it with `{made_by}`")
     try:
@@ -70,18 +70,18 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def flat(node: Any, place: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one of dotted keys."""
     if not isinstance(node, dict):
-        return {place: node}
+        return {prefix: node}
     found: dict[str, Any] = {}
     for key, value in node.items():
-        found |= flat(value, f"{place}.{key}".lstrip("."))
+        found |= flat(value, f"{prefix}.{key}".lstrip("."))
     return found
 
 
 def read_curves(file: Path) -> dict[str, dict[int, float]]:
-    """metrics.csv as {name: {step: value}}. A step that was repeated after a restart counts as it was the last time."""
+    """metrics.csv as {name: {step: value}}. Of a step that was repeated after a restart, the last row counts."""
     curves: dict[str, dict[int, float]] = {}
     if file.is_file():
         with open(file, newline="") as lines:

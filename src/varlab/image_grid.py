@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and strips of scales."""
+"""Grids of images, strips of scales, and their files."""
 
 import zipfile
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from varlab.files import atomic_write
 
 
 def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap: int = 2) -> Image.Image:
-    """Images in [0, 1] row by row on white; small ones enlarged by whole factors to at least `min_side` pixels."""
+    """Images in [0, 1] row by row on white; small ones enlarged by an integer factor to at least `min_side` pixels."""
     factor = max(1, -(-min_side // images.shape[-1]))
     images = F.interpolate(images.float().cpu().clamp(0, 1), scale_factor=factor, mode="nearest")
     num_rows = -(-len(images) // columns)
@@ -33,7 +33,7 @@ def columns_of(*columns: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "N 3 H W"]:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG atomically."""
     with atomic_write(path) as partial:
         image.save(partial, "png")
 
@@ -44,12 +44,12 @@ def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
 
 
 def read(path: Path) -> Float[Tensor, "3 H W"]:
-    """An RGB picture as values in [0, 1]."""
+    """An RGB image file as values in [0, 1]."""
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def save_npz(files: Sequence[Path], path: Path) -> None:
-    """Pictures of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written picture by picture."""
+    """Image files of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written image by image."""
     height, width = np.asarray(Image.open(files[0])).shape[:2]
     shape = (len(files), height, width, 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
@@ -63,6 +63,6 @@ def save_npz(files: Sequence[Path], path: Path) -> None:
             pixels = np.asarray(Image.open(file).convert("RGB"))
             if pixels.shape != shape[1:]:
                 raise ValueError(
-                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first picture {width}x{height}"
+                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first one {width}x{height}"
                 )
             array.write(np.ascontiguousarray(pixels).tobytes())

@@ -14,7 +14,7 @@ from varlab.data import token_cache as cache
 from varlab.data.images import Crop, ImageDataset, to_tensor
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
-from varlab.data.token_cache import TokenDataModule, TokenDataset, crop_of_view, views_of
+from varlab.data.token_datamodule import TokenDataModule, TokenDataset, crop_of_view, views_of
 from varlab.distributed import WorkSplit
 
 

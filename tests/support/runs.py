@@ -18,7 +18,7 @@ TOKENIZER = [
 ]  # fmt: skip
 VAR = ["experiment=var_digits", "model.depth=2", "+model.width=32", "+model.num_heads=2", "model.drop_path=0.2"]
 VAR = [override.lstrip("+") for override in VAR]
-EXPORTED = ["callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.5}"]
+EXPORTED = ["callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.5}"]
 SHORT = [
     "data.global_batch_size=8",
     "steps=9",

@@ -103,7 +103,7 @@ def test_k_means_begins_with_a_smaller_loss(tmp_path, digits_folder):
 
 def test_dead_codes_are_revived(tmp_path, digits_folder):
     revive = f"callbacks.revive={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 3, min_share: 0.5}}"
-    ema = "callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.99}"
+    ema = "callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.99}"
     settings = [*images_overrides(digits_folder), "model.codebook_size=64", "save_every=9"]
     fit(tmp_path / "plain", *settings, ema)
     fit(tmp_path / "revived", *settings, revive, ema)

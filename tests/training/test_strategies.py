@@ -21,7 +21,7 @@ from varlab.training.schedules import Progressive, Schedule
 
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
-EMA = ["callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9}"]
+EMA = ["callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9}"]
 
 
 def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
@@ -219,7 +219,7 @@ def test_the_best_checkpoints_are_kept_by_validation_loss(tmp_path, still):
 
 
 def test_raw_weights_are_validated_beside_their_average(tmp_path, still):
-    beside = "callbacks.ema={_target_: varlab.training.callbacks.EMA, decay: 0.9, is_raw_validated: true}"
+    beside = "callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9, is_raw_validated: true}"
     fit(tmp_path / "both", *still, beside)
     fit(tmp_path / "average", *still, *EMA)
     fit(tmp_path / "raw", *still)

@@ -50,7 +50,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(
     if kind == "images":
         overrides = images_overrides(digits_folder)
     elif kind == "tokens":
-        overrides = [*var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.9}"]
+        overrides = [*var_overrides, "callbacks.ema={_target_:varlab.training.ema.EMA,decay:0.9}"]
     else:
         overrides = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in var_overrides]
         overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25"]
@@ -233,7 +233,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, var_overrides):
 
 
 def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
-    fit(tmp_path, *var_overrides, "callbacks.ema={_target_:varlab.training.callbacks.EMA,decay:0.5}")
+    fit(tmp_path, *var_overrides, "callbacks.ema={_target_:varlab.training.ema.EMA,decay:0.5}")
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     name = "net.head.weight"
     assert not torch.equal(saved["ema"][name], saved["state_dict"][name])

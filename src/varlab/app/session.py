@@ -17,9 +17,9 @@ from torch import Tensor
 from varlab import image_grid
 from varlab.checkpoints.load import load
 from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
+from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.pipeline import label_of
 from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 from varlab.sampling.generate import decode, generate_scales
 from varlab.sampling.token_sampling import SamplingSettings

@@ -79,7 +79,7 @@ class Controls:
     """How tokens are drawn: guidance, filters, seed, count."""
 
     def __init__(self, model: Model, max_batch: int, num: int, cfg_scale: float) -> None:
-        self.codes, self.max_batch = model.tokenizer.sizes["codebook_size"], max_batch
+        self.codes, self.max_batch = model.tokenizer.quantizer.codebook_size, max_batch
         with gr.Row():
             self.cfg = gr.Slider(0, 10, cfg_scale, step=0.1, label="guidance (cfg)", min_width=140)
             self.num = gr.Slider(1, max_batch, min(num, max_batch), step=1, label="images", min_width=140)

@@ -1,6 +1,6 @@
 """The export folder: tokenizer and transformer for use anywhere, without Lightning, Hydra or unpickling.
 
-config.json              sizes of both networks, class names, fingerprints
+config.json              classes and arguments of both networks, class names, fingerprints
 tokenizer.safetensors    weights
 var.safetensors          weights; absent when a tokenizer was exported alone
 model_card.md            what it is, what it was made from, how to use it
@@ -16,23 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from varlab import __version__
+from varlab.checkpoints.formats import EXPORT_FORMAT, renamed, upgrade_networks
 from varlab.files import atomic_folder, load_json, save_json
-from varlab.models.custom_classes import build
+from varlab.models.custom_classes import RecordedModule, as_plain, build, class_path, describe
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
-FORMAT = 1
+PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """# {name}
 
 Visual autoregression by next-scale prediction (VAR, arXiv 2404.02905) at {side} px, made with varlab {varlab}, torch {torch}.
 
 {bullets}
 {usage}
-What may be done with it follows from the data it was trained on.
+Permitted use depends on the data it was trained on.
 """
 USAGE = """
 ```python
-from varlab.pipeline import VARPipeline
+from varlab import VARPipeline
 
 images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, seed=0)
 ```
@@ -40,22 +42,35 @@ images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, see
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
-    """Identity of what a tokenizer computes: its sizes and weights; usage counts do not matter. 16 hex digits."""
-    return fingerprint(tokenizer, without=("beta", "dropout"))
+    """Identity of what a tokenizer computes: its arguments and weights; loss weights, dropout and usage counts do not matter. 16
+    hex digits."""
+    return fingerprint(tokenizer)
 
 
-def fingerprint(network: MSVQVAE | VAR, without: tuple[str, ...] = ("drop_path", "label_dropout")) -> str:
-    """Identity of a network's sizes, but for those `without`, and weights; 16 hex digits."""
-    digest = hashlib.sha256(
-        repr(sorted((key, value) for key, value in network.sizes.items() if key not in without)).encode()
-    )
+def fingerprint(network: MSVQVAE | VAR) -> str:
+    """Identity of a network's arguments, except changeable ones, and of its weights; 16 hex digits."""
+    digest = hashlib.sha256(repr(sorted(identity(network).items())).encode())
     for name, value in sorted(network.named_parameters()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def fill(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def identity(network: RecordedModule) -> dict[str, Any]:
+    """The arguments that decide what a network computes, flat: plain classes are not named, as in version 0.1."""
+    found: dict[str, Any] = {} if type(network) in PLAIN_CLASSES else {"class": class_path(type(network))}
+    for name, value in {**network.arguments, **network.resolved()}.items():
+        if name in network.changeable:
+            continue
+        if isinstance(value, RecordedModule):
+            inner = identity(value)
+            found |= {f"{name}.{key}": entry for key, entry in inner.items()} if "class" in inner else inner
+        else:
+            found[name] = as_plain(value, name)
+    return found
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Loads weights strictly. Raises ValueError naming the first tensor that does not fit."""
     expected = network.state_dict()
     for key in sorted(expected.keys() | state.keys()):
@@ -78,13 +93,13 @@ def is_pretrained(path: str | Path) -> bool:
 def save_pretrained(
     folder: Path, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
 ) -> None:
-    """Writes an export folder, whole or not at all. `facts`: what the model card says of its training."""
+    """Writes an export folder atomically. `facts`: what the model card says about the training."""
     config = {
-        "format": FORMAT,
+        "format": EXPORT_FORMAT,
         "varlab": __version__,
-        "tokenizer": tokenizer.sizes,
+        "tokenizer": describe(tokenizer),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "var": None if var is None else var.sizes,
+        "var": None if var is None else describe(var),
         "class_names": class_names,
     }
     with atomic_folder(folder) as partial:
@@ -100,32 +115,33 @@ def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] 
     """(tokenizer, transformer if there is one, class names). Raises ValueError naming file and reason."""
     folder, config = Path(folder), read_config(folder)
     tokenizer = build(MSVQVAE, config["tokenizer"])
-    fill(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
-    var = None
-    if config["var"] is not None:
-        var = build(VAR, config["var"])
-        fill(var, read_safetensors(folder / "var.safetensors"), folder / "var.safetensors")
-        var.eval()
-    return tokenizer.eval(), var, config["class_names"]
+    load_weights(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
+    if config["var"] is None:
+        return tokenizer.eval(), None, config["class_names"]
+    var = build(VAR, config["var"])
+    load_weights(var, renamed(read_safetensors(folder / "var.safetensors")), folder / "var.safetensors")
+    return tokenizer.eval(), var.eval(), config["class_names"]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """An export folder's config.json. Raises ValueError when it is of another format."""
+    """An export folder's config.json, in the current format. Raises ValueError for a format that this version does not read."""
     file = Path(folder) / "config.json"
     config = load_json(file, "varlab export")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads {FORMAT}: export it again")
+    if config.get("format") == 1:
+        return upgrade_networks(config)
+    if config.get("format") != EXPORT_FORMAT:
+        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads 1 to {EXPORT_FORMAT}: export it again")
     return config
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ValueError naming the file when it is missing or none."""
+    """Tensors of a safetensors file. Raises ValueError naming the file when it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder is not whole")
+        raise ValueError(f"{path} is missing: the folder is incomplete")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file, or it is damaged: {error}") from None
+        raise ValueError(f"{path} is not a safetensors file, or it is damaged: {error}") from None
 
 
 def model_card(
@@ -134,10 +150,10 @@ def model_card(
     """What is in the folder, in words."""
     networks = {"tokenizer": tokenizer, "transformer": var}
     params = {kind: sum(p.numel() for p in network.parameters()) for kind, network in networks.items() if network}
-    sizes, maps = tokenizer.sizes, ", ".join(str(pn) for pn in tokenizer.patch_nums)
+    quantizer, maps = tokenizer.quantizer, ", ".join(str(pn) for pn in tokenizer.patch_nums)
     bullets = [
         *(f"{kind}: {count / 1e6:,.1f} M parameters" for kind, count in params.items()),
-        f"token maps of {maps}; {sizes['codebook_size']} codes of {sizes['codebook_dim']} dims",
+        f"token maps of {maps}; {quantizer.codebook_size} codes of {quantizer.codebook_dim} dims",
         *([f"{len(class_names)} classes"] if class_names else []),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]

@@ -1,6 +1,6 @@
-"""Networks on disk: training checkpoints and the released files -> tokenizer, VAR.
+"""Networks on disk: training checkpoints, export folders and the released files -> tokenizer, VAR.
 
-A training checkpoint holds, under `varlab`, the kind and sizes of its networks as plain values, so it loads anywhere
+A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads anywhere
 with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves a folder: weights, averages and optimizer
 in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 """
@@ -14,35 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varlab.checkpoints.export_folder import fill, is_pretrained, load_pretrained, read_config, tokenizer_fingerprint
-from varlab.checkpoints.released_layout import tokenizer_from_released
+from varlab.checkpoints.export_folder import (
+    is_pretrained,
+    load_pretrained,
+    load_weights,
+    read_config,
+    tokenizer_fingerprint,
+)
+from varlab.checkpoints.formats import CHECKPOINT_FORMAT, upgrade_checkpoint
+from varlab.checkpoints.released_layout import is_released_tokenizer, load_released
 from varlab.models import scales
-from varlab.models.custom_classes import build
+from varlab.models.custom_classes import build, describe
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
-FORMAT = 1
 META_FILE = "meta.pt"  # of a sharded checkpoint, by Lightning's name
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
-    """What a training checkpoint says about its networks."""
+    """What a training checkpoint says about its networks. Raises ValueError for a network that could not be rebuilt from it."""
     return {
-        "format": FORMAT,
-        "tokenizer": tokenizer.sizes,
+        "format": CHECKPOINT_FORMAT,
+        "tokenizer": describe(tokenizer),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "var": None if var is None else var.sizes,
+        "var": None if var is None else describe(var),
         "class_names": class_names,
     }
 
 
 def swap_paths(path: Path) -> tuple[Path, Path]:
-    """Where a folder is written before it takes the name `path`, and where its predecessor waits meanwhile."""
+    """Where a folder is written before it is renamed to `path`, and where its predecessor is kept meanwhile."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
 
 
 def replace_folder(partial: Path, path: Path, old: Path) -> None:
-    """`partial` takes the name `path`. Between the two renames only `old` exists, which `latest_checkpoint` then gives."""
+    """Renames `partial` to `path`. Between the two renames only `old` exists, which `latest_checkpoint` then finds."""
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -71,7 +78,7 @@ def optimizer_state_by_name(state: dict[str, Any], groups: list[list[str]]) -> d
 
 
 def optimizer_state_by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """The way back: parameters numbered in the order of the groups, as a plain optimizer wants them."""
+    """The inverse: parameters numbered in the order of the groups, as a plain optimizer has them."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: i for i, name in enumerate(names)}
     return {
@@ -89,15 +96,15 @@ def consolidated(folder: Path) -> dict[str, Any]:
     for name in (".metadata", META_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no checkpoint: {name} is missing")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as place:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as temporary:
         try:
-            dcp_to_torch_save(folder, Path(place) / "whole.pt")
+            dcp_to_torch_save(folder, Path(temporary) / "whole.pt")
         except Exception as error:  # torch wraps what its threads raise in exceptions of its own
             raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-        sharded = read_checkpoint(Path(place) / "whole.pt")  # mapped into memory, so it outlives the file's name
+        sharded = read_file(Path(temporary) / "whole.pt")  # mapped into memory, so it outlives the file's name
     optimizers = [key for key in sorted(sharded) if key.startswith("optimizer_")]
     return {
-        **read_checkpoint(folder / META_FILE),
+        **read_file(folder / META_FILE),
         "state_dict": sharded["state_dict"],
         **({"ema": sharded["ema"]} if sharded.get("ema") else {}),
         "optimizer_states": [optimizer_state_by_number(sharded[key]) for key in optimizers],
@@ -105,29 +112,31 @@ def consolidated(folder: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A file of tensors and plain values, never unpickling anything else, or a sharded checkpoint's folder.
+    """A checkpoint file or a sharded checkpoint's folder, in the current format; nothing but tensors and plain values is unpickled.
 
     Raises ValueError naming file and reason.
     """
     path = Path(path)
-    if path.is_dir():
-        return consolidated(path)
+    return upgrade_checkpoint(consolidated(path) if path.is_dir() else read_file(path))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A file of tensors and plain values, as it is. Raises ValueError naming file and reason."""
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}"
-        ) from None
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}") from None
 
 
 def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The `varlab` entry of a checkpoint."""
+    """The `varlab` entry of a checkpoint. Raises ValueError when it is missing or of an unknown format."""
     entry = checkpoint.get("varlab")
-    if entry is None or entry.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a varlab checkpoint of format {FORMAT}")
+    if entry is None or entry.get("format") != CHECKPOINT_FORMAT:
+        found = "no varlab entry" if entry is None else f"format {entry.get('format')}"
+        raise ValueError(f"{path} is not a varlab checkpoint of format {CHECKPOINT_FORMAT} or older: it has {found}")
     return entry
 
 
@@ -145,37 +154,28 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
 
     `patch_nums` is for the released file, which does not hold them (default: 256 px).
     """
-    if is_pretrained(path):
-        return load_pretrained(path)[0]
-    checkpoint = read_checkpoint(path)
-    if "quantize.embedding.weight" in checkpoint:
-        return tokenizer_from_released(checkpoint, patch_nums or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).eval()
-    return tokenizer_of(checkpoint, path, use_ema)
-
-
-def tokenizer_of(checkpoint: dict[str, Any], path: str | Path, use_ema: bool) -> MSVQVAE:
-    """The tokenizer of a training checkpoint that was read."""
-    entry = entry_of(checkpoint, path)
-    tokenizer = build(MSVQVAE, entry["tokenizer"])
-    fill(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
-    return tokenizer.eval()
+    return load_any(path, use_ema, patch_nums, tokenizer_only=True)[0]
 
 
 def load_any(
-    path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None
+    path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None, tokenizer_only: bool = False
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
     """Tokenizer, transformer and class names of whatever holds them; a tokenizer's checkpoint has the first alone."""
     if is_pretrained(path):
         return load_pretrained(path)
     checkpoint = read_checkpoint(path)
-    if "quantize.embedding.weight" in checkpoint:
-        return load_tokenizer(path, patch_nums), None, None
-    entry, tokenizer, var = entry_of(checkpoint, path), tokenizer_of(checkpoint, path, use_ema), None
-    if entry["var"] is not None:
-        var = build(VAR, entry["var"])
-        fill(var, weights(checkpoint, "net.", use_ema), path)
-        var.eval()
-    return tokenizer, var, entry["class_names"]
+    if is_released_tokenizer(checkpoint):
+        tokenizer = load_released(checkpoint, patch_nums=patch_nums or scales.RELEASED_256)
+        assert isinstance(tokenizer, MSVQVAE)
+        return tokenizer.eval(), None, None
+    entry = entry_of(checkpoint, path)
+    tokenizer = build(MSVQVAE, entry["tokenizer"])
+    load_weights(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
+    if entry["var"] is None or tokenizer_only:
+        return tokenizer.eval(), None, entry["class_names"]
+    var = build(VAR, entry["var"])
+    load_weights(var, weights(checkpoint, "net.", use_ema), path)
+    return tokenizer.eval(), var.eval(), entry["class_names"]
 
 
 def contains_var(path: str | Path) -> bool:
@@ -183,25 +183,41 @@ def contains_var(path: str | Path) -> bool:
     if is_pretrained(path):
         return read_config(path)["var"] is not None
     checkpoint = read_checkpoint(path)
-    return "quantize.embedding.weight" not in checkpoint and entry_of(checkpoint, path)["var"] is not None
+    return not is_released_tokenizer(checkpoint) and entry_of(checkpoint, path)["var"] is not None
 
 
 def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
-    """Tokenizer, transformer and class names of a VAR's training checkpoint or export folder."""
+    """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation mode.
+
+    `use_ema`: the averaged weights, where a training checkpoint has them. Raises ValueError naming file and reason for what is
+    missing, damaged, or holds no VAR. No code in the file is executed.
+    """
     tokenizer, var, class_names = load_any(path, use_ema)
     if var is None:
         raise ValueError(f"{path} holds a tokenizer only; give the checkpoint of a VAR")
     return tokenizer, var, class_names or []
 
 
-def check_sizes(
-    what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path = "the checkpoint"
+def check_same_arguments(
+    what: str, found: dict[str, Any], network: MSVQVAE | VAR, path: str | Path = "the checkpoint"
 ) -> None:
-    """Raises ValueError naming the first size in which two networks differ; rates and loss weights may differ."""
-    changeable = {"drop_path", "label_dropout", "dropout", "beta"}
-    for key in expected:
-        if key not in changeable and found.get(key) != expected[key]:
-            raise ValueError(f"{path} holds a {what} with {key}={found.get(key)}, this run has {key}={expected[key]}")
+    """Raises ValueError naming the first argument in which a described network differs from this one; `changeable` ones may."""
+    base = MSVQVAE if isinstance(network, MSVQVAE) else VAR
+    with torch.device("meta"):
+        complete = describe(build(base, found))  # with the defaults of arguments that an older version did not have
+    compare_arguments(what, complete, describe(network), base.changeable | network.changeable, path)
+
+
+def compare_arguments(
+    what: str, found: dict[str, Any], expected: dict[str, Any], changeable: frozenset[str], path: str | Path
+) -> None:
+    """The comparison of two descriptions; of networks within networks as well."""
+    for key in [*expected, *(found.keys() - expected.keys())]:
+        mine, theirs = expected.get(key), found.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict) and key not in changeable:
+            compare_arguments(what, theirs, mine, changeable | MultiScaleQuantizer.changeable, path)
+        elif key not in changeable and mine != theirs:
+            raise ValueError(f"{path} holds a {what} with {key}={theirs}, this run has {key}={mine}")
 
 
 def check_same_networks(checkpoint: dict[str, Any], tokenizer: MSVQVAE, var: VAR | None) -> None:
@@ -211,8 +227,8 @@ def check_same_networks(checkpoint: dict[str, Any], tokenizer: MSVQVAE, var: VAR
         raise ValueError(
             f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, this run trains a {'VAR' if var else 'tokenizer'}"
         )
-    check_sizes("tokenizer", entry["tokenizer"], tokenizer.sizes)
+    check_same_arguments("tokenizer", entry["tokenizer"], tokenizer)
     if var is not None:
-        check_sizes("VAR", entry["var"], var.sizes)
+        check_same_arguments("VAR", entry["var"], var)
         if entry["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
             raise ValueError("the checkpoint was trained on another tokenizer than this run's")

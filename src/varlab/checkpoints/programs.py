@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from varlab.files import atomic_folder
@@ -13,7 +13,7 @@ from varlab.models.var import VAR
 
 
 class DecoderProgram(nn.Module):
-    """Sum of codes -> images in [0, 1]."""
+    """Sum of codes (B C H W) -> images (B 3 h w) in [0, 1]."""
 
     def __init__(self, tokenizer: MSVQVAE) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class DecoderProgram(nn.Module):
 
 
 class StepProgram(nn.Module):
-    """Inputs of scale k, labels, keys and values of the coarser scales (depth, B, heads, tokens, head dim) -> logits of scale k,
+    """Inputs of scale k, conditions, keys and values of the coarser scales (depth, B, heads, tokens, head dim) -> logits of scale k,
     keys and values that hold it too."""
 
     def __init__(self, var: VAR, k: int) -> None:
@@ -34,7 +34,7 @@ class StepProgram(nn.Module):
     def forward(
         self,
         inputs: Float[Tensor, "B l C"],
-        labels: Int[Tensor, " B"],
+        condition: Tensor,
         keys: Float[Tensor, "n B N c d"],
         values: Float[Tensor, "n B N c d"],
     ) -> tuple[Float[Tensor, "B m V"], Float[Tensor, "n B N e d"], Float[Tensor, "n B N e d"]]:
@@ -44,13 +44,19 @@ class StepProgram(nn.Module):
             BlockCache(torch.cat([keys[i], room[i]], dim=2), torch.cat([values[i], room[i]], dim=2), seen)
             for i in range(len(keys))
         ]
-        logits = self.var.predict_scale(self.k, inputs, labels, caches)
+        logits = self.var.predict_scale(self.k, inputs, condition, caches)
         return logits, torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
 
 
 def decoder_example(tokenizer: MSVQVAE) -> tuple[Tensor]:
     """Inputs of the decoder, for two images."""
-    return (torch.zeros(2, tokenizer.sizes["codebook_dim"], *tokenizer.quantizer.sides[-1]),)
+    return (torch.zeros(2, tokenizer.quantizer.codebook_dim, *tokenizer.quantizer.sides[-1]),)
+
+
+def condition_example(var: VAR) -> Tensor:
+    """Conditions of two images: class labels, or what a custom embedder takes."""
+    shape = var.embedder.condition_shape
+    return torch.zeros(2, *shape) if shape else torch.zeros(2, dtype=torch.long)
 
 
 def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
@@ -58,15 +64,15 @@ def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
     first, last = var.step_bounds[k]
     cached = torch.zeros(var.depth, 2, var.num_heads, first, var.width // var.num_heads)
     return (
-        torch.zeros(2, last - first, var.sizes["codebook_dim"]),
-        torch.zeros(2, dtype=torch.long),
+        torch.zeros(2, last - first, var.codebook_dim),
+        condition_example(var),
         cached,
         cached.clone(),
     )
 
 
 def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
-    """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package lacks."""
+    """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package is missing."""
     batch, decoder = torch.export.Dim("batch", min=1), DecoderProgram(tokenizer).eval()
     with atomic_folder(out) as partial:
         if is_onnx:

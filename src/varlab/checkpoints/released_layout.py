@@ -6,14 +6,17 @@ Strict in both directions: a key too many or too few, or of another shape, is an
 import math
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+from varlab.models.weight_files import read_state_dict
 
 State = Mapping[str, Tensor]
 Network = TypeVar("Network", MSVQVAE, VAR)
@@ -44,7 +47,7 @@ LEVEL_PARTS = [
 VAR_KEYS = [
     (r"start_position", r"pos_start"),
     (r"position", r"pos_1LC"),
-    (r"class_embedding\.(.*)", r"class_emb.\1"),
+    (r"embedder\.embedding\.(.*)", r"class_emb.\1"),
     (r"scale_embedding\.(.*)", r"lvl_embed.\1"),
     (r"word_embed\.(.*)", r"word_embed.\1"),
     (r"shared_modulation\.linear\.(.*)", r"shared_ada_lin.1.\1"),
@@ -90,7 +93,12 @@ def stored_buffers(network: MSVQVAE | VAR) -> dict[str, Tensor]:
 
 
 def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
-    """State dict of `module` in the released layout; the released code loads it with strict=True."""
+    """State dict of a tokenizer or a VAR in the released layout, on the CPU; the released code loads it with strict=True.
+
+    Raises ValueError for a network that the released code does not have (order=raster, a class of your own).
+    """
+    if type(module) not in (MSVQVAE, VAR) or (isinstance(module, MSVQVAE) and type(module.quantizer) is not MultiScaleQuantizer):
+        raise ValueError(f"the released code has no {type(module).__name__} like this one: export to=safetensors")
     if isinstance(module, VAR) and module.order != "scales":
         raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")
     state = {}
@@ -106,7 +114,7 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
     return {**state, **stored_buffers(module)}
 
 
-def load_released(network: Network, state: State) -> Network:
+def fill_from_released(network: Network, state: State) -> Network:
     """Copies a released state dict into `network`. Raises ValueError naming the first key that does not fit."""
     expected = to_released(network)
     if missing := sorted(expected.keys() - state.keys()):
@@ -133,6 +141,34 @@ def load_released(network: Network, state: State) -> Network:
     return network
 
 
+def is_released_tokenizer(state: Mapping) -> bool:
+    """Whether these are the keys of a released tokenizer."""
+    return "quantize.embedding.weight" in state
+
+
+def load_released(
+    state_dict_or_file: State | str | Path,
+    patch_nums: scales.PatchNums = scales.RELEASED_256,
+    lookup: Literal["l2", "cosine"] = "l2",
+    num_heads: int | None = None,
+) -> MSVQVAE | VAR:
+    """The tokenizer or the VAR of released weights; which of the two is read off the keys. On the CPU, in training mode.
+
+    `patch_nums`: the pyramid (default: 256 px), which the released tokenizer does not hold. `lookup`: of the tokenizer ("cosine"
+    is the released code's using_znorm). `num_heads`: of a VAR without QK-norm whose head dim is not 64. Sizes are read off the
+    shapes. Raises ValueError naming the first key that is missing, unknown or of another shape. No code in a file is executed.
+    """
+    state = state_dict_or_file
+    if isinstance(state, str | Path):
+        state = read_state_dict(Path(state))
+    if "trainer" in state:  # a checkpoint of the released trainer
+        trainer: Mapping = state["trainer"]  # pyright: ignore[reportAssignmentType]
+        state = trainer["vae_local"] if "vae_local" in trainer else trainer["var_wo_ddp"]
+    if is_released_tokenizer(state):
+        return tokenizer_from_released(state, patch_nums, using_znorm=lookup == "cosine")
+    return var_from_released(state, patch_nums, num_heads)
+
+
 def shape_of(state: State, key: str) -> torch.Size:
     """Shape of a tensor that every file of this kind holds."""
     if key not in state:
@@ -149,28 +185,31 @@ def tokenizer_from_released(
     state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32
 ) -> MSVQVAE:
     """The tokenizer of a released state dict. Sizes are read off the shapes; the pyramid and the form of the lookup are
-    not stored there and must be given. The released tokenizer serves 256 and 512 px: only patch_nums differ."""
+    not stored there and must be given. The released tokenizer is the same for 256 and 512 px: only patch_nums differ."""
     channels = shape_of(state_dict, "encoder.conv_in.weight")[0]
     num_levels = count(state_dict, r"encoder\.down\.(\d+)\..*")
     codebook_size, codebook_dim = shape_of(state_dict, "quantize.embedding.weight")
     num_lists = count(state_dict, r"quantize\.quant_resi\.qresi_ls\.(\d+)\..*")
     is_shared = "quantize.quant_resi.qresi.weight" in state_dict
     is_unshared = "quantize.quant_resi.0.weight" in state_dict
-    tokenizer = MSVQVAE(
+    quantizer = MultiScaleQuantizer(
         patch_nums,
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
+        num_phis=num_lists or (1 if is_shared else None),
+        phi_ratio=0.5 if num_lists or is_shared or is_unshared else 0.0,
+        lookup="cosine" if using_znorm else "l2",
+    )
+    tokenizer = MSVQVAE(
+        quantizer,
         channels=channels,
         channel_mult=[
             shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(num_levels)
         ],
         num_blocks=count(state_dict, r"encoder\.down\.0\.block\.(\d+)\..*"),
         num_groups=num_groups,
-        num_phis=num_lists or (1 if is_shared else None),
-        phi_ratio=0.5 if num_lists or is_shared or is_unshared else 0.0,
-        lookup="cosine" if using_znorm else "l2",
     )
-    return load_released(tokenizer, state_dict)
+    return fill_from_released(tokenizer, state_dict)
 
 
 def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads: int | None = None) -> VAR:
@@ -200,4 +239,4 @@ def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads
         shared_adaln="shared_ada_lin.1.weight" in state_dict,
         qk_norm=qk_norm,
     )
-    return load_released(var, state_dict)
+    return fill_from_released(var, state_dict)

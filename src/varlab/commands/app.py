@@ -9,7 +9,7 @@ from types import ModuleType
 
 from omegaconf import DictConfig
 
-from varlab.config import verb
+from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
@@ -61,7 +61,7 @@ def import_gradio(folder: str) -> ModuleType:
     return gradio
 
 
-main = verb("app")(run)
+main = hydra_command("app")(run)
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
-"""`varlab edit`: in-painting, out-painting, class-conditional editing of an image of your own."""
+"""`varlab edit`: in-painting, out-painting, class-conditional editing of an image."""
 
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from varlab.config import verb
+from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
@@ -19,7 +19,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
     from varlab.distributed import default_device
     from varlab.files import save_json
-    from varlab.pipeline import label_of
+    from varlab.models.conditioning import label_of
     from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 
     if cfg.num < 1:
@@ -79,7 +79,7 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
     from varlab.sampling.editing import box_mask
 
     if (cfg.mask is None) == (cfg.box is None):
-        raise ValueError("give either mask=FILE (white where to edit) or box=[y0,x0,y1,x1] (shares of the side)")
+        raise ValueError("give either mask=FILE (white where to edit) or box=[y0,x0,y1,x1] (fractions of the side)")
     if cfg.mask is None:
         if (
             len(cfg.box) != 4
@@ -104,7 +104,7 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
     return region if cfg.outpaint else 1 - region
 
 
-main = verb("edit")(run)
+main = hydra_command("edit")(run)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`varlab export`: checkpoint -> folder for use anywhere, the released layout, one file, or a compiled program."""
+"""`varlab export`: checkpoint -> folder for use anywhere, the released layout, one file, or an exported program."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from varlab.config import verb
+from varlab.config import hydra_command
 
 FORMS = ("safetensors", "released", "checkpoint", "torch_export", "onnx")
 FACTS = ("images_seen", "epochs", "val_loss", "val_psnr", "flops_exact", "dataset_id", "tokenizer_id", "git_commit")
@@ -46,13 +46,13 @@ def run(cfg: DictConfig) -> None:
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What the run beside a checkpoint wrote down, for the model card."""
+    """What the run beside a checkpoint recorded, for the model card."""
     row = checkpoint.parent.parent / "run.json"
     found = json.loads(row.read_text()) if row.is_file() else {}
     return {key: found[key] for key in FACTS if found.get(key) is not None}
 
 
-main = verb("export")(run)
+main = hydra_command("export")(run)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`varlab scaling`: runs -> tables, power laws with intervals, figures, report; and what the law answers."""
+"""`varlab scaling`: runs -> tables, power laws with intervals, figures, report; and answers from the fits."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from varlab.config import verb
+from varlab.config import hydra_command
 
 ASKS = ("predict", "optimal", "compare", "next")
 PUBLISHED = {
@@ -18,9 +18,10 @@ PUBLISHED = {
 
 
 def run(cfg: DictConfig) -> None:
-    """Collects, fits, draws, reports; with `ask` answers one question instead."""
+    """Collects, fits, plots, reports; with `ask` answers one question instead."""
     from varlab.files import save_json
-    from varlab.scaling.analysis import FitSettings, analyse
+    from varlab.scaling.analysis import FitSettings, analyse, parse_floor
+    from varlab.scaling.parametric import parse_form
     from varlab.scaling.plot import figures
     from varlab.scaling.predict import answer
     from varlab.scaling.report import summary_lines, write_html
@@ -30,7 +31,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"unfinished={cfg.unfinished!r}: choose leave_out or use")
     if cfg.report not in ("html", "wandb"):
         raise ValueError(f"report={cfg.report!r}: choose html or wandb")
-    settings = FitSettings(floor_of(cfg.floor), form_of(cfg.form, cfg.floor), cfg.repeated, cfg.bootstraps, cfg.seed)
+    floor = parse_floor(cfg.floor)
+    settings = FitSettings(floor, parse_form(cfg.form, floor), cfg.repeated, cfg.bootstraps, cfg.seed)
     sources = list(cfg.source) if isinstance(cfg.source, ListConfig) else [cfg.source]
     runs = collect([str(source) for source in sources], cfg.unfinished == "use", cfg.order)
     for line in runs.left_out:
@@ -46,8 +48,8 @@ def run(cfg: DictConfig) -> None:
     write_csv(runs.rows, out / "runs.csv")
     write_csv(runs.curves, out / "curves.csv")
     save_json(out / "fits.json", analysis.as_json())
-    drawn = figures(analysis, out, cfg.published)
-    page = write_html(analysis, drawn, out, cfg.title)
+    plotted = figures(analysis, out, cfg.published)
+    page = write_html(analysis, plotted, out, cfg.title)
     print("\n".join(summary_lines(analysis)))
     for (y, x), exponent in PUBLISHED.items():
         if (y, x) in analysis.laws:
@@ -56,14 +58,14 @@ def run(cfg: DictConfig) -> None:
         "The paper's exponents belong to reducible losses (floors 5 and 4.5 nats) of ImageNet runs; they are no target here."
     )
     print(
-        f"{out}: runs.csv, curves.csv, fits.json, report.html, {', '.join(f'{name}.png' for name in drawn)} (svg, pdf)"
+        f"{out}: runs.csv, curves.csv, fits.json, report.html, {', '.join(f'{name}.png' for name in plotted)} (svg, pdf)"
     )
     if cfg.report == "wandb":
         publish(analysis, cfg, page)
 
 
 def publish(analysis: Any, cfg: DictConfig, page: Path) -> None:
-    """Writes report and workspace to W&B; without a login says where the page lies that holds the same."""
+    """Saves report and workspace to W&B; without a login, names the page with the same content."""
     from varlab.scaling.report import wandb_report, wandb_workspace
     from varlab.training.loggers import has_wandb_login
 
@@ -83,30 +85,7 @@ def publish(analysis: Any, cfg: DictConfig, page: Path) -> None:
     print(f"W&B report: {report.url}\nW&B workspace: {workspace.url}")
 
 
-def floor_of(setting: str | float) -> float | None:
-    """None for `fitted`, 0 for `none`, else the number given in nats."""
-    named = {"fitted": None, "none": 0.0}
-    if setting in named:
-        return named[setting]  # pyright: ignore[reportArgumentType]
-    try:
-        return float(setting)
-    except ValueError:
-        raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats") from None
-
-
-def form_of(setting: str, floor: str | float) -> Any:
-    """The form of L(N, D): None for `auto`, else exponents and loss as named; its floor is that of the other fits."""
-    from varlab.scaling.parametric import Form
-
-    if setting == "auto":
-        return None
-    parts = setting.split("_")
-    if len(parts) != 2 or parts[0] not in ("tied", "free") or parts[1] not in ("huber", "squares"):
-        raise ValueError(f"form={setting!r}: choose auto, tied_huber, tied_squares, free_huber or free_squares")
-    return Form(parts[0] == "tied", floor_of(floor), parts[1])
-
-
-start = verb("scaling")(run)
+start = hydra_command("scaling")(run)
 
 
 def main() -> None:

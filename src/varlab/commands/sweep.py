@@ -1,4 +1,4 @@
-"""`varlab sweep`: what became of a multirun, from its ledger; goes on with it."""
+"""`varlab sweep`: states of a multirun, from its ledger; continues it."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ USAGE = """varlab sweep ACTION FOLDER: a multirun's ledger
   status         how many jobs are finished, running, failed, stopped, pending; each failure with its log
   resume         continue stopped jobs and start pending ones
   retry-failed   run failed jobs again, from their last checkpoint
-  table          one row a job, as CSV: FOLDER/runs.csv"""
+  table          one row per job, as CSV: FOLDER/runs.csv"""
 
 
 def status(folder: Path) -> None:
     """Prints the ledger."""
-    from varlab.sweeps.jobs import report
+    from varlab.sweeps.ledger import report
 
     print(report(folder))
 
 
 def rerun(folder: Path, choice: str) -> None:
     """The sweep's own command, limited to some jobs."""
-    from varlab.sweeps.jobs import CHOICE
+    from varlab.sweeps.ledger import CHOICE
 
     plan = load_json(folder / "sweep.json", "varlab train --multirun")
     command = [sys.executable, "-m", "varlab.commands.train", *plan["argv"]]
@@ -33,9 +33,9 @@ def rerun(folder: Path, choice: str) -> None:
 
 
 def table(folder: Path) -> None:
-    """Writes one row a job: its state beside what its run wrote down."""
+    """Writes one row per job: its state and its run's row."""
     from varlab.scaling.runs import write_csv
-    from varlab.sweeps.jobs import states
+    from varlab.sweeps.ledger import states
 
     rows = []
     for overrides, state, known in states(folder):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from varlab.config import verb
+from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     )
 
 
-main = verb("tokenize")(run)
+main = hydra_command("tokenize")(run)
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,13 @@
-"""`varlab train`: fits a tokenizer or a VAR."""
+"""`varlab train`: trains a tokenizer or a VAR."""
 
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from varlab.config import check_types, is_sweep, report_user_errors, verb
+from varlab.config import check_types, hydra_command, is_sweep, report_user_errors
 from varlab.sweeps.jobs import STOPPED, run_job
 
 
@@ -16,10 +15,10 @@ def run(cfg: DictConfig) -> float | None:
     """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a sweeper
     can minimize it."""
     if cfg.plan:
-        from varlab.cost.plan import plan
+        from varlab.cost.plan import print_plan
 
         set_steps(cfg)
-        return plan(cfg)
+        return print_plan(planned(cfg), cfg.planned_gpu, cfg.planned_mfu, cfg.planned_flops)
     return run_job(cfg, "varlab.commands.train") if is_sweep() else fit(cfg)
 
 
@@ -31,12 +30,13 @@ def fit(cfg: DictConfig) -> float | None:
     from varlab import __version__
     from varlab.checkpoints.load import latest_checkpoint
     from varlab.training.run_record import git_commit, summary
+    from varlab.training.run_setup import branch_point, check_new_run, silence_warnings
 
     silence_warnings()
     check_types(cfg)
     set_steps(cfg)
     folder = Path(cfg.run_dir) / "checkpoints"
-    check_fresh(folder, cfg.ckpt_path)
+    check_new_run(folder, cfg.ckpt_path)
     start = latest_checkpoint(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
     if start is None and cfg.branch < 1:
         start = branch_point(cfg)
@@ -68,9 +68,10 @@ def fit(cfg: DictConfig) -> float | None:
 
 
 def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
-    """The Trainer of the config, with our own way of writing files and, for bf16-true, of holding weights."""
+    """The Trainer of the config, with atomic checkpoint files and, for bf16-true, weights in bf16."""
     from hydra.utils import instantiate
 
+    from varlab.training.run_setup import steps_of_branch
     from varlab.training.strategies import AtomicCheckpointIO, BF16Weights
 
     plugins, precision = [AtomicCheckpointIO()], cfg.trainer.precision
@@ -82,73 +83,39 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
 
 def set_steps(cfg: DictConfig) -> None:
     """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch of a
-    run whose steps would depend on its length."""
+    run whose first steps depend on its length."""
+    from hydra.utils import instantiate
+
+    from varlab.training.run_setup import check_branch, check_length
+
     if cfg.compute is not None:
-        from varlab.cost.plan import affordable_steps
+        from varlab.training.planned_run import affordable_steps
 
-        cfg.steps = affordable_steps(cfg)
-    for name in ("epochs", "steps"):
-        if not isinstance(cfg[name], int):
-            raise ValueError(f"{name}={cfg[name]}: give a whole number; -1 leaves it to the other of epochs and steps")
-    if cfg.epochs < 0 and cfg.steps < 0:
-        raise ValueError("the run has no end: give epochs=N or steps=N")
-    if not 0 < cfg.branch <= 1:
+        cfg.steps = 1
+        cfg.steps = affordable_steps(cfg.compute, planned(cfg))
+    check_length(cfg)
+    check_branch(cfg, instantiate(cfg.module.schedule))
+
+
+def planned(cfg: DictConfig):
+    """The run as far as its cost depends on it. Raises ValueError for a tokenizer, whose cost is not counted."""
+    from hydra.utils import get_class, instantiate
+
+    from varlab.training.planned_run import planned_run
+    from varlab.training.var_module import VARModule
+
+    if not issubclass(get_class(cfg.module._target_), VARModule):
         raise ValueError(
-            f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1"
+            "plan=true and compute=... count VARs only: give a tokenizer's length in steps or epochs; its cost is in"
+            " experiments/performance"
         )
-    if cfg.branch < 1:
-        schedule, decay_end = cfg.module.schedule, cfg.module.get("weight_decay_end")
-        by_length = schedule.shape != "wsd" or decay_end not in (None, cfg.module.weight_decay)
-        by_length |= cfg.steps < 0 or (schedule.warmup < 1 and cfg.module.get("warmup_tokens") is None)
-        if by_length:
-            raise ValueError(
-                f"branch={cfg.branch}: a branch shares its first steps with the whole run, so it needs steps=N, module.schedule.shape=wsd,"
-                " a warm-up in steps (module.warmup_tokens, or module.schedule.warmup from 1 on) and constant weight decay"
-            )
+    has_data = not OmegaConf.is_missing(cfg.data, "path")
+    data = instantiate(cfg.data, _convert_="all", path=cfg.data.path if has_data else "")
+    schedule, strategy = (instantiate(node) for node in (cfg.module.schedule, cfg.trainer.strategy))
+    return planned_run(cfg, instantiate(cfg.model, _convert_="all"), data, has_data, schedule, strategy)
 
 
-def steps_of_branch(cfg: DictConfig) -> int:
-    """Optimizer steps of this run; -1 where epochs end it."""
-    return cfg.steps if cfg.steps < 0 else max(1, round(cfg.steps * cfg.branch))
-
-
-def branch_point(cfg: DictConfig) -> Path | None:
-    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is none: the
-    branch then trains its first steps itself, with the same result."""
-    found = sorted(Path(cfg.trunk or "").glob(f"checkpoints/branch-{cfg.branch:g}-*.ckpt")) if cfg.trunk else []
-    if found:
-        print(f"branches from {found[-1]}", flush=True)
-        return found[-1]
-    print(f"trunk={cfg.trunk} has saved nothing for branch={cfg.branch}: all steps are trained here", flush=True)
-    return None
-
-
-def silence_warnings() -> None:
-    """Turns off what Lightning says about things that are as they should be here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        r"Found \d+ module\(s\) in eval mode",  # the frozen tokenizer
-        r".*isinstance\(treespec, LeafSpec\)",
-        r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
-        r".*does not have many workers",
-        r"The number of training batches",
-        r"The dirpath has changed from",  # a branch starts from the checkpoint of another run
-        r"You're resuming from a checkpoint that ended before the epoch ended",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def check_fresh(folder: Path, ckpt_path: str | None) -> None:
-    """Raises ValueError before a new run would write among the checkpoints of an old one."""
-    if ckpt_path is None and any(folder.glob("*.ckpt")):
-        raise ValueError(
-            f"{folder} already holds checkpoints: continue that run with ckpt_path=last, or choose another name=..."
-        )
-    if ckpt_path not in (None, "last") and not Path(ckpt_path).exists():
-        raise ValueError(f"ckpt_path={ckpt_path} does not exist; `last` takes the newest checkpoint of this run")
-
-
-main = verb("train")(run)
+main = hydra_command("train")(run)
 
 
 def main_of_job(file: str) -> None:

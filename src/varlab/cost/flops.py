@@ -1,13 +1,16 @@
 """Parameters and floating point operations of a VAR from its sizes alone.
 
-"6ND" is wrong for VAR in both directions: AdaLN acts once an image, not once a token, attention is block-causal, and
-the head weighs much at small width. So FLOPs are counted term by term, and 6ND is kept beside them for comparison.
+"6ND" is wrong for VAR in both directions: AdaLN acts once per image, not once per token, attention is block-causal, and
+the head is a large share at small width. So FLOPs are counted term by term, and 6ND is kept beside them for comparison.
 A multiply-add is two FLOPs; a training step costs three forward passes.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varlab.models import scales
+
+if TYPE_CHECKING:
+    from varlab.models.msvqvae import MSVQVAE
 
 Sizes = dict[str, Any]
 
@@ -75,23 +78,22 @@ def six_nd(sizes: Sizes) -> int:
     return 6 * parameter_counts(sizes)["params_main"] * scales.num_tokens(sizes["patch_nums"])
 
 
-def tokenizer_flops(sizes: Sizes) -> dict[str, int]:
+def tokenizer_flops(tokenizer: "MSVQVAE") -> dict[str, int]:
     """FLOPs of one image through the convolutional parts of a tokenizer, forward only: `encode` and `decode`.
 
-    Counted by torch on the meta device; the quantizer's share is below a thousandth and left out.
+    Counted by torch on the meta device, on a copy; the quantizer's share is below a thousandth and left out.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from varlab.models.custom_classes import build
-    from varlab.models.msvqvae import MSVQVAE
+    from varlab.models.custom_classes import build, describe
 
     with torch.device("meta"), torch.no_grad():
-        tokenizer = build(MSVQVAE, dict(sizes))
+        tokenizer = build(type(tokenizer), describe(tokenizer))
         flops = {}
         for name, network, shape in [
             ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),
-            ("decode", tokenizer.decode_features, (1, sizes["codebook_dim"], *tokenizer.quantizer.sides[-1])),
+            ("decode", tokenizer.decode_features, (1, tokenizer.quantizer.codebook_dim, *tokenizer.quantizer.sides[-1])),
         ]:
             with FlopCounterMode(display=False) as counter:
                 network(torch.empty(shape))

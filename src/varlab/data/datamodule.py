@@ -12,7 +12,7 @@ LONGEST_WAIT = 1800  # seconds for one batch; a worker that hangs longer ends th
 
 
 class OrderedDataModule(LightningDataModule):
-    """Training and validation batches of two map-style data sets, in an order that survives a kill.
+    """Training and validation batches of two map-style data sets, in an order that does not change when a run is killed and resumed.
 
     `global_batch_size`: images per optimizer step over all devices and accumulated batches. Subclasses set `train_set`,
     `val_set` and `shard_counts` in `setup`, and give `class_names` and `data_fingerprint`.
@@ -24,7 +24,8 @@ class OrderedDataModule(LightningDataModule):
     num_val: int
     class_names: list[str]
     data_fingerprint: str
-    pins = True  # whether batches lie in the memory of the host
+    condition_shape: tuple[int, ...]  # of one image: () for class labels
+    pins = True  # whether batches are in host memory
 
     def __init__(
         self,
@@ -36,17 +37,19 @@ class OrderedDataModule(LightningDataModule):
         max_skipped_share: float = 0.0,
     ) -> None:
         super().__init__()
-        self.global_batch_size, self.num_workers, self.seed, self.lanes, self.window = (
-            global_batch_size,
-            num_workers,
-            seed,
-            lanes,
-            window,
-        )
+        self.global_batch_size = global_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.lanes = lanes
+        self.window = window
         self.max_skipped_share = max_skipped_share
         self.consumed = 0
         self.skipped = self.seen = 0  # images of this rank
         self.resumed_fingerprint: str | None = None
+
+    def declared_size(self) -> tuple[int, int]:
+        """(training images, classes) by the manifest alone, for a plan: nothing else is read."""
+        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
@@ -61,19 +64,19 @@ class OrderedDataModule(LightningDataModule):
         """Images of one batch on one device. Raises ValueError when the global batch does not divide."""
         _, num_ranks = self.ranks()
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        share, rest = divmod(self.global_batch_size, num_ranks * accumulated)
-        if rest or not share:
+        per_device, rest = divmod(self.global_batch_size, num_ranks * accumulated)
+        if rest or not per_device:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} does not divide into {num_ranks} devices x {accumulated} accumulated batches"
             )
-        return share
+        return per_device
 
     def order(self) -> Order:
         """The order of the training samples."""
         return Order(self.shard_counts, self.seed, self.lanes, self.window)
 
     def loader(self, dataset: Dataset, batches: TrainBatches | ValidationBatches) -> DataLoader:
-        """Workers only fetch what they are told to: nothing about the order lives in them."""
+        """Workers only fetch what the batch sampler asks for: they hold no state of the order."""
         return DataLoader(
             dataset,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
@@ -88,8 +91,8 @@ class OrderedDataModule(LightningDataModule):
         batches = TrainBatches(self.order(), self.batch_size(), *self.ranks())
         if self.resumed_fingerprint not in (None, self.run_fingerprint()):
             raise ValueError(
-                "the checkpoint was made with other data, seed, lanes, window or global batch size, so its place in the epoch means"
-                " nothing here: set them back, or start a new run from its weights"
+                "the checkpoint was made with other data, seed, lanes, window or global batch size, so its position in the epoch is"
+                " not valid here: use the same settings, or start a new run from its weights"
             )
         batches.start(self.consumed)
         return self.loader(self.train_set, batches)
@@ -117,7 +120,7 @@ class OrderedDataModule(LightningDataModule):
         """
         if hasattr(batch, "skipped") and self.trainer and self.trainer.training:
             self.skipped += int(batch.skipped.sum())
-            self.seen += len(batch.labels)
+            self.seen += len(batch.condition)
             reference = max(sum(self.shard_counts), self.seen)
             allowed = int(self.max_skipped_share * reference)
             if self.skipped > allowed:
@@ -129,5 +132,5 @@ class OrderedDataModule(LightningDataModule):
 
 
 def unchanged(batch: Any) -> Any:
-    """The batch as it is: the data sets collate themselves, in `__getitems__`."""
+    """The batch as it is: the data sets collate in `__getitems__`."""
     return batch

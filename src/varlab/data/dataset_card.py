@@ -1,4 +1,4 @@
-"""The README beside packed shards: what is in them, with a picture."""
+"""The README beside packed shards: what is in them, with sample images."""
 
 import io
 from collections import Counter
@@ -14,7 +14,7 @@ from varlab.data.storage import Storage, is_remote
 from varlab.files import atomic_write
 
 MAX_MEASURED = 2000
-MAX_ELSEWHERE = 64  # each may cost the transfer of a shard
+MAX_REMOTE = 64  # each may cost the transfer of a shard
 NUM_SHOWN = 64
 
 
@@ -22,15 +22,15 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
     """Writes README.md and samples.png: counts, classes, resolutions (of at most 2,000 images), a grid of samples."""
     manifest = load_manifest(folder)
     reader = ShardReader(folder, "train", storage)
-    num_chosen = MAX_ELSEWHERE if any(is_remote(shard.url) for shard in reader.shards) else MAX_MEASURED
+    num_chosen = MAX_REMOTE if any(is_remote(shard.url) for shard in reader.shards) else MAX_MEASURED
     chosen = np.linspace(0, len(reader) - 1, min(len(reader), num_chosen)).astype(int)
     sizes: Counter[str] = Counter()
     shown: list[np.ndarray] = []
-    for place, i in enumerate(chosen):
+    for position, i in enumerate(chosen):
         try:
             image = Image.open(io.BytesIO(reader.read(int(i))))
             sizes[f"{image.width} x {image.height}"] += 1
-            if len(shown) < NUM_SHOWN and place % max(1, len(chosen) // NUM_SHOWN) == 0:
+            if len(shown) < NUM_SHOWN and position % max(1, len(chosen) // NUM_SHOWN) == 0:
                 shown.append(preprocess(open_rgb(image), 64, 1.0, Crop()))
         except (OSError, SyntaxError, ValueError):
             sizes["cannot be decoded"] += 1
@@ -48,13 +48,13 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
         "|---|---|---|",
         *(f"| {name} | {split['num_images']} | {len(split['shards'])} |" for name, split in manifest["splits"].items()),
         "",
-        f"Images a class (train, {len(counts)} classes): {counts.min()} to {counts.max()}, median {np.median(counts):.0f}.",
+        f"Images per class (train, {len(counts)} classes): {counts.min()} to {counts.max()}, median {np.median(counts):.0f}.",
         "",
         "| label | class | images |",
         "|---|---|---|",
         *(f"| {i} | {name} | {counts[i]} |" for i, name in enumerate(manifest["class_names"])),
         "",
-        f"Width x height of {len(chosen)} images of the training set, commonest first:",
+        f"Width x height of {len(chosen)} images of the training set, most frequent first:",
         "",
         "| size | images |",
         "|---|---|",

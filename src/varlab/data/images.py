@@ -16,25 +16,26 @@ from torch.utils.data import Dataset
 
 from varlab.data.datamodule import OrderedDataModule
 from varlab.data.order import Order, SampleRequest
-from varlab.data.shards import ShardReader, fingerprint
+from varlab.data.shards import ConditionKind, ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
 
-LANCZOS_REACH = 3
+LANCZOS_RADIUS = 3
 HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 log = logging.getLogger(__name__)
 
 
 class ImageBatch(NamedTuple):
-    """Images in [-1, 1] with their labels. `weight` is 0 for padding; `skipped` is 1 for a replaced sample."""
+    """Images in [-1, 1] with their conditions: class labels (B), or what the set holds as vectors. `weight` is 0 for padding;
+    `skipped` is 1 for a replaced sample."""
 
     images: Float[Tensor, "B 3 H W"]
-    labels: Int[Tensor, " B"]
+    condition: Tensor
     weight: Float[Tensor, " B"]
     skipped: Int[Tensor, " B"]
 
 
 class Crop(NamedTuple):
-    """Place of the crop, as shares of the room there is in each direction, and whether to mirror the image first."""
+    """Position of the crop, as fractions of the free space in each direction, and whether to mirror the image first."""
 
     top: float = 0.5
     left: float = 0.5
@@ -42,7 +43,7 @@ class Crop(NamedTuple):
 
 
 def open_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, upright: EXIF rotation applied, 16-bit gray scaled down, alpha laid on white, CMYK
+    """Any image as 8-bit RGB, upright: EXIF rotation applied, 16-bit gray scaled down, alpha composited on white, CMYK
     converted, the first frame of an animation."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -57,7 +58,7 @@ def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: C
     """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W, 3).
 
     torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by two levels at most. Pillow resizes only
-    what the crop keeps: it serves older versions, and images so long that resizing all of them would fill the memory.
+    what the crop keeps: it is used for older versions, and for images so long that resizing all of them would fill the memory.
     """
     shorter = round(resize_ratio * resolution)
     scale = shorter / min(image.size)
@@ -78,11 +79,9 @@ def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int,
     """The part (left, top, right, bottom) of the image as it would be after resizing all of it to `size`."""
     scales = [old / new for old, new in zip(image.size, size, strict=True)] * 2
     box = [edge * scale for edge, scale in zip(part, scales, strict=True)]
-    reach = [
-        LANCZOS_REACH * max(1.0, scale) + 1 for scale in scales
-    ]  # source pixels that the filter sees beyond the part
-    low = [max(0, int(edge - r)) for edge, r in zip(box[:2], reach[:2], strict=True)]
-    high = [min(side, math.ceil(edge + r)) for side, edge, r in zip(image.size, box[2:], reach[2:], strict=True)]
+    margins = [LANCZOS_RADIUS * max(1.0, scale) + 1 for scale in scales]  # source pixels that the filter sees beyond the part
+    low = [max(0, int(edge - m)) for edge, m in zip(box[:2], margins[:2], strict=True)]
+    high = [min(side, math.ceil(edge + m)) for side, edge, m in zip(image.size, box[2:], margins[2:], strict=True)]
     seen = image.crop((low[0], low[1], high[0], high[1]))
     within = (box[0] - low[0], box[1] - low[1], box[2] - low[0], box[3] - low[1])
     out = (part[2] - part[0], part[3] - part[1])
@@ -98,7 +97,8 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:
 class ImageDataset(Dataset):
     """Decoded, preprocessed images of a split. Random crops and flips are a function of (seed, epoch, sample).
 
-    An image that cannot be decoded is replaced by its neighbor, logged and counted, never silently dropped.
+    An image that cannot be decoded is replaced by the next one, logged and counted, never silently dropped.
+    `condition`: what the batches carry beside the images, see `ShardReader.conditions`.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class ImageDataset(Dataset):
         random_crop: bool,
         random_flip: bool,
         seed: int = 0,
+        condition: ConditionKind = "label",
     ) -> None:
         if resize_ratio < 1:
             raise ValueError(
@@ -116,13 +117,14 @@ class ImageDataset(Dataset):
             )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+        self.conditions = reader.conditions(condition)
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def crop_of(self, draw: SampleRequest) -> Crop:
-        """Where this sample is cut in this epoch."""
-        top, left, flip = np.random.default_rng([self.seed, draw.epoch, draw.sample]).random(3)
+    def crop_of(self, request: SampleRequest) -> Crop:
+        """The crop of this sample in this epoch."""
+        top, left, flip = np.random.default_rng([self.seed, request.epoch, request.sample]).random(3)
         return Crop(
             *((top, left) if self.random_crop else (0.5, 0.5)), is_flipped=bool(self.random_flip and flip < 0.5)
         )
@@ -135,27 +137,28 @@ class ImageDataset(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.reader.name_of(i)} cannot be decoded ({error})") from None
 
-    def readable(self, draw: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
-        """(image, label, whether it stands in for another one); cut at `crop`, or where the draw says."""
+    def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
+        """(image, its number, whether it replaces another one); cut at `crop`, or at the request's own crop."""
         for attempt in range(min(10, len(self))):
-            i = (draw.sample + attempt) % len(self)
+            i = (request.sample + attempt) % len(self)
             try:
-                return self.image(i, crop or self.crop_of(draw)), int(self.reader.labels[i]), attempt > 0
+                return self.image(i, crop or self.crop_of(request)), i, attempt > 0
             except ValueError as error:
-                log.warning("%s; its neighbor takes its place", error)
+                log.warning("%s; the next image replaces it", error)
         raise ValueError(
-            f"ten images in a row from number {draw.sample} cannot be read: the shards are damaged, see the log"
+            f"ten images in a row from number {request.sample} cannot be read: the shards are damaged, see the log"
         )
 
-    def __getitems__(self, draws: list[SampleRequest]) -> ImageBatch:
-        self.reader.prepare([draw.sample for draw in draws])
-        images, labels, replaced = zip(*(self.readable(draw) for draw in draws), strict=True)
-        weight = torch.tensor([float(draw.is_real) for draw in draws])
-        return ImageBatch(to_tensor(list(images)), torch.tensor(labels), weight, torch.tensor(replaced).long())
+    def __getitems__(self, requests: list[SampleRequest]) -> ImageBatch:
+        self.reader.prepare([request.sample for request in requests])
+        images, numbers, replaced = zip(*(self.readable(request) for request in requests), strict=True)
+        condition = torch.from_numpy(self.conditions[list(numbers)])
+        weight = torch.tensor([float(request.is_real) for request in requests])
+        return ImageBatch(to_tensor(list(images)), condition, weight, torch.tensor(replaced).long())
 
 
 class CenterCrops:
-    """Center crops of images of a split for scores: batches in [-1, 1] on `device`, as often as they are asked for.
+    """Center crops of images of a split for scores: batches in [-1, 1] on `device`; can be iterated repeatedly.
 
     `num_images`: spread evenly over the split; None takes all.
     """
@@ -187,7 +190,7 @@ class CenterCrops:
         return to_tensor([self.images.readable(SampleRequest(i, 0, True), Crop())[0] for i in samples]).to(self.device)
 
     def sample_images(self, num: int) -> Float[Tensor, "B 3 H W"]:
-        """Some images, for a picture."""
+        """Some images, for a figure."""
         return self.read(self.samples[:: max(1, len(self.samples) // num)][:num])
 
 
@@ -195,7 +198,8 @@ class ImageDataModule(OrderedDataModule):
     """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
 
     `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop over the resolution
-    (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage.
+    (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`: `label`, or `vector`
+    where the set holds a vector per image.
     """
 
     def __init__(
@@ -212,20 +216,29 @@ class ImageDataModule(OrderedDataModule):
         window: int | None = 4096,
         max_skipped_share: float = 0.001,
         storage: Storage | None = None,
+        condition: ConditionKind = "label",
     ) -> None:
         super().__init__(global_batch_size, num_workers, seed, lanes, window, max_skipped_share)
+        self.condition: ConditionKind = condition
         self.storage = storage or Storage()
         self.path, self.resolution, self.resize_ratio = path, resolution, resize_ratio
         self.random_crop, self.random_flip = random_crop, random_flip
+
+    def declared_size(self) -> tuple[int, int]:
+        manifest = load_manifest(self.path, self.storage)
+        return manifest["splits"]["train"]["num_images"], len(manifest["class_names"])
 
     def setup(self, stage: str | None = None) -> None:
         train, val = (ShardReader(self.path, split, self.storage) for split in ("train", "val"))
         self.shard_counts, self.num_val, self.manifest = train.shard_counts, len(val), train.manifest
         self.class_names, self.data_fingerprint = train.manifest["class_names"], fingerprint(train.manifest)
         self.train_set = ImageDataset(
-            train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed
+            train, self.resolution, self.resize_ratio, self.random_crop, self.random_flip, self.seed, self.condition
         )
-        self.val_set = ImageDataset(val, self.resolution, self.resize_ratio, random_crop=False, random_flip=False)
+        self.val_set = ImageDataset(
+            val, self.resolution, self.resize_ratio, random_crop=False, random_flip=False, condition=self.condition
+        )
+        self.condition_shape = self.train_set.conditions.shape[1:]
         check_room(train, self.order(), self.storage)
 
 

@@ -1,7 +1,6 @@
 """The order of training samples: a pure function of (seed, epoch, position).
 
-Shards are shuffled and laid end to end; the row is cut into `lanes` equal stretches; each stretch is shuffled within
-windows; position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with
+Shards are shuffled and concatenated; the row is cut into `lanes` equal parts; each part is shuffled within windows; position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with
 p % W == r, so a rank stays within its own lanes (and shards) when W divides `lanes`, and the global batches are the same
 for any number of ranks and workers.
 """
@@ -16,7 +15,7 @@ from varlab.files import json_hash
 
 
 class SampleRequest(NamedTuple):
-    """What a worker is asked for: sample number, the epoch (for augmentation), whether it counts."""
+    """What a worker is asked for: sample number, epoch (for augmentation), whether it counts."""
 
     sample: int
     epoch: int
@@ -25,8 +24,8 @@ class SampleRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that the windows hold at once,
-    and any set with window None, is shuffled fully."""
+    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that fits into the windows at
+    once, and any set with window None, is shuffled fully."""
 
     shard_counts: Sequence[int]
     seed: int = 0
@@ -68,20 +67,19 @@ class Order:
         shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_counts)[:-1])
         row = np.concatenate([shards[s] for s in rng.permutation(len(shards))])
         order = np.empty_like(row)
-        for lane, stretch in enumerate(
-            np.array_split(row, self.lanes)
-        ):  # the first ones are longer by one where it does not divide
-            for first in range(0, len(stretch), self.window):
-                stretch[first : first + self.window] = rng.permutation(stretch[first : first + self.window])
-            order[lane :: self.lanes] = stretch
+        parts = np.array_split(row, self.lanes)  # the first ones are longer by one where the row does not divide
+        for lane, part in enumerate(parts):
+            for first in range(0, len(part), self.window):
+                part[first : first + self.window] = rng.permutation(part[first : first + self.window])
+            order[lane :: self.lanes] = part
         return order
 
 
 class TrainBatches:
-    """Batches of one rank, without end of its own state: `start` sets where the next epoch begins.
+    """Batches of one rank, epoch after epoch: `start` sets where the next epoch begins.
 
-    Every rank gets the same number of full batches; what does not fill a global batch is left out, other samples in
-    each epoch.
+    Every rank gets the same number of full batches; samples that do not fill a global batch are left out, different ones in each
+    epoch.
     """
 
     def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
@@ -111,7 +109,7 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """Every sample exactly once over all ranks, in order; ranks are filled up with draws that do not count."""
+    """Every sample exactly once over all ranks, in order; the last batches are padded with samples that do not count."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
         if num_samples == 0:

@@ -1,12 +1,13 @@
-"""The shard format: webdataset tar files (image + `.cls`), an index of where each image lies, and a manifest.
+"""The shard format: webdataset tar files (image + `.cls`), an index of the position of each image, and a manifest.
 
-    manifest.json       name, source, class names; for each split its index and shards with counts, bytes and sha256
-    train-000000.tar    00000123.png, 00000123.cls, ...     (readable by any webdataset reader)
-    train.index.npy     one row an image: shard, offset, size, label, crc32
+    manifest.json         name, source, class names; for each split its index and shards with counts, bytes and sha256
+    train-000000.tar      00000123.png, 00000123.cls, ...     (readable by any webdataset reader)
+    train.index.npy       one row per image: shard, offset, size, label, crc32
+    train.condition.npy   only where shards hold vectors (00000123.npy): one row per image
 
-Images are read by the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at once,
-any number of ranks and workers sees the same order, and a damaged byte is noticed by its checksum. A folder of shards may
-lie behind a URL: its shards are then fetched whole, when their first image is asked for.
+Images are read through the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at once,
+any number of ranks and workers sees the same order, and a damaged byte is detected by its checksum. A folder of shards may
+be a URL: each shard is then fetched when its first image is needed.
 """
 
 import io
@@ -18,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -30,22 +31,33 @@ FORMAT = 2
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 INDEX_ROW = np.dtype([("shard", "u4"), ("offset", "u8"), ("size", "u4"), ("label", "u4"), ("crc32", "u4")])
 MAX_OPEN_SHARDS = 128
+ConditionKind = Literal["label", "vector"]
 
 
 class Sample(NamedTuple):
-    """One image on its way into a shard."""
+    """One image to be written into a shard."""
 
     key: str
     image: bytes  # an encoded file
     extension: str  # without the dot
     label: int
+    condition: np.ndarray | None = None  # a vector, beside the label
+
+    def members(self) -> list[tuple[str, bytes]]:
+        """(extension, content) of each file of the sample."""
+        found = [(self.extension, self.image), ("cls", str(self.label).encode())]
+        if self.condition is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, self.condition, allow_pickle=False)
+            found.append(("npy", buffer.getvalue()))
+        return found
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes a tar of images and labels, whole or not at all; the same samples give the same bytes."""
+    """Writes a tar of images and labels atomically; the same samples give the same bytes."""
     with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            for name, content in [(sample.extension, sample.image), ("cls", str(sample.label).encode())]:
+            for name, content in sample.members():
                 info = tarfile.TarInfo(f"{sample.key}.{name}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -53,21 +65,23 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds: keys and index rows of its images, and what is wrong with the keys that are left out."""
+    """What a shard holds: keys, index rows and vectors (if any) of its images, and what is wrong with the keys that are left out."""
 
     keys: list[str]
     rows: np.ndarray
     problems: list[str]
+    conditions: np.ndarray | None = None
 
 
 def index_shard(path: Path, shard: int) -> ShardIndex:
-    """Reads a shard. A key needs one image and a `.cls`; other files beside them do not matter.
+    """Reads a shard. A key needs one image and a `.cls`; a `.npy` beside them is its vector, of the same shape for all keys. Other
+    files do not matter.
 
-    Raises ValueError for a tar that is damaged or cut off.
+    Raises ValueError for a tar that is damaged or truncated.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     problems: dict[str, str] = {}
-    rows = []
+    rows, vectors = [], []
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -90,26 +104,58 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
                 if not label.strip().isdigit():
                     problems[key] = f"label {label[:20]!r}, expected a number"
                     continue
+                if "npy" in files:
+                    vector = read_vector(tar.extractfile(files["npy"]).read())  # pyright: ignore[reportOptionalMemberAccess]
+                    if vector is None or (vectors and vector.shape != vectors[0].shape):
+                        problems[key] = "a .npy that is no array of numbers of the same shape as the others"
+                        continue
+                    vectors.append(vector)
                 rows.append((key, (shard, images[0].offset_data, len(image), int(label), zlib.crc32(image))))
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if vectors and len(vectors) != len(rows):
+        raise ValueError(f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): give all of them one, or none")
     return ShardIndex(
+        conditions=np.stack(vectors) if vectors else None,
         keys=[key for key, _ in rows],
         rows=np.array([row for _, row in rows], dtype=INDEX_ROW),
         problems=[f"key {key!r} holds {problem}" for key, problem in problems.items()],
     )
 
 
-def save_index(out: Path, split: str, rows: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Writes the index of a split; returns its entry in the manifest."""
-    file = out / f"{split}.index.npy"
+def read_vector(content: bytes) -> np.ndarray | None:
+    """A `.npy` file of numbers; None for anything else."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return None
+    return array if isinstance(array, np.ndarray) and array.dtype.kind in "fiu" else None
+
+
+def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
+    """Writes the index of a split, and its vectors if it has some; returns the entries in the manifest.
+
+    Raises ValueError when only some shards hold vectors, or vectors of different shapes.
+    """
+    vectors = [index.conditions for index in indexes if len(index.rows)]
+    shapes = {None if array is None else array.shape[1:] for array in vectors}
+    if len(shapes) > 1:
+        raise ValueError(f"{out}: the shards of {split} hold vectors of different shapes ({shapes}): all images need the same")
+    found = {"index": save_array(out / f"{split}.index.npy", np.concatenate([index.rows for index in indexes]))}
+    if vectors and vectors[0] is not None:
+        found["condition"] = save_array(out / f"{split}.condition.npy", np.concatenate(vectors))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return found
+
+
+def save_array(file: Path, array: np.ndarray) -> dict[str, Any]:
+    """Writes an array atomically; returns its entry in the manifest."""
     with atomic_write(file) as partial, open(partial, "wb") as stream:
-        np.save(stream, np.concatenate(rows))
+        np.save(stream, array)
     return {"name": file.name, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """The manifest of a folder of shards, here or behind a URL."""
+    """The manifest of a folder of shards, local or behind a URL."""
     file = join(path, "manifest.json")
     if is_remote(path):
         content = (storage or Storage()).read(file)
@@ -127,14 +173,14 @@ def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str,
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """Identity of a data set: its content, whatever its name or place."""
+    """Identity of a data set: its content, whatever its name or location."""
     return json_hash(
         {name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}
     )
 
 
 class ShardReader:
-    """The images of one split, by number. Checks at once that every local shard is there and as long as it was written.
+    """The images of one split, by number. Checks at once that every local shard exists and has the length it was written with.
 
     `path`: folder or URL of a packed set. Files behind URLs are fetched through `storage`, checked by their content.
     """
@@ -144,7 +190,8 @@ class ShardReader:
         self.manifest = load_manifest(path, self.storage)
         if split not in self.manifest["splits"]:
             raise ValueError(f"{path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
-        described = self.manifest["splits"][split]
+        self.split = split
+        self.described = described = self.manifest["splits"][split]
         self.shards = [
             RemoteFile(join(path, shard["name"]), shard["num_bytes"], shard["sha256"]) for shard in described["shards"]
         ]
@@ -152,13 +199,7 @@ class ShardReader:
         for shard in self.shards:
             if problem := problem_of_length(shard):
                 raise ValueError(f"{problem}: pack it again")
-        index = described["index"]
-        index_file = self.local(RemoteFile(join(path, index["name"]), index["num_bytes"], index["sha256"]))
-        self.index = np.load(index_file, mmap_mode=None if is_remote(path) else "r")
-        if len(self.index) != described["num_images"]:
-            raise ValueError(
-                f"{join(path, index['name'])} lists {len(self.index)} images, the manifest {described['num_images']}"
-            )
+        self.index = self.load_array(described["index"])
         self.labels = np.asarray(self.index["label"], dtype=np.int64)
         num_classes = len(self.manifest["class_names"])
         if len(self.labels) and self.labels.max() >= num_classes:
@@ -170,6 +211,27 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self.index)
 
+    def load_array(self, entry: dict[str, Any]) -> np.ndarray:
+        """An array that the manifest describes, one row per image. Raises ValueError when it has another number of rows."""
+        file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
+        array = np.load(file, mmap_mode=None if is_remote(self.path) else "r")
+        if len(array) != self.described["num_images"]:
+            raise ValueError(
+                f"{join(self.path, entry['name'])} lists {len(array)} images, the manifest {self.described['num_images']}"
+            )
+        return array
+
+    def conditions(self, kind: ConditionKind) -> np.ndarray:
+        """What batches carry beside the images: labels (N,), or the vectors (N, ...) that the shards hold.
+
+        Raises ValueError for vectors of a set that has none.
+        """
+        if kind == "label":
+            return self.labels
+        if "condition" not in self.described:
+            raise ValueError(f"data.condition=vector: {self.path} holds labels only, no vector (.npy) per image")
+        return np.asarray(self.load_array(self.described["condition"]), dtype=np.float32)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors stay in their process
 
@@ -178,7 +240,7 @@ class ShardReader:
         return self.storage.fetch(file) if is_remote(file.url) else Path(file.url)
 
     def prepare(self, samples: Sequence[int]) -> None:
-        """Fetches the shards of these samples, several at a time, where they lie elsewhere."""
+        """Fetches the remote shards of these samples, several at a time."""
         shards = [self.shards[i] for i in np.unique(self.index["shard"][list(samples)])]
         self.storage.fetch_all(shard for shard in shards if is_remote(shard.url))
 
@@ -189,8 +251,8 @@ class ShardReader:
         """
         row = self.index[i]
         shard = int(row["shard"])
-        is_elsewhere = is_remote(self.shards[shard].url)
-        image = self.read_fetched(shard, row) if is_elsewhere else os.pread(*self.place(shard, row))
+        is_fetched = is_remote(self.shards[shard].url)
+        image = self.read_fetched(shard, row) if is_fetched else os.pread(*self.place(shard, row))
         if zlib.crc32(image) != row["crc32"]:
             raise ValueError(f"{self.name_of(i)} is damaged (checksum differs)")
         return image
@@ -205,22 +267,22 @@ class ShardReader:
         return self.open_shards[shard], int(row["size"]), int(row["offset"])
 
     def read_fetched(self, shard: int, row: np.void) -> bytes:
-        """Bytes of an image from the cache. No file is kept open: an open one would go on filling the disk when removed."""
+        """Bytes of an image from the cache. No file is kept open: an open one would still use disk space when removed."""
         while True:
             try:
                 with open(self.local(self.shards[shard]), "rb") as file:
                     return os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
-            except FileNotFoundError:  # another process needed the room just now
+            except FileNotFoundError:  # another process just removed it to make room
                 continue
 
     def name_of(self, i: int) -> str:
-        """Where image `i` lies, for messages."""
+        """The position of image `i`, for messages."""
         row = self.index[i]
         return f"{self.shards[int(row['shard'])].url}: the image at byte {row['offset']}"
 
 
 def problem_of_length(shard: RemoteFile) -> str | None:
-    """What is wrong with a local shard at first sight; None when nothing is, or when it lies elsewhere."""
+    """What is wrong with a local shard by its length; None when nothing is, or when it is remote."""
     if is_remote(shard.url):
         return None
     size = os.path.getsize(shard.url) if os.path.isfile(shard.url) else None
@@ -236,7 +298,7 @@ def verify(path: str | Path, storage: Storage | None = None) -> int:
     manifest = load_manifest(path, storage)
     broken = []
     for name, split in manifest["splits"].items():
-        entries = [split["index"], *split["shards"]]
+        entries = [split["index"], *([split["condition"]] if "condition" in split else []), *split["shards"]]
         files = [RemoteFile(join(path, entry["name"]), entry["num_bytes"], entry["sha256"]) for entry in entries]
         found = [problem_of(file, storage) for file in tqdm(files, desc=f"verify {name}", unit="file")]
         broken += [problem for problem in found if problem]

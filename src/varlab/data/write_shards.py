@@ -1,7 +1,7 @@
-"""Packing: image sources -> shards + manifest.
+"""Image sources -> shards + manifest.
 
-Which image goes into which shard follows from the seed alone, so a killed run continues with the shards that are
-missing, and several processes write at once.
+Which image goes into which shard follows from the seed alone, so a killed run continues with the missing shards, and several
+processes can write at once.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.shards import FORMAT, Sample, index_shard, save_index, write_shard
-from varlab.data.sources.folder import Item, Source, reencode
+from varlab.data.shards import FORMAT, Sample, ShardIndex, index_shard, save_index, write_shard
+from varlab.data.sources.items import Item, reencode
 from varlab.files import save_json, sha256
 
 T = TypeVar("T")
@@ -41,20 +41,53 @@ class Job:
             image, extension = item.load(), ""
             if self.short_side is not None:
                 image, extension = reencode(image, self.short_side, self.quality)
-            yield Sample(key, image, extension or item.extension, item.label)
+            yield Sample(key, image, extension or item.extension, item.label, item.condition)
 
 
-def write(job: Job) -> tuple[dict[str, Any], np.ndarray]:
-    """The shard's entry in the manifest and its rows of the index; a shard that an earlier run finished is kept."""
+def write(job: Job) -> tuple[dict[str, Any], ShardIndex]:
+    """The shard's entry in the manifest and its part of the index; a shard that an earlier run finished is kept."""
     if not (job.file.is_file() and index_shard(job.file, job.number).keys == job.keys):
         write_shard(job.file, job.samples())
-    rows = index_shard(job.file, job.number).rows
-    return entry_of(job.file.name, job.file, len(rows)), rows
+    index = index_shard(job.file, job.number)
+    return entry_of(job.file.name, job.file, len(index.rows)), index
 
 
 def entry_of(name: str, file: Path, num_images: int) -> dict[str, Any]:
     """A shard's entry in the manifest."""
     return {"name": name, "num_images": num_images, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How a source is packed. `shard_images`: images per shard, or, with `shard_size` (MB), as many as make a shard of that size.
+    Larger images are re-encoded to `short_side` as JPEG of `quality`, if it is given."""
+
+    shard_images: int = 1000
+    shard_size: float | None = None
+    seed: int = 0
+    num_workers: int = 1
+    short_side: int | None = None
+    quality: int = 95
+
+
+@dataclass(frozen=True)
+class Source:
+    """All images of a data set. `splits` maps train and val to items; class i has name class_names[i].
+
+    A source of your own is a function that returns one: `varlab pack source=custom source._target_=my_file.my_source`.
+    """
+
+    kind: str
+    name: str
+    class_names: list[str]
+    splits: dict[str, list[Item]]
+
+    def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
+        """Packs the images into `out`; returns the manifest."""
+        shard_images = options.shard_images
+        if options.shard_size is not None:
+            shard_images = images_per_shard(self, options.shard_size, options.short_side, options.quality)
+        return pack(self, out, shard_images, options.seed, options.num_workers, options.short_side, options.quality)
 
 
 def pack(
@@ -68,10 +101,9 @@ def pack(
 ) -> dict[str, Any]:
     """Writes shards, index and manifest of a source into `out`; returns the manifest.
 
-    Images are mixed over the shards of their split by `seed`; larger ones are re-encoded to `short_side` as JPEG of
-    `quality` if it is given. The manifest comes last, so a folder without one is not a data set yet. Raises OSError
-    naming the file when the disk is full; finished shards stay and are used next time. Raises ValueError when `out`
-    holds shards of another source or other settings.
+    Images are mixed over the shards of their split by `seed`. The manifest comes last, so a folder without one is not a data set
+    yet. Raises OSError naming the file when the disk is full; finished shards are kept and used next time. Raises ValueError when
+    `out` holds shards of another source or other settings.
     """
     if shard_images < 1 or num_workers < 1:
         raise ValueError(f"shard_images={shard_images} and num_workers={num_workers} must be positive")
@@ -107,15 +139,15 @@ def pack(
             for number, chunk in enumerate(np.split(order, range(shard_images, len(order), shard_images)))
         ]
         written = tqdm(in_processes(write, jobs, num_workers), desc=f"pack {split}", unit="shard", total=len(jobs))
-        entries, rows = zip(*written, strict=True)
-        index = save_index(out, split, rows)
-        manifest["splits"][split] = {"num_images": len(items), "index": index, "shards": list(entries)}
+        entries, indexes = zip(*written, strict=True)
+        arrays = save_index(out, split, indexes)
+        manifest["splits"][split] = {"num_images": len(items), **arrays, "shards": list(entries)}
     save_json(out / "manifest.json", manifest)
     return manifest
 
 
 def images_per_shard(source: Source, megabytes: float, short_side: int | None, quality: int) -> int:
-    """How many images make a shard of about this size, from 64 of them as they would be written."""
+    """How many images make a shard of about this size, estimated from 64 of them as they would be written."""
     items = source.splits["train"]
     chosen = [items[i].load() for i in np.linspace(0, len(items) - 1, min(64, len(items))).astype(int)]
     written = [image if short_side is None else reencode(image, short_side, quality)[0] for image in chosen]
@@ -137,7 +169,7 @@ def in_processes(function: Callable[[T], R], jobs: Sequence[T], num_workers: int
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Notes what is being packed in `out`; raises ValueError when something else was begun there."""
+    """Records what is being packed in `out`; raises ValueError when something else was begun there."""
     file = out / "packing.json"
     if file.is_file() and (begun := json.loads(file.read_text())) != settings:
         changed = [key for key in settings if begun.get(key) != settings[key]]

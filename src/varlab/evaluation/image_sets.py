@@ -1,4 +1,4 @@
-"""Sets of images to be scored: folders of pictures, ADM-format .npz files, stored statistics; their features, cached by content."""
+"""Sets of images to be scored: folders, ADM-format .npz files, stored statistics; their features, cached by content."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ from varlab.evaluation.frechet import FeatureStatistics
 from varlab.evaluation.generation import Features
 from varlab.files import atomic_write, sha256
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ImageSet:
-    """Images of one size: the pictures of a folder in the order of their names, or `arr_0` of an .npz (uint8, N H W 3).
+    """Images of one size: the files of a folder in the order of their names, or `arr_0` of an .npz (uint8, N H W 3).
 
     `identity`: hash of their content. Raises ValueError naming what is wrong.
     """
@@ -41,9 +41,9 @@ class ImageSet:
             self.identity = sha256(self.path)[:16]
             return
         folder = self.path / "images" if (self.path / "images").is_dir() else self.path
-        self.files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)
+        self.files = sorted(file for file in folder.glob("*") if file.suffix.lower() in EXTENSIONS)
         if not self.files:
-            raise ValueError(f"{path} is neither a folder of pictures nor an .npz of images")
+            raise ValueError(f"{path} is neither a folder of images nor an .npz of images")
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(bytes.fromhex(sha256(file)))
@@ -68,7 +68,7 @@ class ImageSet:
             if image.shape != images[0].shape:
                 name = self.files[i] if self.files else f"image {i}"
                 raise ValueError(
-                    f"{name} has shape {image.shape}, others {images[0].shape}: scores want images of one size"
+                    f"{name} has shape {image.shape}, others {images[0].shape}: scores need images of one size"
                 )
         return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -80,36 +80,36 @@ def extract(
     batch_size: int,
     cache: Path,
     desc: str,
-    share: WorkSplit | None = None,
+    work: WorkSplit | None = None,
 ) -> Features:
     """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file `cache`.
 
-    Processes share the images out; each but the first returns what it made itself.
+    Processes split the images; each but the first returns only its own.
     """
-    share = share or WorkSplit()
+    work = work or WorkSplit()
     if cache.is_file():
         return load_features(cache)
-    own = list(range(num_images))[share.rank :: share.num_ranks]
+    own = list(range(num_images))[work.rank :: work.num_ranks]
     found: dict[str, list[np.ndarray]] = {}
     batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
-    for indices in tqdm(batches, desc=desc, unit="batch", disable=share.rank > 0):
+    for indices in tqdm(batches, desc=desc, unit="batch", disable=work.rank > 0):
         for name, values in outputs(network, read(indices)).items():
             found.setdefault(name, []).append(values)
     arrays = {name: np.concatenate(values) for name, values in found.items()}
-    if share.num_ranks == 1:
+    if work.num_ranks == 1:
         save_features(cache, arrays)
         return Features(**arrays)
-    parts = [cache.with_name(f"{cache.stem}-{rank}-of-{share.num_ranks}.npz") for rank in range(share.num_ranks)]
-    save_features(parts[share.rank], arrays)
-    if share.rank > 0:
+    parts = [cache.with_name(f"{cache.stem}-{rank}-of-{work.num_ranks}.npz") for rank in range(work.num_ranks)]
+    save_features(parts[work.rank], arrays)
+    if work.rank > 0:
         return Features(**arrays)
     wait_for_files(parts)
-    shares = [load_features(part) for part in parts]
+    loaded = [load_features(part) for part in parts]
     joined = {}
     for name in arrays:
         whole = np.empty((num_images, arrays[name].shape[1]), dtype=arrays[name].dtype)
-        for rank, one in enumerate(shares):
-            whole[rank :: share.num_ranks] = getattr(one, name)
+        for rank, one in enumerate(loaded):
+            whole[rank :: work.num_ranks] = getattr(one, name)
         joined[name] = whole
     save_features(cache, joined)
     for part in parts:
@@ -119,7 +119,7 @@ def extract(
 
 @torch.no_grad()
 def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
-    """What the network gives of a batch: everything it can (the Inception), or pooled features."""
+    """The network's outputs for a batch: everything it has (Inception), or pooled features."""
     if hasattr(network, "everything"):
         values = network.everything(images)  # pyright: ignore[reportCallIssue]
         return {
@@ -130,25 +130,25 @@ def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def save_features(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes features, whole or not at all."""
+    """Writes features atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def load_features(path: Path) -> Features:
-    """Features that were kept."""
+    """Features of a cache file."""
     with np.load(path) as archive:
         return Features(**{name: archive[name] for name in archive})
 
 
 def cache_file(*parts: str) -> Path:
-    """Where features made of these things are kept: VARLAB_CACHE, or the user's cache folder."""
+    """The cache file of features with these ingredients, in VARLAB_CACHE or the user's cache folder."""
     folder = Path(os.environ.get("VARLAB_CACHE", "~/.cache/varlab")).expanduser() / "features"
     return folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.npz"
 
 
 def stored_statistics(path: Path) -> dict[str, FeatureStatistics]:
-    """`mu`, `sigma` (and `mu_s`, `sigma_s` for sFID) of an ADM reference .npz; empty where it holds images alone."""
+    """`mu`, `sigma` (and `mu_s`, `sigma_s` for sFID) of an ADM reference .npz; empty if it holds only images."""
     with np.load(path) as archive:
         found = {}
         for name, suffix in [("pooled", ""), ("spatial", "_s")]:
@@ -157,10 +157,15 @@ def stored_statistics(path: Path) -> dict[str, FeatureStatistics]:
         return found
 
 
+def score_name(network: nn.Module) -> str:
+    """What scores by a network are called: its `score_name`, or its class in lower case."""
+    return getattr(network, "score_name", type(network).__name__.lower())
+
+
 def network_identity(network: nn.Module) -> str:
     """Hash of a network's class and weights; 16 hex digits."""
     digest = hashlib.sha256(type(network).__name__.encode())
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted([*network.named_parameters(), *network.named_buffers()]):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

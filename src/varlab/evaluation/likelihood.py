@@ -1,4 +1,4 @@
-"""How well a VAR predicts the tokens of images it has not seen: loss, error, calibration, and what the class is worth, by scale."""
+"""How well a VAR predicts the tokens of images: loss, error, calibration, and the gain by the condition, by scale."""
 
 import math
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ NUM_BINS = 15
 
 
 class Calibration:
-    """Expected calibration error (Guo et al. 2017): how far the probability of the likeliest code is from how often it is right,
+    """Expected calibration error (Guo et al. 2017): how far the probability of the most likely code is from how often it is right,
     over 15 bins of equal width, in percent."""
 
     def __init__(self, num_scales: int) -> None:
@@ -27,9 +27,9 @@ class Calibration:
 
     def add(self, k: int, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> None:
         """Counts the tokens of scale k."""
-        confidence, likeliest = logits.float().softmax(dim=-1).flatten(0, 1).max(dim=-1)
+        confidence, most_likely = logits.float().softmax(dim=-1).flatten(0, 1).max(dim=-1)
         bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        right = (likeliest == tokens.flatten()).double()
+        right = (most_likely == tokens.flatten()).double()
         for total, values in [
             (self.counts, torch.ones_like(right)),
             (self.confidence, confidence.double()),
@@ -47,29 +47,28 @@ class Calibration:
 
 @torch.no_grad()
 def likelihood_scores(
-    var: VAR, quantizer: MultiScaleQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]]
+    var: VAR, quantizer: MultiScaleQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Tensor]]
 ) -> dict[str, Any]:
-    """Scores over batches of (sequence, labels).
+    """Scores over batches of (sequence, condition).
 
-    `loss` (nats a token), `error` (percent), `perplexity`, `calibration_error` (percent), `bits_per_token`, `bits_per_image`,
-    `unconditional_loss` (with the null label) and `class_gap` (that minus `loss`: what the class is worth, in nats a token), over all
-    tokens and, in `by_scale`, for each scale.
+    `loss` (nats per token), `error` (percent), `perplexity`, `calibration_error` (percent), `bits_per_token`, `bits_per_image`,
+    `unconditional_loss` (with the null condition) and `class_gap` (that minus `loss`, in nats per token), over all tokens and, in `by_scale`, for each scale.
     """
     var.eval()
     patch_nums, num = var.patch_nums, 0
     sums = {name: torch.zeros(len(patch_nums), dtype=torch.float64) for name in ("loss", "error", "unconditional_loss")}
     calibration = Calibration(len(patch_nums))
-    for sequence, labels in tqdm(batches, desc="likelihood", unit="batch"):
+    for sequence, condition in tqdm(batches, desc="likelihood", unit="batch"):
         token_maps = list(sequence.split(scales.lengths(patch_nums), dim=1))
         inputs = quantizer.teacher_forcing_inputs(token_maps, var.order)
-        logits = var(inputs, labels)
+        logits = var(inputs, condition)
         found = losses.token_scores(logits, sequence, patch_nums)
-        blind = losses.token_scores(var(inputs, torch.full_like(labels, var.null_label)), sequence, patch_nums)
+        blind = losses.token_scores(var(inputs, var.embedder.null(condition)), sequence, patch_nums)
         for name, values in [("loss", found.loss), ("error", found.error), ("unconditional_loss", blind.loss)]:
             sums[name] += values.double().sum(dim=0).cpu()
         for k, (first, last) in enumerate(scales.scale_bounds(patch_nums)):
             calibration.add(k, logits[:, first:last], sequence[:, first:last])
-        num += len(labels)
+        num += len(condition)
     by_scale = {name: (total / num).tolist() for name, total in sums.items()}
     overall = {name: float(losses.over_tokens(total / num, patch_nums)) for name, total in sums.items()}
     by_scale["perplexity"] = [math.exp(loss) for loss in by_scale["loss"]]

@@ -1,4 +1,4 @@
-"""Protocols of published scores: what must be the same before numbers may be compared."""
+"""Protocols of published scores: what must be equal before scores are compared."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,24 +38,24 @@ def compare(name: str | None, protocol: dict[str, Any]) -> list[str]:
         return warnings
     if name not in PRESETS:
         raise ValueError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
-    preset, drawn = PRESETS[name], protocol.get("sampling") or {}
+    preset, sampling = PRESETS[name], protocol.get("sampling") or {}
     wanted = {key: getattr(preset, key) for key in ("cfg_scale", "top_k", "top_p")}
-    if not drawn:
-        warnings.append(f"how the samples were drawn is unknown; {name} wants {wanted}")
+    if not sampling:
+        warnings.append(f"how the samples were made is unknown; {name} wants {wanted}")
     for key, value in wanted.items():
-        if drawn and drawn.get(key) != value:
-            warnings.append(f"{key}={drawn.get(key)}, {name} has {value}")
-    if drawn.get("smooth"):
-        warnings.append("smooth=true is for looks: it changes scores")
+        if sampling and sampling.get(key) != value:
+            warnings.append(f"{key}={sampling.get(key)}, {name} has {value}")
+    if sampling.get("smooth"):
+        warnings.append("smooth=true changes scores: it is for demos")
     if protocol["resolution"] != preset.resolution:
         warnings.append(f"images of {protocol['resolution']} pixels, {name} has {preset.resolution}")
     if protocol["num_samples"] != preset.num_samples and protocol["num_samples"] >= 50_000:
         warnings.append(f"{protocol['num_samples']:,} samples, {name} has {preset.num_samples:,}")
     if protocol["reference_statistics"] != "stored":
         warnings.append("the published number is against the statistics stored in the ADM reference .npz")
-    told = f"published: FID {preset.fid}" + (f", IS {preset.inception_score}" if preset.inception_score else "")
+    published = f"published: FID {preset.fid}" + (f", IS {preset.inception_score}" if preset.inception_score else "")
     verdict = "not comparable" if warnings else "same protocol"
-    return [*warnings, f"{told} ({preset.source}); {verdict}"]
+    return [*warnings, f"{published} ({preset.source}); {verdict}"]
 
 
 def general(protocol: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""How well a tokenizer reconstructs: fidelity after each scale, use of the codebook, Frechet distance with its floor."""
+"""Scores of reconstructions: fidelity after each scale, use of the codebook, Frechet distance with its floor."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class Averages:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
-        """Counts one value an image."""
+        """Adds one value per image."""
         self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
         self.counts[name] = self.counts.get(name, 0) + len(values)
 
@@ -44,12 +44,12 @@ class Averages:
 
 @torch.no_grad()
 def reconstruction_scores(
-    tokenizer: MSVQVAE, batches: Iterable[Tensor], perceptual: dict[str, nn.Module], num_curve: int
+    tokenizer: MSVQVAE, batches: Iterable[Tensor], metrics: dict[str, Callable], num_curve: int
 ) -> dict[str, Any]:
     """Scores of a tokenizer on batches of images in [-1, 1].
 
-    psnr (dB), ssim and each perceptual distance as means over images; `by_scale`: the same after each scale, over the first
-    `num_curve` images; `usage_by_scale` (percent of the codes met) and `perplexity_by_scale` (codes), and the same overall.
+    psnr (dB), ssim and each of `metrics` (one value per image) as means over images; `by_scale`: the same after each scale, over the first
+    `num_curve` images; `usage_by_scale` (percent of the codes in use) and `perplexity_by_scale` (codes), and the same overall.
     """
     quantizer, seen, averages = tokenizer.quantizer, 0, Averages()
     hits = torch.zeros(quantizer.num_scales, quantizer.codebook_size)
@@ -60,7 +60,7 @@ def reconstruction_scores(
         outputs = tokenizer.filmstrip(token_maps) if is_in_curve else tokenizer.decode(token_maps)[None]
         for k, output in enumerate(outputs):
             is_last = k == len(outputs) - 1
-            for name, values in scores_of(output, images, perceptual).items():
+            for name, values in scores_of(output, images, metrics).items():
                 if is_in_curve:
                     averages.add(f"{name}@{k}", values)
                 if is_last:
@@ -82,12 +82,12 @@ def reconstruction_scores(
     }
 
 
-def scores_of(output: Tensor, images: Tensor, perceptual: dict[str, nn.Module]) -> dict[str, Tensor]:
+def scores_of(output: Tensor, images: Tensor, metrics: dict[str, Callable]) -> dict[str, Tensor]:
     """Every score of each image."""
     return {
         "psnr": losses.psnr(output, images),
         "ssim": ssim(output, images),
-        **{name: distance(output, images) for name, distance in perceptual.items()},
+        **{name: metric(output, images) for name, metric in metrics.items()},
     }
 
 
@@ -95,7 +95,7 @@ def scores_of(output: Tensor, images: Tensor, perceptual: dict[str, nn.Module]) 
 def reconstruction_distance(
     tokenizer: MSVQVAE, network: nn.Module, images: Iterable[Tensor], others: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Frechet distance of reconstructions to the images, and its floor: other real images against the same, as many."""
+    """Frechet distance of reconstructions to the images, and its floor: the same number of other real images against them."""
 
     def reconstructed() -> Iterator[Tensor]:
         for batch in images:

@@ -4,6 +4,9 @@ An embedder of your own subclasses `ConditionEmbedder`; VAR builds it with `num_
 arguments. The class label is one kind of condition, one number per image.
 """
 
+import difflib
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -69,3 +72,30 @@ class ClassEmbedder(ConditionEmbedder):
                 f"label {wrong[0]} is out of range: there are {self.num_classes} classes, 0..{self.num_classes - 1}"
                 f" (and {self.num_classes} for none)"
             )
+
+
+def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
+    """The number of a class, given by number or name; any of several names separated by commas.
+
+    Raises ValueError listing the nearest names for one that is unknown.
+    """
+    if isinstance(label, int):
+        if not 0 <= label <= num_classes:
+            raise ValueError(
+                f"label {label} is out of range: there are {num_classes} classes, 0..{num_classes - 1} (and {num_classes} for none)"
+            )
+        return label
+    wanted = label.strip().casefold()
+    numbers = {}
+    for number, names in enumerate(class_names):
+        for name in [names, *names.split(",")]:
+            numbers.setdefault(name.strip().casefold(), number)
+    if wanted in numbers:
+        return numbers[wanted]
+    if wanted.isdigit():
+        return label_of(int(wanted), class_names, num_classes)
+    near = difflib.get_close_matches(wanted, numbers, n=5, cutoff=0.4)
+    hint = (
+        f"the nearest are {', '.join(repr(name) for name in near)}" if near else f"there are {len(class_names)} names"
+    )
+    raise ValueError(f"no class is called {label!r}: {hint}")

@@ -1,5 +1,5 @@
 """Discriminators of the adversarial loss, and the augmentations before them. They see images in [-1, 1]; logits are high for
-real ones. Group norm stands in for the batch norm of the originals: no statistics to synchronize between devices.
+real ones. Group norm replaces the batch norm of the originals: no statistics to synchronize between devices.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DINO_FILE = WeightFile("dino_deitsmall16_pretrain.pth")
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches (Isola et al. 2017; 70 pixels wide at three layers), one logit for each."""
+    """Classifies overlapping patches (Isola et al. 2017; 70 pixels wide at three layers), one logit for each."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
@@ -82,10 +82,7 @@ class DINO(nn.Module):
                 )
             path = locate(DINO_FILE, weights)
             fill_exactly(self, read_state_dict(path), str(path))
-            for (
-                name,
-                bias,
-            ) in self.named_parameters():  # the keys' bias shifts all scores alike; it is zeroed as by the authors
+            for name, bias in self.named_parameters():  # the keys' bias shifts all scores alike; the authors zero it
                 if name.endswith("qkv.bias"):
                     bias.data[self.width : 2 * self.width] = 0
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -105,7 +102,7 @@ class DINO(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Judges each token of one readout."""
+    """One logit for each token of one readout."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -123,16 +120,16 @@ class TokenHead(nn.Module):
 class DINODiscriminator(nn.Module):
     """Heads on the tokens of a frozen DINO (as the VAR authors' single-scale tokenizer and StyleGAN-T use it).
 
-    Images above 224 pixels are cut at a random place half of the time and resized otherwise; smaller ones are enlarged.
+    Images above 224 pixels are cropped at a random position half of the time and resized otherwise; smaller ones are enlarged.
     """
 
     def __init__(self, weights: str | None = None, is_random: bool = False) -> None:
         super().__init__()
-        self.trunk = (DINO(weights, is_random),)  # not part of the state dict
+        self.trunk = DINO(weights, is_random)  # frozen: not part of the state dict
         self.heads = nn.ModuleList(TokenHead(DINO.width) for _ in range(1 + len(DINO.READOUTS)))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N"]:
-        trunk, side = self.trunk[0].to(images.device), DINO.side
+        trunk, side = self.trunk, DINO.side
         height, width = images.shape[2:]
         if min(height, width) > side and torch.rand(()) < 0.5:
             top, left = (int(torch.randint(room - side + 1, ())) for room in (height, width))

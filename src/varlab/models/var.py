@@ -131,6 +131,8 @@ class VAR(RecordedModule):
             "width": width,
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
+            "drop_path": drop_path,
+            "label_dropout": label_dropout,
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
             "order": order,

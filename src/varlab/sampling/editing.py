@@ -1,16 +1,16 @@
 """Zero-shot editing: an image's own tokens are kept outside (or inside) a region, the rest is generated (VAR, section 5.3).
 
 What is kept can be mixed in as tokens (as released), as latents (after each scale the image's own sum of codes is put back), or,
-afterwards, as pixels; the last makes the kept region exact.
+afterward, as pixels, which makes the kept region exact.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from varlab.models import scales
@@ -19,11 +19,11 @@ from varlab.models.var import VAR
 from varlab.sampling.generate import KeptTokens, decode, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
 
-BLENDS = ("tokens", "latents")
+Blend = Literal["tokens", "latents"]
 
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Float[Tensor, "H W"]:
-    """1 inside the box (y0, x0, y1, x1), shares of the side, on a map of `size`; borders round half to even."""
+    """1 inside the box (y0, x0, y1, x1), fractions of the side, on a map of `size`; borders round half to even."""
     (y0, x0, y1, x1), (height, width) = box, size
     mask = torch.zeros(size)
     mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
@@ -35,17 +35,17 @@ def keep_masks(
 ) -> list[Bool[Tensor, " _"]]:
     """For each scale, which tokens of the given image stay. `keep` is 1 at the latent positions to keep.
 
-    Scales of fewer than 4 tokens are kept whole, and of the K scales the coarsest (1 - `strength`) K: at strength 1 the region is
-    invented anew, at less it follows the image's rough shapes. The bilinear sampling is not antialiased, as released: coarse masks
-    are thin samples of the fine one. Raises ValueError for a strength outside (0, 1].
+    Scales of fewer than 4 tokens are kept entirely, and of the K scales the coarsest (1 - `strength`) K: at strength 1 the region is
+    generated from scratch, below 1 it follows the image's coarse shapes. The bilinear sampling is not antialiased, as released:
+    coarse masks are sparse samples of the fine one. Raises ValueError for a strength outside (0, 1].
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}: must lie above 0 and up to 1")
-    masks, num_whole = [], round((1 - strength) * len(patch_nums))
+        raise ValueError(f"strength={strength}: must be above 0 and at most 1")
+    masks, num_kept = [], round((1 - strength) * len(patch_nums))
     for k, (h, w) in enumerate(scales.sides(patch_nums)):
         resized = F.interpolate(keep[None, None], size=(h, w), mode="bilinear", align_corners=False)
-        is_whole = h * w < 4 or k < num_whole
-        masks.append(torch.ones(h * w, dtype=torch.bool) if is_whole else (resized > 0.5).flatten())
+        is_kept = h * w < 4 or k < num_kept
+        masks.append(torch.ones(h * w, dtype=torch.bool) if is_kept else (resized > 0.5).flatten())
     return masks
 
 
@@ -59,24 +59,26 @@ def edit(
     tokenizer: MSVQVAE,
     images: Float[Tensor, "B 3 H W"],
     keep: Float[Tensor, "h w"],
-    labels: Int[Tensor, " B"],
+    condition: Tensor,
     *,
     seed: int | Sequence[int] = 0,
     strength: float = 1.0,
-    blend: str = "tokens",
+    blend: Blend = "tokens",
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"]:
-    """Images in [0, 1] with what `images` (in [-1, 1]) show where `keep` (on the latent map) is 1 and generated content elsewhere.
+    """Images (B 3 H W) in [0, 1] with the content of `images` (B 3 H W, in [-1, 1]) where `keep` is 1 and generated content elsewhere.
 
-    `settings`: fields of `SamplingSettings`. The null label in-paints without a class; a class edits towards it.
+    `keep`: on the latent map, see `latent_mask`. `condition`: class labels (B); the null label in-paints without a class, a class
+    edits toward it. `strength`: see `keep_masks`. `blend`: what is kept, `tokens` (as released) or `latents`. `settings`: fields of
+    `SamplingSettings`. Raises ValueError for a value out of range.
     """
-    if blend not in BLENDS:
-        raise ValueError(f"blend={blend!r}: choose one of {', '.join(BLENDS)}")
+    if blend not in get_args(Blend):
+        raise ValueError(f"blend={blend!r}: choose one of {', '.join(get_args(Blend))}")
     with torch.no_grad():
         token_maps = tokenizer.encode(images)
         partial_sums = tokenizer.quantizer.partial_sums(token_maps) if blend == "latents" else None
         kept = KeptTokens(token_maps, keep_masks(keep, tokenizer.patch_nums, strength), partial_sums, keep)
-        f_hat, _ = generate_tokens(var, tokenizer, labels, SamplingSettings(**settings), seed=seed, kept=kept)
+        f_hat, _ = generate_tokens(var, tokenizer, condition, SamplingSettings(**settings), seed=seed, kept=kept)
         return decode(tokenizer, f_hat)
 
 

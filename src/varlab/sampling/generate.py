@@ -1,5 +1,4 @@
-"""Sampling: the next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the
-baseline in raster order."""
+"""The next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the raster baseline."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from varlab.sampling.token_sampling import (
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With `partial_sums` the
-    images' own sums of codes stand, after each scale, where `latents` is 1."""
+    """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With `partial_sums`, after
+    each scale the images' own sums of codes replace the generated ones where `latents` is 1."""
 
     token_maps: Sequence[Int[Tensor, "B _"]]
     masks: Sequence[Bool[Tensor, " _"]]
@@ -36,33 +35,23 @@ class KeptTokens:
 
 
 def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
-    """One seed an image: `seed + i` for an int, the given ones otherwise."""
+    """One seed per image: `seed + i` for an int, the given ones otherwise."""
     seeds = [seed + i for i in range(batch_size)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch_size:
-        raise ValueError(f"{len(seeds)} seeds were given for {batch_size} labels")
+        raise ValueError(f"{len(seeds)} seeds were given for {batch_size} images")
     return seeds
 
 
 def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
     """Raises ValueError when the transformer was not made for such a tokenizer."""
     for name in ("patch_nums", "codebook_size", "codebook_dim"):
-        if var.sizes[name] != tokenizer.sizes[name]:
-            raise ValueError(
-                f"the VAR has {name}={var.sizes[name]}, the tokenizer {tokenizer.sizes[name]}: they do not belong together"
-            )
-
-
-def check_labels(labels: Int[Tensor, " B"], num_classes: int) -> None:
-    """Raises ValueError for a label outside 0..num_classes, the last being the null label."""
-    wrong = [label for label in labels.tolist() if not 0 <= label <= num_classes]
-    if wrong:
-        raise ValueError(
-            f"label {wrong[0]} is out of range: there are {num_classes} classes, 0..{num_classes - 1} (and {num_classes} for none)"
-        )
+        expected, found = getattr(var, name), getattr(tokenizer.quantizer, name)
+        if expected != found:
+            raise ValueError(f"the VAR has {name}={expected}, the tokenizer {found}: they do not belong together")
 
 
 def compile_scales(var: VAR) -> None:
-    """From now on `generate` runs one compiled program for each scale (and batch size: keep it the same) of this network.
+    """From now on `generate` runs one compiled program per scale of this network (and per batch size: keep it the same).
 
     The first batch takes a minute or more; tokens stay the same but for rounding.
     """
@@ -72,10 +61,10 @@ def compile_scales(var: VAR) -> None:
 
 
 def generate_tokens(
-    var: VAR, tokenizer: MSVQVAE, labels: Int[Tensor, " B"], settings: SamplingSettings, **given: Any
+    var: VAR, tokenizer: MSVQVAE, condition: Tensor, settings: SamplingSettings, **options: Any
 ) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
-    """The sum of codes `f_hat` of all scales and the token maps of the given classes. `given`: see `generate_scales`."""
-    by_scale = list(generate_scales(var, tokenizer, labels, settings, **given))
+    """The sum of codes `f_hat` of all scales and the token maps for the given conditions. `options`: see `generate_scales`."""
+    by_scale = list(generate_scales(var, tokenizer, condition, settings, **options))
     return by_scale[-1][0], [tokens for _, tokens in by_scale]
 
 
@@ -83,7 +72,7 @@ def generate_tokens(
 def generate_scales(
     var: VAR,
     tokenizer: MSVQVAE,
-    labels: Int[Tensor, " B"],
+    condition: Tensor,
     settings: SamplingSettings,
     *,
     seed: int | Sequence[int] = 0,
@@ -92,96 +81,104 @@ def generate_scales(
 ) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
     """The loop over scales: after each, coarse to fine, the sum of codes so far and the scale's tokens.
 
-    Image i depends on `labels[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens returned are the ones
-    drawn, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would give.
+    Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens returned are the
+    sampled ones, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would give.
     """
     check_pair(var, tokenizer)
-    check_labels(labels, var.num_classes)
+    var.embedder.check(condition)
     if var.order == "raster" and (settings.smooth or kept is not None):
-        raise ValueError("a network with order=raster draws token by token: no smooth codes, no editing")
-    quantizer, device, lengths = tokenizer.quantizer, labels.device, scales.lengths(var.patch_nums)
-    num_scales, by_scale = len(lengths), settings.by_scale(len(lengths), quantizer.codebook_size)
+        raise ValueError("a network with order=raster samples token by token: no smooth codes, no editing")
+    quantizer, device = tokenizer.quantizer, condition.device
+    lengths = scales.lengths(var.patch_nums)
+    by_scale = settings.by_scale(len(lengths), quantizer.codebook_size)
     var.eval()
-    randomness = randomness or Randomness(image_seeds(seed, len(labels)), lengths)
-    is_guided = any(how.guidance != 0 for how in by_scale)
-    rows = torch.cat([labels, torch.full_like(labels, var.null_label)]) if is_guided else labels
+    randomness = randomness or Randomness(image_seeds(seed, len(condition)), lengths)
+    is_guided = any(scale_settings.guidance != 0 for scale_settings in by_scale)
+    rows = torch.cat([condition, var.embedder.null(condition)]) if is_guided else condition
     has_autocast = torch.is_autocast_enabled(device.type)
     cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
 
-    def predict(step: int, inputs: Tensor | None, how: ScaleSettings) -> Tensor:
-        """Guided logits of one step; `inputs` serve both halves of a guided batch."""
+    def predict(step: int, inputs: Tensor | None, scale_settings: ScaleSettings) -> Tensor:
+        """Guided logits of one step; `inputs` are the same for both halves of a guided batch."""
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
         logits = var.predict_scale(step, inputs, rows, cache).float()
         if not is_guided:
             return logits
         cond, uncond = logits.chunk(2)
-        return guide(cond, uncond, how.guidance)
+        return guide(cond, uncond, scale_settings.guidance)
 
-    f_hat, inputs = quantizer.empty(len(labels)), None
-    if var.order == "raster":
-        for k, how in enumerate(by_scale):
-            drawn = []
-            for i, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
-                drawn.append(sample_codes(predict(i, inputs, how), uniform, how))
-                inputs = quantizer.codebook(drawn[-1])
-            tokens = torch.cat(drawn, dim=1)
-            f_hat = quantizer.accumulate(f_hat, quantizer.codebook(tokens), k)
-            yield f_hat, tokens
-        return
-    for k, how in enumerate(by_scale):
-        logits = predict(k, inputs, how)
-        uniform = randomness.uniform(k).to(device)
+    def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and codes of scale k, predicted from the sum of the coarser ones."""
+        inputs = None if k == 0 else quantizer.at_scale(f_hat, k)
+        logits, uniform = predict(k, inputs, by_scale[k]), randomness.uniform(k).to(device)
         if settings.smooth:
-            tokens, logits = sample_filtered(logits, uniform, how)
-            codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, num_scales, quantizer)
+            tokens, logits = sample_filtered(logits, uniform, by_scale[k])
+            codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, quantizer)
         else:
-            tokens = sample_codes(logits, uniform, how)
-            codes = quantizer.codebook(tokens)
+            tokens = sample_codes(logits, uniform, by_scale[k])
+            codes = quantizer.embed(tokens)
         if kept is not None:
             mask = kept.masks[k].to(device)
             tokens = torch.where(mask, kept.token_maps[k], tokens)
-            codes = torch.where(mask[:, None], quantizer.codebook(tokens), codes)
-        f_hat = quantizer.accumulate(f_hat, codes, k)
-        if kept is not None and kept.partial_sums is not None and kept.latents is not None:
-            f_hat = torch.where(kept.latents.to(device) > 0.5, kept.partial_sums[k], f_hat)
-        if k + 1 < num_scales:
-            inputs = quantizer.at_scale(f_hat, k + 1)
+            codes = torch.where(mask[:, None], quantizer.embed(tokens), codes)
+        return tokens, codes
+
+    previous: list[Tensor | None] = [None]  # code of the token before, in raster order
+
+    def choose_one_by_one(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in raster order: each token from the one before it."""
+        sampled = []
+        for step, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
+            sampled.append(sample_codes(predict(step, previous[0], by_scale[k]), uniform, by_scale[k]))
+            previous[0] = quantizer.embed(sampled[-1])
+        tokens = torch.cat(sampled, dim=1)
+        return tokens, quantizer.embed(tokens)
+
+    def put_back(k: int, before: Tensor, after: Tensor) -> Tensor:
+        """The images' own sums where they are kept as latents."""
+        if kept is None or kept.partial_sums is None or kept.latents is None:
+            return after
+        return torch.where(kept.latents.to(device) > 0.5, kept.partial_sums[k], after)
+
+    choice = choose if var.order == "scales" else choose_one_by_one
+    for tokens, f_hat in quantizer.residual_loop(quantizer.empty(len(condition)), choice, put_back):
         yield f_hat, tokens
 
 
 def soft_codes(
-    logits: Float[Tensor, "B l V"],
-    noise: Float[Tensor, "B l V"],
-    k: int,
-    num_scales: int,
-    quantizer: MultiScaleQuantizer,
+    logits: Float[Tensor, "B l V"], noise: Float[Tensor, "B l V"], k: int, quantizer: MultiScaleQuantizer
 ) -> Float[Tensor, "B l C"]:
-    """Means of the codebook weighted by a soft Gumbel softmax of filtered logits (the released "smooth" option)."""
-    t = scales.progress(k, num_scales)
-    weights = ((logits * (1 + t) + noise) / smooth_temperature(k, num_scales)).softmax(dim=-1)
+    """Means of the codes weighted by a soft Gumbel softmax of filtered logits (the released "smooth" option)."""
+    t = scales.progress(k, quantizer.num_scales)
+    weights = ((logits * (1 + t) + noise) / smooth_temperature(k, quantizer.num_scales)).softmax(dim=-1)
     with torch.autocast(logits.device.type, enabled=False):
-        return weights @ quantizer.codebook.weight
+        return weights @ quantizer.embed(torch.arange(quantizer.codebook_size, device=logits.device))
 
 
 @torch.no_grad()
 def generate(
     var: VAR,
     tokenizer: MSVQVAE,
-    labels: Int[Tensor, " B"],
+    condition: Tensor,
     *,
     seed: int | Sequence[int] = 0,
     return_tokens: bool = False,
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"] | tuple[Float[Tensor, "B 3 H W"], list[Int[Tensor, "B _"]]]:
-    """Images in [0, 1] of the given classes, and their token maps if `return_tokens`. `settings`: fields of `SamplingSettings`
-    (cfg_scale=4.0, top_k=900, ...)."""
-    f_hat, token_maps = generate_tokens(var, tokenizer, labels, SamplingSettings(**settings), seed=seed)
+    """Images (B 3 H W) in [0, 1], and their token maps (B l_k each) if `return_tokens`.
+
+    `condition`: class labels (B), 0 to num_classes - 1, or num_classes for none; or what the network's embedder takes.
+    `seed`: image i has seed `seed + i`, or `seed[i]`, and does not depend on the other images. `settings`: fields of
+    `SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError for a label or a setting out of range, and for a
+    transformer and a tokenizer that do not belong together.
+    """
+    f_hat, token_maps = generate_tokens(var, tokenizer, condition, SamplingSettings(**settings), seed=seed)
     images = decode(tokenizer, f_hat)
     return (images, token_maps) if return_tokens else images
 
 
 @torch.no_grad()
 def decode(tokenizer: MSVQVAE, f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
-    """Images in [0, 1] of a sum of codes."""
+    """Images in [0, 1] from a sum of codes."""
     return tokenizer.decode_features(f_hat).float() / 2 + 0.5

@@ -6,7 +6,7 @@ Each image has a random stream of its own, made from its seed alone, so it does 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 from varlab.models import scales
 
 ByScale = float | int | Sequence[float | int]
-SCHEDULES = ("linear", "cosine", "constant")
+GuidanceSchedule = Literal["linear", "cosine", "constant"]
 
 
 def guide(cond: Float[Tensor, "B l V"], uncond: Float[Tensor, "B l V"], scale: float) -> Float[Tensor, "B l V"]:
@@ -30,9 +30,9 @@ def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float
     code. Raises ValueError for top_k above the codebook size or top_p outside [0, 1].
     """
     if not 0 <= top_k <= logits.shape[-1]:
-        raise ValueError(f"top_k={top_k}: must lie between 0 (off) and the codebook size {logits.shape[-1]}")
+        raise ValueError(f"top_k={top_k}: must be between 0 (off) and the codebook size {logits.shape[-1]}")
     if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must lie between 0 (off) and 1")
+        raise ValueError(f"top_p={top_p}: must be between 0 (off) and 1")
     if top_k > 0:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -45,13 +45,13 @@ def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float
 
 
 def sample_tokens(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
-    """Tokens by inverse CDF from numbers in [0, 1): one number a token, so the stream is short and the same on any device."""
+    """Tokens by inverse CDF from numbers in [0, 1): one number per token, so the stream is short and the same on any device."""
     cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
 
 
 class Randomness:
-    """The random numbers of a batch: image i draws from a generator seeded with `seeds[i]`, on the CPU."""
+    """The random numbers of a batch: those of image i come from a generator seeded with `seeds[i]`, on the CPU."""
 
     def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -63,7 +63,7 @@ class Randomness:
         return self.uniform_by_scale[k]
 
     def gumbel(self, k: int, codebook_size: int) -> Float[Tensor, "B l V"]:
-        """Gumbel noise for each code at each token of scale k; call once a scale, in order."""
+        """Gumbel noise for each code at each token of scale k; call once per scale, in order."""
         shape = (self.uniform_by_scale[k].shape[1], codebook_size)
         return -torch.stack(
             [torch.empty(shape).exponential_(generator=generator).log() for generator in self.generators]
@@ -76,7 +76,7 @@ def smooth_temperature(k: int, num_scales: int) -> float:
 
 
 class ScaleSettings(NamedTuple):
-    """How the tokens of one scale are drawn."""
+    """Sampling settings of one scale."""
 
     guidance: float
     temperature: float
@@ -87,17 +87,19 @@ class ScaleSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn. Every number may be a list instead, one entry a scale, coarse to fine.
+    """How tokens are sampled. Every number may be a list instead, one entry per scale, coarse to fine.
 
-    `cfg_scale`: guidance, by `cfg_schedule` growing from 0 at the coarsest scale to `cfg_scale` at the finest (linear, as
-    released, or a half cosine) or `constant`; none at scales before `cfg_from`; a list is taken as it stands. 0 is none (DiT's
-    scale minus 1). Then `temperature` divides the logits, then filters act in this order, 0 turning each off: `top_k` keeps
-    the most likely codes, `top_p` the smallest set whose probability exceeds it, `min_p` those at least that share as likely as the
-    most likely one. `smooth` mixes codes by a soft Gumbel softmax: for looks, not for scores.
+    `cfg_scale`: classifier-free guidance. By `cfg_schedule` it grows from 0 at the coarsest scale to `cfg_scale` at the finest
+    (linear, as released, or a half cosine) or is `constant`; there is none at scales before `cfg_from`; a list is used as it is.
+    0 is no guidance (DiT's scale minus 1). Then `temperature` divides the logits, then filters act in this order, 0 turning each
+    off: `top_k` keeps the most likely codes, `top_p` the smallest set whose probability exceeds it, `min_p` the codes whose
+    probability is at least that share of the highest one. `smooth` mixes codes by a soft Gumbel softmax: for demos, not for scores.
+
+    Raises ValueError, in `by_scale` and for an unknown `cfg_schedule` at once, naming the value that is out of range.
     """
 
     cfg_scale: ByScale = 1.5
-    cfg_schedule: str = "linear"
+    cfg_schedule: GuidanceSchedule = "linear"
     cfg_from: int = 0
     temperature: ByScale = 1.0
     top_k: ByScale = 0
@@ -105,16 +107,18 @@ class SamplingSettings:
     min_p: ByScale = 0.0
     smooth: bool = False
 
+    def __post_init__(self) -> None:
+        if self.cfg_schedule not in get_args(GuidanceSchedule):
+            raise ValueError(f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(get_args(GuidanceSchedule))}")
+
     def by_scale(self, num_scales: int, codebook_size: int) -> list[ScaleSettings]:
-        """The numbers for each scale. Raises ValueError naming what is out of range."""
-        if self.cfg_schedule not in SCHEDULES:
-            raise ValueError(f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        """The settings of each scale. Raises ValueError naming what is out of range."""
         ranges = {"temperature": (1e-6, math.inf), "top_k": (0, codebook_size), "top_p": (0, 1), "min_p": (0, 1)}
         lists = {name: self.spread(name, num_scales) for name in ("cfg_scale", *ranges)}
         for name, (low, high) in ranges.items():
             for value in lists[name]:
                 if not low <= value <= high:
-                    hint = f"must lie between {low:g} and {high:g}" + (", the codebook size" if name == "top_k" else "")
+                    hint = f"must be between {low:g} and {high:g}" + (", the codebook size" if name == "top_k" else "")
                     hint = "must be above 0 (top_k=1 takes the most likely code)" if name == "temperature" else hint
                     raise ValueError(f"{name}={value}: {hint}")
         rest = zip(*(lists[name] for name in ranges), strict=True)
@@ -126,7 +130,7 @@ class SamplingSettings:
         ]
 
     def spread(self, name: str, num_scales: int) -> list[Any]:
-        """A setting as a list of one entry a scale."""
+        """A setting as a list of one entry per scale."""
         value = getattr(self, name)
         if not isinstance(value, Sequence):
             return [value] * num_scales
@@ -145,40 +149,40 @@ class SamplingSettings:
 
 
 def sample_filtered(
-    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> tuple[Int[Tensor, "B l"], Float[Tensor, "B l V"]]:
-    """(tokens, filtered logits): temperature, filters, one draw a token."""
-    logits = logits if how.temperature == 1 else logits / how.temperature
-    if how.top_k == 1:
+    """(tokens, filtered logits): temperature, filters, one sample per token."""
+    logits = logits if scale_settings.temperature == 1 else logits / scale_settings.temperature
+    if scale_settings.top_k == 1:
         return logits.argmax(dim=-1), filter_logits(logits, 1)
-    logits = filter_logits(logits, how.top_k, how.top_p)
-    if how.min_p > 0:
+    logits = filter_logits(logits, scale_settings.top_k, scale_settings.top_p)
+    if scale_settings.min_p > 0:
         highest = logits.amax(dim=-1, keepdim=True)
-        logits = logits.masked_fill(logits < highest + math.log(how.min_p), -torch.inf)
+        logits = logits.masked_fill(logits < highest + math.log(scale_settings.min_p), -torch.inf)
     return sample_tokens(logits, uniform), logits
 
 
 def sample_codes(
-    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> Int[Tensor, "B l"]:
-    """One draw a token by the cheaper of the two ways below."""
-    is_short = 1 < how.top_k < logits.shape[-1]
-    return sample_top_k(logits, uniform, how) if is_short else sample_filtered(logits, uniform, how)[0]
+    """One sample per token, by the cheaper of two ways: from the `top_k` codes alone, or from all."""
+    is_short = 1 < scale_settings.top_k < logits.shape[-1]
+    return sample_top_k(logits, uniform, scale_settings) if is_short else sample_filtered(logits, uniform, scale_settings)[0]
 
 
 def sample_top_k(
-    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], how: ScaleSettings
+    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> Int[Tensor, "B l"]:
-    """Tokens alone, from the `top_k` most likely codes in falling order: nothing as long as the codebook is sorted, summed or
-    exponentiated. The same distribution as `sample_filtered`, other tokens for the same numbers; of codes that tie with the k-th
-    only the first are kept."""
-    values, codes = logits.topk(how.top_k, dim=-1)  # falling
-    probabilities = (values.double() / how.temperature).softmax(dim=-1)
+    """Tokens alone, from the `top_k` most likely codes in descending order: nothing of the codebook's length is sorted, summed or
+    exponentiated. The same distribution as `sample_filtered`, but other tokens for the same random numbers; of codes that tie with
+    the k-th only the first are kept."""
+    values, codes = logits.topk(scale_settings.top_k, dim=-1)  # descending
+    probabilities = (values.double() / scale_settings.temperature).softmax(dim=-1)
     reached = probabilities.cumsum(dim=-1)
-    if how.top_p > 0:
-        probabilities = probabilities.masked_fill(reached - probabilities >= how.top_p, 0)
-    if how.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < how.min_p * probabilities[..., :1], 0)
+    if scale_settings.top_p > 0:
+        probabilities = probabilities.masked_fill(reached - probabilities >= scale_settings.top_p, 0)
+    if scale_settings.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < scale_settings.min_p * probabilities[..., :1], 0)
     cdf = probabilities.cumsum(dim=-1)
     place = torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)
-    return codes.gather(-1, place.clamp(max=how.top_k - 1))[..., 0]
+    return codes.gather(-1, place.clamp(max=scale_settings.top_k - 1))[..., 0]

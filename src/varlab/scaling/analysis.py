@@ -26,9 +26,20 @@ class FitSettings:
     seed: int = 0
 
 
+def parse_floor(setting: str | float) -> float | None:
+    """None for `fitted`, 0 for `none`, else the number given in nats. Raises ValueError for anything else."""
+    named = {"fitted": None, "none": 0.0}
+    if setting in named:
+        return named[setting]  # pyright: ignore[reportArgumentType]
+    try:
+        return float(setting)
+    except ValueError:
+        raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats") from None
+
+
 @dataclass(frozen=True)
 class Analysis:
-    """What the runs say. What could not be fitted is in `missing`, with the reason."""
+    """All fits. What could not be fitted is in `missing`, with the reason."""
 
     runs: Runs
     settings: FitSettings
@@ -45,13 +56,13 @@ class Analysis:
 
     @property
     def num_scales(self) -> int:
-        """Scales whose losses the runs logged."""
+        """Number of scales whose losses the runs logged."""
         return len(scale_columns(self.runs.rows))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the draws, for fits.json."""
+        """Everything but the resamples, for fits.json."""
         return {
-            "laws": [{"y": y, "x": x, **without_draws(law)} for (y, x), law in self.laws.items()],
+            "laws": [{"y": y, "x": x, **without_resamples(law)} for (y, x), law in self.laws.items()],
             "parametric": None if self.parametric is None else described(self.parametric),
             "parametric_other_loss": None if self.squares is None else described(self.squares),
             "held_out_error_percent": [
@@ -64,22 +75,22 @@ class Analysis:
                     for p in self.isoflop.parabolas
                 ],
                 "refused": self.isoflop.refused,
-                "size_law": self.isoflop.size_law and without_draws(self.isoflop.size_law),
-                "images_law": self.isoflop.images_law and without_draws(self.isoflop.images_law),
+                "size_law": self.isoflop.size_law and without_resamples(self.isoflop.size_law),
+                "images_law": self.isoflop.images_law and without_resamples(self.isoflop.images_law),
             },
             "extrapolation": self.extrapolation,
             "missing": self.missing,
         }
 
 
-def without_draws(law: PowerLaw) -> dict[str, Any]:
+def without_resamples(law: PowerLaw) -> dict[str, Any]:
     """A law for a JSON file."""
-    return {key: value for key, value in asdict(law).items() if key != "draws"}
+    return {key: value for key, value in asdict(law).items() if key != "resamples"}
 
 
 def described(law: ParametricLaw) -> dict[str, Any]:
     """A parametric law for a JSON file."""
-    kept = {key: value for key, value in asdict(law).items() if key not in ("draws", "form")}
+    kept = {key: value for key, value in asdict(law).items() if key not in ("resamples", "form")}
     return {"form": law.form.words, **kept, "intervals": law.intervals()}
 
 
@@ -100,7 +111,7 @@ def of_equal_images(rows: Sequence[Row]) -> list[Row]:
 
 
 def images_of(row: Row, repeated: bool) -> float:
-    """D of the fits: images seen, or what they are worth when they were seen several times."""
+    """D of the fits: images seen, or the effective number when images were seen several times."""
     return float(effective_data(row["images_seen"], row["unique_images"])) if repeated else float(row["images_seen"])
 
 
@@ -154,7 +165,7 @@ def analyse(runs: Runs, settings: FitSettings) -> Analysis:
 
 
 def power_law(x: Values, y: Values, floor: float | None, settings: FitSettings) -> PowerLaw:
-    """A power law; a floor is not fitted to fewer than four sizes, which cannot tell one."""
+    """A power law; a floor is not fitted to fewer than four sizes, which do not determine one."""
     if floor is None and len(np.unique(x)) < MIN_SIZES_FOR_INTERVAL:
         floor = 0.0
     return fit(x, y, floor, settings.bootstraps, settings.seed)
@@ -197,12 +208,12 @@ def seed_noise(rows: Sequence[Row]) -> float | None:
 
 
 def lack_of_fit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
-    """A warning where runs lie much farther from the law than seeds from each other; none where there are no seeds to tell."""
+    """A warning if runs are much farther from the fit than seeds from each other; none without runs that differ in seed alone."""
     spread = seed_noise(rows)
     if spread is None or law.noise <= 3 * spread:
         return []
     return [
-        f"L(N, D) does not describe these runs: they lie {law.noise / spread:.0f} times as far from it as seeds from each other"
+        f"L(N, D) does not describe these runs: their distance from it is {law.noise / spread:.0f} times that between seeds"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a given compute buys: the frontier of all training curves, and the best size of each budget (IsoFLOP).
+"""The best loss for a given compute: the frontier of all training curves, and the best size of each budget (IsoFLOP).
 
 Hoffmann et al. 2022, first and second approach. Compute is the exact count, not 6ND.
 """
@@ -13,7 +13,7 @@ from varlab.scaling.power_law import PowerLaw, Values, fit
 
 Row = dict[str, Any]
 SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are one
-EACH_SIDE = 3  # points beside the minimum that a parabola is laid through, at most
+EACH_SIDE = 3  # points on each side of the minimum that a parabola is fitted to, at most
 
 
 def frontier(compute: Values, loss: Values) -> list[int]:
@@ -64,7 +64,7 @@ class Parabola:
 @dataclass(frozen=True)
 class IsoFLOP:
     """A parabola for each budget; the best size and the best number of images as powers of compute (None for fewer than three
-    budgets); what was refused, in words."""
+    budgets); what was refused, as text."""
 
     parabolas: list[Parabola]
     refused: list[str]
@@ -84,8 +84,8 @@ def budgets(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 1000) -> IsoFLOP:
-    """Parabolas through the points near each budget's minimum. A minimum at the edge of the sizes is refused: it says only that
-    larger or smaller networks are missing."""
+    """Parabolas through the points near each budget's minimum. A minimum at the edge of the sizes is refused: larger
+    or smaller networks are missing."""
     parabolas, refused = [], []
     for group in budgets(rows):
         compute = float(np.exp(np.mean([np.log(row["flops_exact"]) for row in group])))
@@ -101,7 +101,7 @@ def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 100
         if lowest in (0, len(sizes) - 1) or not x.min() <= best <= x.max():
             side = "smallest" if lowest == 0 else "largest" if lowest == len(sizes) - 1 else "edge"
             refused.append(
-                f"{compute:.3g} FLOP: the minimum lies at the {side} of {len(sizes)} sizes, no optimum is seen"
+                f"{compute:.3g} FLOP: the minimum is at the {side} of {len(sizes)} sizes, no optimum is visible"
             )
             continue
         by_size = sorted((row["params_main"], row["images_seen"]) for row in chosen)

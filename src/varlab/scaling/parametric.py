@@ -16,9 +16,9 @@ from varlab.scaling.power_law import Values, t_correction
 
 Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
-REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: passes over the same images that still count
+REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: the number of repetitions after which new passes add little
 POLISHED = 4
-NO_FLOOR = 1e-3  # nat: a fitted floor below is none
+NO_FLOOR = 1e-3  # nat: a fitted floor below this is none
 LOSSES = ("huber", "squares")
 
 
@@ -36,12 +36,22 @@ class Form(NamedTuple):
         return f"{'tied' if self.tied else 'free'} exponents, {floor}, {'Huber' if self.loss == 'huber' else 'least squares'}"
 
 
+def parse_form(setting: str, floor: float | None) -> Form | None:
+    """The form of L(N, D): None for `auto`, else exponents and loss as named; its floor is that of the other fits."""
+    if setting == "auto":
+        return None
+    parts = setting.split("_")
+    if len(parts) != 2 or parts[0] not in ("tied", "free") or parts[1] not in LOSSES:
+        raise ValueError(f"form={setting!r}: choose auto, tied_huber, tied_squares, free_huber or free_squares")
+    return Form(parts[0] == "tied", floor, parts[1])
+
+
 CHINCHILLA = Form()  # free exponents, floor fitted, Huber
 
 
 @dataclass(frozen=True)
 class ParametricLaw:
-    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it. `draws`:
+    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it. `resamples`:
     the same five parameters for each bootstrap (alpha, log_a, beta, log_b, floor)."""
 
     form: Form
@@ -52,7 +62,7 @@ class ParametricLaw:
     floor: float
     noise: float
     objective: float
-    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
+    resamples: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> np.ndarray:
@@ -64,19 +74,19 @@ class ParametricLaw:
         return evaluate(self.parameters, size, images)
 
     def interval(self, size: float | int, images: float | int, seed: int = 0) -> tuple[float, float] | None:
-        """Where the loss of one further run lies in 95 % of cases: spread of the parameters and noise of a run together."""
-        if self.draws is None:
+        """95 % interval of the loss of one further run: spread of the parameters and noise of a run together."""
+        if self.resamples is None:
             return None
-        values = evaluate(self.draws, size, images)
+        values = evaluate(self.resamples, size, images)
         values = values * np.exp(np.random.default_rng(seed).normal(0, self.noise, len(values)))
         low, high = np.percentile(values, (2.5, 97.5))
         return float(low), float(high)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % of each parameter."""
-        if self.draws is None:
+        if self.resamples is None:
             return {}
-        low, high = np.percentile(self.draws, (2.5, 97.5), axis=0)
+        low, high = np.percentile(self.resamples, (2.5, 97.5), axis=0)
         names = ("alpha", "log_a", "beta", "log_b", "floor")
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
@@ -88,7 +98,7 @@ def evaluate(parameters: np.ndarray, size: Any, images: Any) -> np.ndarray:
 
 
 def effective_data(images: Any, unique: Any, repeat_decay: float = REPEAT_DECAY) -> np.ndarray:
-    """How many new images the ones seen are worth, when each was seen several times (Muennighoff et al. 2023):
+    """Effective number of new images, when images were seen several times (Muennighoff et al. 2023):
     U + U R* (1 - exp(-R / R*)), R being the passes after the first."""
     images, unique = np.asarray(images, dtype=float), np.asarray(unique, dtype=float)
     repeats = np.maximum(images / unique - 1, 0)
@@ -168,7 +178,7 @@ def fit_parametric(
     seed: int = 0,
 ) -> ParametricLaw:
     """The law through points (N, D, L). `groups` says which points belong to one run (a trunk and its branches): the bootstrap
-    draws runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or unusable losses."""
+    resamples runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or unusable losses."""
     n, d, y = (np.asarray(values, dtype=float) for values in (size, images, loss))
     for what, values in (("sizes", n), ("numbers of images", d)):
         if len(np.unique(values)) < 3:
@@ -189,10 +199,10 @@ def fit_parametric(
     noise = (
         robust_spread(residuals, degrees) if form.loss == "huber" else float(np.sqrt((residuals**2).sum() / degrees))
     )
-    draws = bootstrap(problem, v, center, groups, bootstraps, seed) if bootstraps else None
+    resamples = bootstrap(problem, v, center, groups, bootstraps, seed) if bootstraps else None
     alpha, log_a, beta, log_b, floor = (float(parameter) for parameter in parameters)
     floor = floor if floor > NO_FLOOR else 0.0
-    return ParametricLaw(form, alpha, log_a, beta, log_b, floor, noise, objective, draws)
+    return ParametricLaw(form, alpha, log_a, beta, log_b, floor, noise, objective, resamples)
 
 
 def robust_spread(residuals: np.ndarray, degrees: int) -> float:
@@ -208,26 +218,26 @@ def bootstrap(
     bootstraps: int,
     seed: int,
 ) -> np.ndarray:
-    """Parameters of refits in which each run counts as often as it was drawn, started from the full fit. Draws of few runs vary too
-    little, so they are stretched by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full fit."""
+    """Parameters of refits in which each run counts as often as it was resampled, started from the full fit. Resamples of few runs vary
+    too little, so they are widened by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full fit."""
     names = list(range(len(problem.x))) if groups is None else list(groups)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     member = np.array([numbers[name] for name in names])
-    rng, draws = np.random.default_rng(seed), []
+    rng, resamples = np.random.default_rng(seed), []
     options = {"maxiter": 300, "ftol": 1e-11, "gtol": 1e-7}
     for _ in range(bootstraps):
         weights = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)))[member].astype(float)
         found = minimize(problem.objective, v, (weights,), "L-BFGS-B", jac=True, options=options)
-        draws.append(problem.parameters(found.x, center))
+        resamples.append(problem.parameters(found.x, center))
     full, num_runs = problem.parameters(v, center), len(numbers)
-    widened = full + (np.array(draws) - full) * t_correction(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
+    widened = full + (np.array(resamples) - full) * t_correction(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
     widened[:, -1] = np.maximum(widened[:, -1], 0.0)
     return widened
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How far a form misses what it was not shown: mean |error| of L in percent, for the largest size and the largest budget."""
+    """Held-out error of a form: mean |error| of L in percent, for the largest size and the largest budget."""
 
     form: Form
     largest_size: float
@@ -235,7 +245,7 @@ class HeldOut:
 
     @property
     def score(self) -> float:
-        """What forms are chosen by."""
+        """The criterion of the choice."""
         return (self.largest_size + self.largest_images) / 2
 
 

@@ -47,7 +47,7 @@ def words(law: PowerLaw) -> str:
 
 
 def colors_of(rows: Iterable[Row]) -> dict[int, Any]:
-    """One color a depth."""
+    """One color per depth."""
     depths = sorted({row["depth"] for row in rows})
     return dict(zip(depths, matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, len(depths))), strict=True))
 
@@ -75,13 +75,13 @@ def legend_of_depths(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def title_of(row: Row, y: str, value: float | int) -> str:
-    """What a point tells about its run."""
+    """Description of the run of a point."""
     name = row.get("name") or row["run_id"]
     return f"{POINT}{name} | depth {row['depth']} | {row['images_seen']:,.0f} images | {row[COMPUTE]:.3g} FLOP | {y} {value:.4f}"
 
 
 def points(panel: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
-    """One marker a run."""
+    """One marker per run."""
     colors = colors_of(rows)
     for row in rows:
         (marker,) = panel.plot(
@@ -97,16 +97,16 @@ def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figu
     figure = Figure(figsize=(4.4 * len(ys), 7.8), layout="constrained")
     panels = figure.subplots(2, len(ys), squeeze=False)
     for column, y in enumerate(ys):
-        draw_law(panels[0][column], analysis.fixed, SIZE, y, analysis.laws[y, SIZE])
-        draw_compute(panels[1][column], analysis, y)
+        plot_law(panels[0][column], analysis.fixed, SIZE, y, analysis.laws[y, SIZE])
+        plot_compute(panels[1][column], analysis, y)
         if is_published_shown:
-            draw_published(panels[0][column], y, SIZE)
-            draw_published(panels[1][column], y, COMPUTE)
+            plot_published(panels[0][column], y, SIZE)
+            plot_published(panels[1][column], y, COMPUTE)
     legend_of_depths(figure, analysis.runs.rows)
     return figure
 
 
-def draw_published(panel: Axes, y: str, x: str) -> None:
+def plot_published(panel: Axes, y: str, x: str) -> None:
     """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way round: both are drawn."""
     floor, laws = PUBLISHED.get((y, x), (0.0, {}))
     first, last = panel.get_xlim()
@@ -117,7 +117,7 @@ def draw_published(panel: Axes, y: str, x: str) -> None:
         panel.legend(fontsize=8)
 
 
-def draw_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) -> None:
+def plot_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) -> None:
     """Runs and the law through them."""
     points(panel, rows, x, y)
     values = [row[x] for row in rows]
@@ -128,7 +128,7 @@ def draw_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) ->
     panel.grid(alpha=0.25, which="both")
 
 
-def draw_compute(panel: Axes, analysis: Analysis, y: str) -> None:
+def plot_compute(panel: Axes, analysis: Analysis, y: str) -> None:
     """Training curves, finished runs, the frontier and its law."""
     rows, colors = analysis.runs.rows, colors_of(analysis.runs.rows)
     depths = {row["run_id"]: row["depth"] for row in rows if "run_id" in row}
@@ -180,7 +180,7 @@ def scales_panels(analysis: Analysis) -> Figure:
 
 
 def floor_panels(analysis: Analysis) -> Figure:
-    """The exponent against the floor that is subtracted, and how little the correlation changes."""
+    """The exponent against the floor that is subtracted, and the correlation."""
     figure = Figure(figsize=(4.6 * len(analysis.floors), 3.6), layout="constrained")
     for panel, (y, profile) in zip(
         figure.subplots(1, len(analysis.floors), squeeze=False)[0], analysis.floors.items(), strict=True
@@ -258,7 +258,7 @@ def surface_panels(analysis: Analysis) -> Figure:
 
 
 def extrapolation_panel(analysis: Analysis) -> Figure:
-    """L(N) fitted without the largest size, and what that size then gave."""
+    """L(N) fitted without the largest size, and the loss found for that size."""
     found = analysis.extrapolation
     assert found is not None
     figure = Figure(figsize=(5.2, 3.9), layout="constrained")
@@ -284,7 +284,7 @@ def add_grid(figure: Figure) -> Figure:
 
 
 def figures(analysis: Analysis, out: Path, is_published_shown: bool = False) -> dict[str, list[Path]]:
-    """Draws what there is to draw; files by figure, the main one first."""
+    """Writes all figures that the analysis allows; files by figure, the main one first."""
     wanted: dict[str, Callable[[], Figure] | None] = {
         "scaling": lambda: scaling_panels(analysis, is_published_shown),
         "scales": (lambda: scales_panels(analysis)) if scale_columns(analysis.fixed) else None,

@@ -18,7 +18,7 @@ MIN_SIZES_FOR_INTERVAL = 4
 @dataclass(frozen=True)
 class PowerLaw:
     """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none. `noise`: scatter of ln(y - floor)
-    around the law. `draws`: (alpha, log_x0, floor) of each bootstrap."""
+    around the law. `resamples`: (alpha, log_x0, floor) of each bootstrap."""
 
     alpha: float
     log_x0: float
@@ -28,18 +28,18 @@ class PowerLaw:
     num_sizes: int
     noise: float = 0.0
     num_points: int = 0
-    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
+    resamples: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, x: Any) -> np.ndarray:
         """Predicted y."""
         return np.asarray(self.floor + np.exp(self.alpha * (self.log_x0 - np.log(x))))
 
     def interval(self, x: float | int, seed: int = 0) -> tuple[float, float] | None:
-        """Where the loss of one further run of this size lies in 95 % of cases: spread of the parameters and noise of a run
+        """95 % interval of the loss of one further run of this size: spread of the parameters and noise of a run
         together. None where there is no interval of the exponent."""
-        if self.draws is None:
+        if self.resamples is None:
             return None
-        alpha, log_x0, floor = self.draws.T
+        alpha, log_x0, floor = self.resamples.T
         noise = np.random.default_rng(seed).normal(0, self.noise, len(alpha))
         values = floor + np.exp(alpha * (log_x0 - np.log(x)) + noise)
         center, low_high = float(self(x)), np.percentile(values, (2.5, 97.5))
@@ -48,7 +48,7 @@ class PowerLaw:
 
 
 def t_correction(degrees: int) -> float:
-    """How much wider than a percentile interval one of so few degrees of freedom has to be."""
+    """How much wider than a percentile interval one with so few degrees of freedom has to be: t / z."""
     return float(student.ppf(0.975, max(degrees, 1))) / 1.96
 
 
@@ -87,7 +87,7 @@ def best_floor(x: np.ndarray, y: np.ndarray) -> float:
 def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
     """Fits a power law; `floor` None fits it, 0 is none. Raises ValueError for too few or unusable points.
 
-    The interval comes from a residual bootstrap (the floor fitted anew in each draw), stretched by t(df) / 1.96: plain
+    The interval comes from a residual bootstrap (the floor fitted anew in each draw), widened by t(df) / 1.96: plain
     percentile intervals cover too little with few sizes.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -110,11 +110,11 @@ def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000,
     refits = [
         fit_once(xs, law.floor + np.exp(log_fit + rng.choice(residuals, len(xs))), floor) for _ in range(bootstraps)
     ]
-    draws = np.array([(refit.alpha, refit.log_x0, refit.floor) for refit in refits])
-    low, high = (float(np.percentile(draws[:, 0], percent)) - law.alpha for percent in (2.5, 97.5))
+    resamples = np.array([(refit.alpha, refit.log_x0, refit.floor) for refit in refits])
+    low, high = (float(np.percentile(resamples[:, 0], percent)) - law.alpha for percent in (2.5, 97.5))
     interval = (law.alpha + low * t_correction(degrees), law.alpha + high * t_correction(degrees))
     noise = float(np.sqrt(np.square(np.log(ys - law.floor) - log_fit).sum() / degrees))
-    return replace(law, alpha_interval=interval, noise=noise, draws=draws)
+    return replace(law, alpha_interval=interval, noise=noise, resamples=resamples)
 
 
 def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
@@ -128,7 +128,7 @@ def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
 
 
 def exponents_by_floor(x: Values, y: Values, num: int = 40) -> list[tuple[float, float, float]]:
-    """(floor, exponent, Pearson r) for floors from none to just below the smallest y: how little r says about the floor."""
+    """(floor, exponent, Pearson r) for floors from none to just below the smallest y: r hardly depends on the floor."""
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     laws = [fit_once(xs, ys, float(floor)) for floor in np.linspace(0, ys.min() - 0.02 * np.ptp(ys), num)]
     return [(law.floor, law.alpha, law.r) for law in laws]

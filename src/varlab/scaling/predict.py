@@ -1,5 +1,5 @@
-"""Questions to a fitted law: the loss of the next size, the best use of a compute budget, how far a run lies from its curve, which
-run would tell most."""
+"""Answers from the fits: the loss of the next size, the best use of a compute budget, how far a run is from the fit of the others,
+which run would narrow the prediction most."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,23 +75,23 @@ def predict(analysis: Analysis, depth: int, images: float | int | None = None) -
 
 
 def optimal(analysis: Analysis, compute: float | int) -> list[str]:
-    """Depth and images that the law holds best for a compute budget (FLOP), with the spread over bootstraps."""
+    """Depth and images with the lowest predicted loss for a compute budget (FLOP), with the spread over bootstraps."""
     law, rows = parametric(analysis), analysis.runs.rows
     sizes = np.array([size_of(rows, depth) for depth in DEPTHS], dtype=float)
     images = compute / np.array([flops_of(rows, depth) for depth in DEPTHS], dtype=float)
     usable = images >= 1
     if not usable.any():
-        raise ValueError(f"compute={compute:g} FLOP does not pay for one image of the smallest network")
+        raise ValueError(f"compute={compute:g} FLOP is less than one image of the smallest network")
     losses = np.where(usable, law(sizes, np.maximum(images, 1)), np.inf)
     best = int(losses.argmin())
     lines = [
         f"{compute:.3g} FLOP: depth {DEPTHS[best]} ({sizes[best] / 1e6:,.3g} M parameters in blocks), {images[best]:,.0f} images, loss"
         f" {losses[best]:.4f}"
     ]
-    if law.draws is not None:
+    if law.resamples is not None:
         from varlab.scaling.parametric import evaluate
 
-        found = [DEPTHS[int(np.where(usable, evaluate(draw, sizes, images), np.inf).argmin())] for draw in law.draws]
+        found = [DEPTHS[int(np.where(usable, evaluate(draw, sizes, images), np.inf).argmin())] for draw in law.resamples]
         low, high = (int(depth) for depth in np.percentile(found, (2.5, 97.5), method="nearest"))
         lines.append(
             f"95 % of bootstraps: depth {low} to {high}, {images[high - 1]:,.0f} to {images[low - 1]:,.0f} images"
@@ -99,12 +99,12 @@ def optimal(analysis: Analysis, compute: float | int) -> list[str]:
     near = [i for i in (best - 1, best + 1) if 0 <= i < len(DEPTHS) and usable[i]]
     lines += [f"  depth {DEPTHS[i]}: {images[i]:,.0f} images, loss {losses[i]:.4f}" for i in near]
     if DEPTHS[best] in (DEPTHS[0], DEPTHS[-1]):
-        lines.append("the best depth lies at the edge of those tried: it says little")
+        lines.append("the best depth is at the edge of those tried")
     return lines
 
 
 def compare(analysis: Analysis, run: str) -> list[str]:
-    """How far a run lies from the law of all others (L(N, D), or L(N) where that is all there is), in percent and in standard
+    """How far a run is from the fit of all others (L(N, D), or L(N) where that is all there is), in percent and in standard
     deviations of a run."""
     rows = analysis.runs.rows
     chosen = [row for row in rows if run in (row["name"], row.get("run_id"))]
@@ -134,7 +134,7 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             )
         spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others says {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
+            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others predicts {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines
 
@@ -152,7 +152,7 @@ def next_runs(
     analysis: Analysis, depth: int | None = None, images: float | int | None = None, budget: float | int | None = None
 ) -> list[Candidate]:
     """Runs that would narrow the prediction for (depth, images) most, the best first; default target: twice the largest depth and
-    images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the dearest so far)."""
+    images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the most expensive so far)."""
     law, rows = parametric(analysis), analysis.runs.rows
     most, deepest = max(row["images_seen"] for row in rows), max(row["depth"] for row in rows)
     target = gradient(law, size_of(rows, depth or 2 * deepest), images or 2 * most)
@@ -178,7 +178,7 @@ def next_runs(
 def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
     """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a missing figure."""
     if ask not in ("predict", "optimal", "compare", "next"):
-        raise ValueError(f"{ask!r} is no question: choose predict, optimal, compare or next")
+        raise ValueError(f"{ask!r} : choose predict, optimal, compare or next")
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
     if needed is not None and given.get(needed) is None:
         raise ValueError(f"varlab scaling {ask} needs {needed}=...")

@@ -26,13 +26,13 @@ SHOWN = (
 )
 NAMES = {
     "scaling": "Loss and error against size and compute",
-    "scales": "Which scale gains from size",
-    "floors": "What the floor does to the exponent",
+    "scales": "Exponent by scale",
+    "floors": "Exponent by assumed floor",
     "isoflop": "Best size at a given compute",
     "surface": "Loss by size and data",
     "extrapolation": "Prediction of the largest size from the others",
 }
-PARTED = 0.02  # share by which validation loss exceeds training loss where images are learned by heart
+DIVERGED = 0.02  # share by which validation loss exceeds training loss in a run that overfits
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d7dae0; --soft: #f4f5f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --paper: #16181c; --line: #3a3e46; --soft: #20242a; } }
@@ -50,7 +50,7 @@ g[id^="run:"]:hover path, g[id^="run:"]:hover use { stroke: #d62728; stroke-widt
 
 
 def summary_lines(analysis: Analysis) -> list[str]:
-    """What was found, a line each, as printed and as written into reports."""
+    """The results, one line each, as printed and as written into reports."""
     rows, law = analysis.runs.rows, analysis.parametric
     depths = sorted({row["depth"] for row in rows})
     lines = [
@@ -93,14 +93,14 @@ def summary_lines(analysis: Analysis) -> list[str]:
             f"extrapolation: without the largest size L(N) predicts {found['predicted']:.4f} for it, found {found['found']:.4f}"
             f" ({found['error_percent']:+.2f} %)"
         )
-    lines += partings(analysis)
+    lines += divergences(analysis)
     lines += [f"not fitted: {line}" for line in analysis.missing]
     return lines
 
 
-def partings(analysis: Analysis) -> list[str]:
-    """Runs which learned their images by heart, in words: from where on validation loss lies above training loss by more than
-    `PARTED`, and where it was lowest if it rose again."""
+def divergences(analysis: Analysis) -> list[str]:
+    """Runs that overfit, as text: from where on validation loss exceeds training loss by more than `DIVERGED`, and where it was lowest
+    if it rose again."""
     lines, names = [], {key_of(row): row for row in analysis.runs.rows}
     curves: dict[str, list[Any]] = {}
     for point in analysis.runs.curves:
@@ -115,11 +115,11 @@ def partings(analysis: Analysis) -> list[str]:
                 validated.append(point)
                 gaps.append(point["val_loss"] / (sum(trained) / len(trained)) - 1 if trained else 0.0)
                 trained = []
-        if gaps and gaps[-1] > PARTED:
-            first = next(i for i in range(len(gaps)) if min(gaps[i:]) > PARTED)
+        if gaps and gaps[-1] > DIVERGED:
+            first = next(i for i in range(len(gaps)) if min(gaps[i:]) > DIVERGED)
             images = validated[first]["images"]
             lines.append(
-                f"{row['name']}: train and validation part after {images:,.0f} images ({images / row['unique_images']:.3g} passes);"
+                f"{row['name']}: train and validation loss diverge after {images:,.0f} images ({images / row['unique_images']:.3g} passes);"
                 f" validation loss ends {100 * gaps[-1]:.1f} % above training loss"
             )
         lowest = min(validated, key=lambda point: point["val_loss"], default=None)
@@ -153,14 +153,14 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A figure as people read it."""
+    """A number for display."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
 def with_titles(svg: str) -> str:
-    """An SVG as drawn, the name of its run shown over each point."""
+    """The SVG with the name of its run as the tooltip of each point."""
     svg = svg[svg.index("<svg") :]
     return re.sub(rf'(<g id="{POINT}([^"]*)">)', lambda found: f"{found[1]}<title>{found[2]}</title>", svg)
 
@@ -187,10 +187,10 @@ def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, titl
 
 
 def wandb_report(analysis: Analysis, entity: str, project: str, title: str) -> Any:
-    """A W&B report (not yet saved): the fits in words, curves against compute, loss against compute and size, the table of runs."""
+    """A W&B report (not yet saved): the fits as text, curves against compute, loss against compute and size, the table of runs."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    told = "\n".join(f"- {line}" for line in summary_lines(analysis))
+    text = "\n".join(f"- {line}" for line in summary_lines(analysis))
     panels = [
         wr.LinePlot(title="loss against compute", x=f"count/{COMPUTE}", y=["val/loss"], log_x=True),
         wr.LinePlot(title="last scale against compute", x=f"count/{COMPUTE}", y=["val/loss_last"], log_x=True),
@@ -201,7 +201,7 @@ def wandb_report(analysis: Analysis, entity: str, project: str, title: str) -> A
         wr.RunComparer(diff_only="split"),
     ]
     grid = wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project, name="runs")], panels=panels)
-    blocks = [wr.H1(text="Scaling law"), wr.MarkdownBlock(text=told), grid]
+    blocks = [wr.H1(text="Scaling law"), wr.MarkdownBlock(text=text), grid]
     return wr.Report(entity=entity, project=project, title=title, description="made by `varlab scaling`", blocks=blocks)
 
 

@@ -1,7 +1,7 @@
 """Runs -> two tables: a row for each run, as its trainer wrote it (`run.json`), and a row for each logged step (`metrics.csv`).
 
 A source is a folder of runs, a CSV that `write_csv` made, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a project)
-or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is guessed afterwards.
+or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is estimated afterward.
 """
 
 import csv
@@ -41,7 +41,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """`rows`: one a run. `curves`: one a logged step, with the run's id. `left_out`: what was not taken, and why."""
+    """`rows`: one per run. `curves`: one per logged step, with the run's id. `left_out`: what was not used, and why."""
 
     rows: list[Row]
     curves: list[Row]
@@ -78,7 +78,7 @@ def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "
     rows: list[Row] = []
     curves: dict[str, list[Row]] = {}
     for row, curve in found.values():
-        usable, reason = judged(row, curve, use_unfinished)
+        usable, reason = usable_row(row, curve, use_unfinished)
         if reason:
             left_out.append(f"{row['name']} (depth {row['depth']}, {row['state']} at step {row['step']}): {reason}")
         if usable is not None:
@@ -95,12 +95,12 @@ def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "
 
 
 def key_of(row: Row) -> str:
-    """What a run is told apart by."""
+    """The identity of a run."""
     return str(row.get("run_id", row["name"]))
 
 
-def judged(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
-    """(the row as it is used, None for a run that is not; what to say of it)."""
+def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
+    """(the row as it is used, None for a run that is not; the reason, as text)."""
     points = [point for point in curve if point.get("val_loss") is not None]
     if row["state"] != "finished":
         if not use_unfinished or not points:

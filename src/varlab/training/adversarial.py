@@ -1,11 +1,11 @@
-"""The discriminator's side of tokenizer training: when it learns, when it counts, and its optimizer.
+"""The discriminator of tokenizer training: when it trains, when its loss is added to the tokenizer's, and its optimizer.
 
-It stands outside of the LightningModule, which knows one optimizer only: so steps are counted once, gradients are accumulated
-and clipped, and DDP sees one network. What the discriminator needs of this it does itself, in this file.
+It is not part of the LightningModule, which has one optimizer: so steps are counted once, gradients are accumulated and clipped,
+and DDP sees one network. This file does the same for the discriminator.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from varlab.models import losses
 from varlab.models.discriminator import DiffAugment
-from varlab.training.schedules import Schedule, parameter_groups
+from varlab.models.losses import AdversarialLoss
+from varlab.training.optimizers import parameter_groups
+from varlab.training.schedules import Schedule, set_step
 
 
 class DiscriminatorTrainer:
-    """A discriminator with optimizer, schedule and place in the run.
+    """A discriminator with its optimizer and schedule.
 
-    `discriminator_start`: share of the run after which the discriminator learns. `adversarial_start`: share after which the tokenizer hears
-    of it, rising over `warmup` (a share). `weight`: of the adversarial loss, times the adaptive ratio within `bounds` (fixed
-    to 1 with is_adaptive=False). `loss`: hinge or nonsaturating. `r1_weight`: gradient penalty at real images, every
-    `r1_every` steps, weighted so much the more. `lecam_weight`: keeps logits near the moving average of the other side
-    (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a schedule that begins with the discriminator.
+    `discriminator_start`: share of the run after which the discriminator trains. `adversarial_start`: share after which the
+    adversarial loss is added to the tokenizer's, ramped up over `warmup` (a share). `weight`: of the adversarial loss, times the
+    adaptive ratio within `bounds` (fixed to 1 with is_adaptive=False). `r1_weight`: gradient penalty at real images, every
+    `r1_every` steps with `r1_every` times the weight. `lecam_weight`: keeps logits near the moving average of the other kind of
+    images (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a schedule that begins at
+    `discriminator_start`.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class DiscriminatorTrainer:
         discriminator: nn.Module,
         schedule: Schedule,
         augment: DiffAugment | None = None,
-        loss: str = "hinge",
+        loss: AdversarialLoss = "hinge",
         weight: float = 0.4,
         is_adaptive: bool = True,
         bounds: Sequence[float] = (0.015, 1e4),
@@ -48,16 +51,27 @@ class DiscriminatorTrainer:
     ) -> None:
         if not 0 <= discriminator_start <= adversarial_start < 1:
             raise ValueError(
-                f"adversarial.discriminator_start={discriminator_start} and adversarial_start={adversarial_start}: the discriminator must learn before it"
-                " counts, both as shares of the run below 1"
+                f"adversarial.discriminator_start={discriminator_start} and adversarial_start={adversarial_start}: the discriminator"
+                " must train before its loss is used, both are shares of the run below 1"
             )
-        if loss not in ("hinge", "nonsaturating"):
-            raise ValueError(f"adversarial.loss={loss!r} is unknown: choose hinge or nonsaturating")
-        self.net, self.schedule, self.augment = discriminator, schedule, augment or nn.Identity()
-        self.loss, self.weight, self.is_adaptive, self.bounds = loss, weight, is_adaptive, (bounds[0], bounds[1])
-        self.discriminator_start, self.adversarial_start, self.warmup = discriminator_start, adversarial_start, warmup
-        self.r1_weight, self.r1_every, self.lecam_weight = r1_weight, r1_every, lecam_weight
-        self.base_lr, self.weight_decay, self.clip = base_lr, weight_decay, clip
+        if loss not in get_args(AdversarialLoss):
+            raise ValueError(f"adversarial.loss={loss!r}: choose one of {', '.join(get_args(AdversarialLoss))}")
+        self.net = discriminator
+        self.schedule = schedule
+        self.augment = augment or nn.Identity()
+        self.loss: AdversarialLoss = loss
+        self.weight = weight
+        self.is_adaptive = is_adaptive
+        self.bounds = (bounds[0], bounds[1])
+        self.discriminator_start = discriminator_start
+        self.adversarial_start = adversarial_start
+        self.warmup = warmup
+        self.r1_weight = r1_weight
+        self.r1_every = r1_every
+        self.lecam_weight = lecam_weight
+        self.base_lr = base_lr
+        self.weight_decay = weight_decay
+        self.clip = clip
         self.optimizer = torch.optim.AdamW(parameter_groups(self.net), lr=base_lr, betas=(betas[0], betas[1]))
         self.logit_means = torch.zeros(2)  # moving averages, real and fake
         self.num_steps = 0
@@ -68,17 +82,17 @@ class DiscriminatorTrainer:
         self.logit_means = self.logit_means.to(device)
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves its state to where the weights are
 
-    def learns(self, progress: float) -> bool:
+    def is_training(self, progress: float) -> bool:
         """Whether the discriminator is trained at this share of the run."""
         return progress >= self.discriminator_start
 
-    def share(self, progress: float) -> float:
-        """What of the adversarial weight is in force at this share of the run."""
+    def ramp(self, progress: float) -> float:
+        """Factor of the adversarial weight at this share of the run, 0 to 1."""
         if progress < self.adversarial_start:
             return 0.0
         return min(1.0, (progress - self.adversarial_start) / self.warmup) if self.warmup > 0 else 1.0
 
-    def against(self, fake: Tensor) -> Tensor:
+    def generator_loss(self, fake: Tensor) -> Tensor:
         """The generator's loss for reconstructions; the discriminator's weights get no gradient."""
         self.net.eval().requires_grad_(False)
         logits = self.net(self.augment(fake))
@@ -86,11 +100,11 @@ class DiscriminatorTrainer:
         return losses.generator_loss(logits, self.loss)
 
     def accumulate(self, real: Tensor, fake: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds the gradient of one batch, `share` of it; returns what is worth logging."""
+        """Adds the gradient of one batch, times `share`; returns values for the log."""
         is_penalized = self.r1_weight > 0 and self.num_steps % self.r1_every == 0
         shown = self.augment(real.detach().requires_grad_(is_penalized)), self.augment(fake.detach())
-        judge = self.net.forward if is_penalized else self.net  # a compiled network has no second derivative
-        real_logits, fake_logits = (judge(images) for images in shown)
+        net = self.net.forward if is_penalized else self.net  # a compiled network has no second derivative
+        real_logits, fake_logits = (net(images) for images in shown)
         loss = own = losses.discriminator_loss(real_logits, fake_logits, self.loss)
         if is_penalized:
             loss = loss + self.r1_weight * self.r1_every * losses.gradient_penalty(real_logits, shown[0])
@@ -125,7 +139,7 @@ class DiscriminatorTrainer:
         first = int(self.discriminator_start * total_steps)
         step, peak_lr = round(progress * total_steps) - first, self.base_lr * global_batch_size / 256
         decay = (self.weight_decay, self.weight_decay)
-        self.schedule.apply(self.optimizer, max(step, 0), total_steps - first, peak_lr, decay)
+        set_step(self.optimizer, max(step, 0), total_steps - first, self.schedule, peak_lr, decay)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1

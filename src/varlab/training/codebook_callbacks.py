@@ -1,4 +1,4 @@
-"""The codebook's health while a tokenizer trains: an alarm when a scale collapses, and two remedies, off by default.
+"""The codebook while a tokenizer trains: a warning when a scale collapses, and two remedies, off by default.
 
 The other remedies are settings of the network: model.lookup=cosine (codes on the unit sphere), model.gradient=rotation,
 model.scale_dropout.
@@ -15,14 +15,14 @@ from torch import Tensor
 from varlab.data.images import ImageBatch
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
-from varlab.training.callbacks import EMA
+from varlab.training.ema import EMA
 
-MAX_VECTORS_A_CODE = 64
+MAX_VECTORS_PER_CODE = 64
 log = logging.getLogger(__name__)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Rows of all ranks, the same on each; every rank gives as many."""
+    """Rows of all ranks, the same on each; every rank gives the same number."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -30,8 +30,8 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def drawn_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
-    """Rows of `x` by chance; each at most once, unless there are fewer than asked for."""
+def random_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
+    """Random rows of `x`, without repetition unless there are fewer than `num_rows`."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     return x[order.repeat(-(-num_rows // len(x)))[:num_rows].to(x.device)]
@@ -39,15 +39,15 @@ def drawn_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
-    """Vectors that the lookup meets on these images, of all scales and all ranks, (N, C); many enough for the codebook."""
-    vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.residuals(net.features(images))])
-    return gathered(drawn_rows(vectors, min(len(vectors), MAX_VECTORS_A_CODE * net.quantizer.codebook_size), seed))
+    """Vectors that are looked up for these images, of all scales and all ranks, (N, C)."""
+    vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.lookup_vectors(net.features(images))])
+    return gathered(random_rows(vectors, min(len(vectors), MAX_VECTORS_PER_CODE * net.quantizer.codebook_size), seed))
 
 
 class ResetDeadCodes(Callback):
-    """Every `every` steps moves codes that are hardly used to vectors that the lookup meets now.
+    """Every `every` steps moves codes that are hardly used to vectors that are looked up now.
 
-    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks choose alike.
+    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks make the same choice.
     """
 
     def __init__(self, every: int = 200, min_share: float = 0.02, seed: int = 0) -> None:
@@ -77,10 +77,10 @@ class ResetDeadCodes(Callback):
         pl_module.log("train/codes_reset", float(len(dead)))
         if len(dead) == 0:
             return
-        vectors = drawn_rows(lookup_vectors(net, batch.images, self.seed + step), len(dead), self.seed + step)
+        vectors = random_rows(lookup_vectors(net, batch.images, self.seed + step), len(dead), self.seed + step)
         codebook = net.quantizer.codebook.weight
         codebook[dead] = vectors.to(codebook.dtype)
-        net.quantizer.hits[:, dead] = net.quantizer.hits.mean(dim=1, keepdim=True)  # they get their time
+        net.quantizer.hits[:, dead] = net.quantizer.hits.mean(dim=1, keepdim=True)  # not dead again before the next hits count
         for optimizer in trainer.optimizers:
             for value in optimizer.state.get(codebook, {}).values():
                 if isinstance(value, Tensor) and value.shape == codebook.shape:
@@ -91,9 +91,9 @@ class ResetDeadCodes(Callback):
 
 
 class KMeansInit(Callback):
-    """Before the first step puts the codes at centers of what the lookup meets on the first batch.
+    """Before the first step puts the codes at k-means centers of the vectors that are looked up for the first batch.
 
-    Two rounds of `num_iterations`: the finer scales meet what the codes of the first round leave over.
+    Two rounds of `num_iterations`: the finer scales code what the codes of the first round leave over.
     """
 
     def __init__(self, num_iterations: int = 10, seed: int = 0) -> None:
@@ -111,7 +111,7 @@ class KMeansInit(Callback):
             vectors = lookup_vectors(net, batch.images, self.seed + round_)
             if len(vectors) < net.quantizer.codebook_size:
                 log.warning(
-                    "the first batch gives %d vectors for %d codes: some codes begin at the same place",
+                    "the first batch gives %d vectors for %d codes: some codes start equal",
                     len(vectors),
                     net.quantizer.codebook_size,
                 )
@@ -122,7 +122,7 @@ class KMeansInit(Callback):
 def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: int, seed: int) -> None:
     """k-means (Lloyd) with the quantizer's own lookup; a center without vectors moves to one of them."""
     codebook = quantizer.codebook.weight
-    codebook.copy_(drawn_rows(vectors, len(codebook), seed))
+    codebook.copy_(random_rows(vectors, len(codebook), seed))
     for i in range(num_iterations):
         nearest = quantizer.nearest(vectors[None])[0]
         counts = torch.bincount(nearest, minlength=len(codebook))
@@ -130,12 +130,12 @@ def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: i
         empty = counts == 0
         codebook.copy_(sums / counts.clamp(min=1)[:, None])
         if empty.any():
-            codebook[empty] = drawn_rows(vectors, int(empty.sum()), seed + i + 1).to(codebook.dtype)
+            codebook[empty] = random_rows(vectors, int(empty.sum()), seed + i + 1).to(codebook.dtype)
 
 
 class CollapseAlarm(Callback):
-    """Warns, once for each scale, when its perplexity falls below 1/`factor` of what it was at best, or below `minimum`
-    codes, after `patience` steps; and says when it has recovered."""
+    """Warns, once for each scale, when its perplexity falls below 1/`factor` of its maximum, or below `minimum`
+    codes, after `patience` steps; and logs when it has recovered."""
 
     def __init__(self, factor: float = 4.0, minimum: float = 2.0, patience: int = 100) -> None:
         self.factor, self.minimum, self.patience = factor, minimum, patience
@@ -154,20 +154,20 @@ class CollapseAlarm(Callback):
         net, step = pl_module.net, trainer.global_step
         if not isinstance(net, MSVQVAE) or step < self.patience or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        messages = self.judge(net.quantizer.perplexity().cpu(), step, net.patch_nums)
+        messages = self.check(net.quantizer.perplexity().cpu(), step, net.patch_nums)
         pl_module.log("train/collapsed_scales", float(len(self.collapsed)))
         if trainer.is_global_zero:
             for message in messages:
                 log.warning(message)
 
-    def judge(self, perplexity: Tensor, step: int, patch_nums: list) -> list[str]:
-        """What is to be said about the perplexities (K) of this step."""
+    def check(self, perplexity: Tensor, step: int, patch_nums: list) -> list[str]:
+        """Messages about the perplexities (K) of this step."""
         self.best = perplexity if self.best is None else torch.maximum(self.best, perplexity)
         is_low = (perplexity < self.minimum) | (perplexity < self.best / self.factor)
         low = set(is_low.nonzero().flatten().tolist())
         messages = [
             f"step {step}: the codebook collapses at scale {k} ({patch_nums[k]}): {perplexity[k]:.1f} codes in use,"
-            f" {self.best[k]:.1f} at best. Remedies: callbacks.revive, callbacks.kmeans, model.gradient=rotation,"
+            f" {self.best[k]:.1f} at best. Remedies: callbacks.reset_dead_codes, callbacks.kmeans, model.gradient=rotation,"
             " model.lookup=cosine, model.scale_dropout=0.1"
             for k in sorted(low - self.collapsed)
         ]

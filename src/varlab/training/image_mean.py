@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 
 class ImageMean(Metric):
-    """Mean of `num` figures over all images of all ranks; images of weight 0 (padding) do not count."""
+    """Mean of `num` values over all images of all ranks; images of weight 0 (padding) do not count."""
 
     total: Tensor
     count: Tensor
@@ -16,9 +16,9 @@ class ImageMean(Metric):
         self.add_state("total", torch.zeros(num), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, figures: Tensor, weight: Tensor) -> None:
-        """Adds figures (B num) of a batch with weights (B)."""
-        self.total += weight @ figures
+    def update(self, values: Tensor, weight: Tensor) -> None:
+        """Adds values (B num) of a batch with weights (B)."""
+        self.total += weight @ values
         self.count += weight.sum()
 
     def compute(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of a run, and what W&B is given besides curves."""
+"""Images of a run, and what W&B gets besides curves."""
 
 import json
 from pathlib import Path
@@ -14,23 +14,28 @@ from varlab import image_grid
 from varlab.data.images import ImageBatch
 from varlab.files import load_json
 from varlab.models import scales
+from varlab.models.conditioning import ClassEmbedder
+from varlab.models.custom_classes import describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.generate import generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
 
 
-class Pictures(Callback):
+class LogImages(Callback):
     """After each validation: reconstructions scale by scale of a tokenizer, or samples of a VAR by class, as PNG in
-    `folder` and in W&B. Where weights are sharded (FSDP2) all ranks draw the same samples: one alone cannot."""
+    `folder` and in W&B. Where weights are sharded (FSDP2) all ranks generate the same samples: one alone cannot."""
 
     def __init__(self, folder: str, num_images: int = 8, cfg_scale: float = 1.5, seed: int = 0) -> None:
         self.folder, self.num_images, self.cfg_scale, self.seed = Path(folder), num_images, cfg_scale, seed
         self.images: torch.Tensor | None = None
+        self.condition: torch.Tensor | None = None
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if batch_idx == 0:
+            self.condition = batch.condition[: self.num_images]
         if batch_idx == 0 and isinstance(batch, ImageBatch):
             self.images = batch.images[: self.num_images]
 
@@ -47,29 +52,36 @@ class Pictures(Callback):
         elif isinstance(net, VAR):
             tokenizer = pl_module.tokenizer
             assert isinstance(tokenizer, MSVQVAE)
-            labels = torch.arange(self.num_images, device=pl_module.device) % net.num_classes
+            condition = self.conditions(net, pl_module.device)
             was_training = net.training
             with trainer.precision_plugin.forward_context():
                 _, token_maps = generate_tokens(
-                    net, tokenizer, labels, SamplingSettings(self.cfg_scale), seed=self.seed
+                    net, tokenizer, condition, SamplingSettings(self.cfg_scale), seed=self.seed
                 )
             net.train(was_training)
             strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
             self.show(trainer, "samples", image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)))
 
-    def show(self, trainer: Trainer, name: str, picture: Image.Image) -> None:
-        """Saves a picture and mirrors it to W&B."""
+    def conditions(self, net: VAR, device: torch.device) -> torch.Tensor:
+        """The classes in turn; of another kind of condition, those of the first validation images."""
+        if isinstance(net.embedder, ClassEmbedder):
+            return torch.arange(self.num_images, device=device) % net.num_classes
+        assert self.condition is not None
+        return self.condition
+
+    def show(self, trainer: Trainer, name: str, image: Image.Image) -> None:
+        """Saves an image and logs it to W&B."""
         if not trainer.is_global_zero:
             return
-        image_grid.save(picture, self.folder / f"{name}-{trainer.global_step:07d}.png")
+        image_grid.save(image, self.folder / f"{name}-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(name, [picture])
+                logger.log_image(name, [image])
 
 
 class Mirror(Callback):
-    """Gives W&B what its curves lack: data and tokenizer as artifacts (manifest and place), a table of the loss by scale, the run's
-    row of the table of runs."""
+    """Sends W&B what is not a curve: data and tokenizer as artifacts (manifest and path), a table of the loss by scale, the run's row
+    of the table of runs."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -86,13 +98,13 @@ class Mirror(Callback):
             self.log_artifact(logger, "dataset", data.data_fingerprint, str(data.path), data.manifest)
             tokenizer = getattr(pl_module, "tokenizer", None)
             if isinstance(tokenizer, MSVQVAE):
-                place = str(getattr(pl_module, "tokenizer_path", ""))
+                path = str(getattr(pl_module, "tokenizer_path", ""))
                 identity = str(getattr(pl_module, "tokenizer_fingerprint", ""))
-                self.log_artifact(logger, "tokenizer", identity, place, tokenizer.sizes)
+                self.log_artifact(logger, "tokenizer", identity, path, describe(tokenizer))
 
-    def log_artifact(self, logger: WandbLogger, kind: str, identity: str, place: str, manifest: dict[str, Any]) -> None:
-        """A small artifact that says what was used and where it lies; the data itself stays there."""
-        artifact = wandb.Artifact(f"{kind}-{identity}", type=kind, metadata={"path": place, "fingerprint": identity})
+    def log_artifact(self, logger: WandbLogger, kind: str, identity: str, path: str, manifest: dict[str, Any]) -> None:
+        """A small artifact that says what was used and its path; the data itself is not uploaded."""
+        artifact = wandb.Artifact(f"{kind}-{identity}", type=kind, metadata={"path": path, "fingerprint": identity})
         with artifact.new_file("manifest.json", mode="w") as file:
             json.dump(manifest, file, indent=2)
         logger.experiment.log_artifact(artifact)
@@ -101,7 +113,7 @@ class Mirror(Callback):
         self.send_row(trainer)
 
     def send_row(self, trainer: Trainer) -> None:
-        """The run's row of the table of runs, as its summary: what `varlab scaling` reads is the same wherever it reads it."""
+        """The run's row of the table of runs, as its summary: `varlab scaling` reads the same from W&B as from the folder."""
         file = self.folder / "run.json"
         for logger in self.loggers(trainer):
             if file.is_file():

@@ -1,7 +1,7 @@
-"""`varlab doctor RUN`: a run's curves over the reference curves of its experiment: in or out of band, and why that might be.
+"""What normal runs look like: reference curves of an experiment, and how a run compares with them.
 
-A reference is a CSV of metric, step, mean, low and high, made by our own runs with several seeds (experiments/reference/make.py),
-with a JSON beside it that says which. Curves are smoothed alike before they are compared.
+A reference is a CSV of metric, step, mean, low and high, made from runs with several seeds (experiments/reference/make.py), with a
+JSON beside it that describes them. Curves are smoothed in the same way before they are compared.
 """
 
 import csv
@@ -14,36 +14,31 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from varlab.config import argument_command
 from varlab.files import atomic_write, flat, load_json, save_json
 
-USAGE = """varlab doctor RUN [REFERENCE.csv]: is this run normal?
-Lays the curves of RUN (metrics.csv) over the reference curves of its experiment: RUN/doctor.png, and in words what is out of
-band and why that might be."""
-
-JUDGED = ("train/", "val/")
-NOT_JUDGED = ("train/loss_scale_factor", "train/num_scales", "train/steps_skipped", "train/grad_norm_spikes")
-WINDOW, POINTS = 9, 60  # logged points smoothed over; points kept of a curve
-PUBLISHED = {  # facts of the released ImageNet models, not runs of ours
+COMPARED = ("train/", "val/")
+NOT_COMPARED = ("train/grad_scaler_scale", "train/num_scales", "train/steps_skipped", "train/grad_norm_spikes")
+WINDOW, POINTS = 9, 60  # logged points in a running mean; points kept of a curve
+PUBLISHED = {  # facts about the released ImageNet models, not our own runs
     "val/err": (94.0, 96.0, "4 to 6 % of tokens right at the end (released code, issue 143)"),
     "val/loss": (5.0, 9.0, "above the irreducible part near 5 nats (the authors, issue 23)"),
 }
 SETTINGS_THAT_MATTER = ("model", "module", "data", "steps", "epochs", "accumulate")
 REASONS = {  # metric, side: why
-    "train/loss above": "learning rate too high or too low (module.base_lr), another batch, tokens of another tokenizer, or labels"
-    " that do not belong to the images",
+    "train/loss above": "learning rate too high or too low (module.base_lr), another batch size, tokens of another tokenizer, or"
+    " wrong labels",
     "train/loss below": "an easier task than the reference: fewer or repeated images, fewer codes in use, or val images in train",
     "val/loss above": "too little data for the size (train falls, val does not): more data, flips, crops, or fewer epochs",
     "val/loss below": "another validation set, or training images in it",
-    "val/err above": "as for the loss",
-    "train/grad_norm above": "learning rate too high, warm-up too short, a bad stretch of data, or bf16 where fp32 is needed",
-    "train/grad_norm below": "weights hardly move: learning rate too low, or gates still closed (init_adaln_gamma)",
-    "train/perplexity below": "the codebook collapses, coarse scales first: callbacks.kmeans, callbacks.revive,"
-    " model.scale_dropout (README, a tokenizer of your own)",
-    "train/codebook_usage below": "codes die: callbacks.revive, a smaller codebook, or more images a step",
-    "train/vq_loss above": "encoder and codes run apart: lower module.base_lr, or begin the codes by callbacks.kmeans",
-    "val/psnr below": "reconstruction lags: train longer, or lower the perceptual and adversarial weights",
-    "train/reconstruction_loss above": "reconstruction lags: images of another kind or size, or a learning rate that is off",
+    "val/err above": "the same as for val/loss",
+    "train/grad_norm above": "learning rate too high, warm-up too short, bad data, or bf16 where fp32 is needed",
+    "train/grad_norm below": "weights hardly change: learning rate too low, or gates still closed (init_adaln_gamma)",
+    "train/perplexity below": "the codebook collapses, coarse scales first: callbacks.kmeans,"
+    " callbacks.reset_dead_codes, model.quantizer.scale_dropout (docs: train on your own images)",
+    "train/codebook_usage below": "codes are dead: callbacks.reset_dead_codes, a smaller codebook, or more images per step",
+    "train/vq_loss above": "encoder and codes diverge: lower module.base_lr, or initialize the codes by callbacks.kmeans",
+    "val/psnr below": "reconstruction is behind: train longer, or lower the perceptual and adversarial weights",
+    "train/reconstruction_loss above": "reconstruction is behind: images of another kind or size, or a wrong learning rate",
 }
 
 Curves = dict[str, dict[int, float]]
@@ -51,7 +46,7 @@ Curves = dict[str, dict[int, float]]
 
 @dataclass(frozen=True)
 class Band:
-    """Where a metric usually lies, by step."""
+    """The usual range of a metric, by step."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -60,8 +55,8 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How a metric of a run lies to its band."""
+class Comparison:
+    """A metric of a run compared with its band."""
 
     metric: str
     share_inside: float
@@ -70,7 +65,7 @@ class Verdict:
 
     @property
     def is_normal(self) -> bool:
-        """Noise leaves a band now and then."""
+        """Inside for at least 90 % of the steps: noise leaves a band now and then."""
         return self.share_inside >= 0.9
 
 
@@ -84,12 +79,12 @@ def smooth(curve: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def band(runs: Sequence[Curves]) -> dict[str, Band]:
-    """The band of several runs of one experiment: where 95 % of further runs would lie at a step, were they normal around the
-    mean (Student's t, since a few runs say little about the spread)."""
-    reach = float(stats.t.ppf(0.975, len(runs) - 1)) * np.sqrt(1 + 1 / len(runs))
+    """The band of several runs of one experiment: 95 % of further runs would be inside at a step if runs are normally
+    distributed (Student's t, since the spread is estimated from few runs)."""
+    factor = float(stats.t.ppf(0.975, len(runs) - 1)) * np.sqrt(1 + 1 / len(runs))
     found = {}
     for metric in runs[0]:
-        if not metric.startswith(JUDGED) or metric in NOT_JUDGED or any(metric not in run for run in runs):
+        if not metric.startswith(COMPARED) or metric in NOT_COMPARED or any(metric not in run for run in runs):
             continue
         smoothed = [smooth(run[metric]) for run in runs]
         steps = smoothed[0][0]
@@ -97,7 +92,7 @@ def band(runs: Sequence[Curves]) -> dict[str, Band]:
             steps = steps[np.linspace(0, len(steps) - 1, POINTS).round().astype(int)]
         values = np.stack([np.interp(steps, *one) for one in smoothed])
         deviation = values.std(axis=0, ddof=1)
-        margin = reach * np.maximum(deviation, deviation.mean()) + 1e-3 * np.abs(values).mean()
+        margin = factor * np.maximum(deviation, deviation.mean()) + 1e-3 * np.abs(values).mean()
         found[metric] = Band(steps, mean := values.mean(axis=0), mean - margin, mean + margin)
     return found
 
@@ -114,20 +109,20 @@ def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> Non
 
 
 def read_band(path: Path) -> dict[str, Band]:
-    """A reference. Raises ValueError naming the file when it is none."""
+    """A reference. Raises ValueError naming the file when it is not one."""
     rows: dict[str, list[list[float]]] = {}
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != ["metric", "step", "mean", "low", "high"]:
-            raise ValueError(f"{path} is no reference: its columns are {reader.fieldnames}")
+            raise ValueError(f"{path} is not a reference: its columns are {reader.fieldnames}")
         for row in reader:
             rows.setdefault(row["metric"], []).append([float(row[key]) for key in ("step", "mean", "low", "high")])
     return {metric: Band(*np.array(values).T) for metric, values in rows.items()}
 
 
-def judge(curves: Curves, bands: dict[str, Band]) -> list[Verdict]:
-    """A verdict for each metric that both have, over the steps that both have."""
-    verdicts = []
+def compare_to_bands(curves: Curves, bands: dict[str, Band]) -> list[Comparison]:
+    """A comparison for each metric that both have, over the steps that both have."""
+    comparisons = []
     for metric, found in bands.items():
         if metric not in curves:
             continue
@@ -142,14 +137,14 @@ def judge(curves: Curves, bands: dict[str, Band]) -> list[Verdict]:
         )
         outside = above | below | ~np.isfinite(values)
         first = int(steps[outside.argmax()]) if outside.any() else None
-        verdicts.append(
-            Verdict(metric, 1 - float(outside.mean()), "above" if above.sum() >= below.sum() else "below", first)
+        comparisons.append(
+            Comparison(metric, 1 - float(outside.mean()), "above" if above.sum() >= below.sum() else "below", first)
         )
-    return verdicts
+    return comparisons
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """What of a run's config decides its curves, flat."""
+    """The settings of a run that decide its curves, flat."""
     from omegaconf import DictConfig, OmegaConf
 
     file = next((file for file in (folder / "job.yaml", folder / ".hydra/config.yaml") if file.is_file()), None)
@@ -162,19 +157,17 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return {
         key: value
         for key, value in found.items()
-        if not (
-            isinstance(value, str) and ("/" in value or "${" in value)
-        )  # paths and what follows from other settings
+        if not (isinstance(value, str) and ("/" in value or "${" in value))  # paths, and values of other settings
     }
 
 
 def experiment_of(folder: Path) -> str:
-    """The experiment a run was started as. Raises ValueError when that is not written down."""
+    """The experiment a run was started as. Raises ValueError when that is not recorded."""
     from omegaconf import OmegaConf
 
     file = folder / ".hydra/hydra.yaml"
     if not file.is_file():
-        raise ValueError(f"{file} is missing, so the experiment of the run is unknown: name the reference's CSV")
+        raise ValueError(f"{file} is missing, so the experiment of the run is unknown: give the CSV of a reference")
     return str(OmegaConf.select(OmegaConf.load(file), "hydra.runtime.choices.experiment"))
 
 
@@ -195,18 +188,18 @@ def published_bands(curves: Curves) -> dict[str, Band]:
     return bands
 
 
-def reason(verdict: Verdict) -> str | None:
-    """Why a metric may lie where it lies."""
+def reason(comparison: Comparison) -> str | None:
+    """Why a metric may be out of its band."""
     fitting = [
         why
         for key, why in REASONS.items()
-        if verdict.metric.startswith(key.split()[0]) and key.endswith(f" {verdict.side}")
+        if comparison.metric.startswith(key.split()[0]) and key.endswith(f" {comparison.side}")
     ]
     return fitting[0] if fitting else None
 
 
 def report(folder: Path, reference: Path | None = None) -> str:
-    """The verdicts in words; draws `doctor.png` in the run's folder."""
+    """The comparisons as text; writes `doctor.png` into the run's folder."""
     from varlab.files import read_curves
 
     curves = read_curves(folder / "metrics.csv")
@@ -225,50 +218,50 @@ def report(folder: Path, reference: Path | None = None) -> str:
             if key in mine and mine[key] != value
         ]
         if differing:
-            lines.append(f"  settings that differ, so that differences are to be expected: {', '.join(differing)}")
+            lines.append(f"  settings that differ, so differences are expected: {', '.join(differing)}")
     elif experiment_of(folder) in ("var_d16", "var_d20", "var_d24", "var_d30"):
         bands = published_bands(curves)
-        lines.append(f"{folder}: no run of ours to compare with; published, at the end of the whole recipe:")
+        lines.append(f"{folder}: there is no reference run; published, at the end of the whole recipe:")
         lines += [f"  {metric}: {why}" for metric, (_, _, why) in PUBLISHED.items()]
     else:
         known = ", ".join(sorted(file.stem for file in references().glob("*.csv")))
         raise ValueError(
-            f"there is no reference {reference}: known are {known}; name a CSV, or make one (experiments/reference/make.py)"
+            f"there is no reference {reference}: known are {known}; give a CSV, or make one (experiments/reference/make.py)"
         )
-    verdicts = judge(curves, bands)
-    normal = [verdict for verdict in verdicts if verdict.is_normal]
-    lines.append(f"  in band: {len(normal)} of {len(verdicts)} metrics")
-    for verdict in (verdict for verdict in verdicts if not verdict.is_normal):
+    comparisons = compare_to_bands(curves, bands)
+    normal = [comparison for comparison in comparisons if comparison.is_normal]
+    lines.append(f"  in band: {len(normal)} of {len(comparisons)} metrics")
+    for comparison in (comparison for comparison in comparisons if not comparison.is_normal):
         lines.append(
-            f"  out of band: {verdict.metric}, {verdict.side} from step {verdict.first_outside}, {verdict.share_inside:.0%} inside"
+            f"  out of band: {comparison.metric}, {comparison.side} from step {comparison.first_outside}, {comparison.share_inside:.0%} inside"
         )
-    whys = dict.fromkeys(why for verdict in verdicts if not verdict.is_normal and (why := reason(verdict)))
-    lines += [f"  this may be: {why}" for why in whys]
+    whys = dict.fromkeys(why for comparison in comparisons if not comparison.is_normal and (why := reason(comparison)))
+    lines += [f"  possible cause: {why}" for why in whys]
     row = folder / "run.json"
     if row.is_file() and "speed/images_per_second" in curves:
         speed = np.median(list(curves["speed/images_per_second"].values()))
         lines.append(
-            f"  {speed:.3g} images a second on {json.loads(row.read_text())['device']} (not judged: machines differ)"
+            f"  {speed:.3g} images per second on {json.loads(row.read_text())['device']} (not compared: machines differ)"
         )
-    draw(curves, bands, verdicts, folder / "doctor.png")
+    plot(curves, bands, comparisons, folder / "doctor.png")
     return "\n".join([*lines, f"  figure: {folder / 'doctor.png'}"])
 
 
-def draw(curves: Curves, bands: dict[str, Band], verdicts: Sequence[Verdict], path: Path) -> None:
-    """One panel a metric, out-of-band ones first: the band, the reference's mean, the run."""
+def plot(curves: Curves, bands: dict[str, Band], comparisons: Sequence[Comparison], path: Path) -> None:
+    """One panel per metric, out-of-band ones first: the band, the reference's mean, the run."""
     from matplotlib.figure import Figure
 
-    shown = sorted(verdicts, key=lambda verdict: verdict.share_inside)[:24]
+    shown = sorted(comparisons, key=lambda comparison: comparison.share_inside)[:24]
     columns = min(4, max(len(shown), 1))
     rows = max(-(-len(shown) // columns), 1)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, verdict in zip(panels, shown, strict=False):
-        found = bands[verdict.metric]
+    for axes, comparison in zip(panels, shown, strict=False):
+        found = bands[comparison.metric]
         axes.fill_between(found.steps, found.low, found.high, color="0.85", label="band")
         axes.plot(found.steps, found.mean, color="0.5", lw=1, label="reference")
-        axes.plot(*smooth(curves[verdict.metric]), color="C0" if verdict.is_normal else "C3", label="this run")
-        axes.set_title(verdict.metric + ("" if verdict.is_normal else f": {verdict.side}"), fontsize=9)
+        axes.plot(*smooth(curves[comparison.metric]), color="C0" if comparison.is_normal else "C3", label="this run")
+        axes.set_title(comparison.metric + ("" if comparison.is_normal else f": {comparison.side}"), fontsize=9)
         axes.grid(alpha=0.3)
     for axes in list(panels)[len(shown) :]:
         axes.axis("off")
@@ -276,14 +269,3 @@ def draw(curves: Curves, bands: dict[str, Band], verdicts: Sequence[Verdict], pa
         figure.axes[0].legend(fontsize=7)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
-
-
-def run(arguments: list[str]) -> None:
-    """Judges one run."""
-    print(report(Path(arguments[0]), Path(arguments[1]) if len(arguments) > 1 else None))
-
-
-main = argument_command("doctor", USAGE, run)
-
-if __name__ == "__main__":
-    main()

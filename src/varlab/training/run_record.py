@@ -1,4 +1,4 @@
-"""What a run leaves behind: its row in the table of runs, its progress on the screen, its last words."""
+"""The record of a run: its row in the table of runs, its progress bar, its summary."""
 
 import json
 import subprocess
@@ -14,8 +14,63 @@ from lightning.pytorch.callbacks import ProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from varlab.cost.flops import parameter_counts, six_nd, tokenizer_flops, training_flops
+from varlab.data.token_datamodule import TokenDataModule
 from varlab.files import atomic_write, read_curves, save_json
+from varlab.models import scales
 from varlab.training.loggers import run_id
+from varlab.training.msvqvae_module import MSVQVAEModule
+from varlab.training.var_module import VARModule
+
+
+def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
+    """What a run's row says about its network, its schedule and its cost for one image."""
+    schedule, batch = module.schedule, module.data.global_batch_size
+    branch_step = schedule.branch_step(module.total_steps)
+    shared = {
+        "lr_peak": module.peak_lr,
+        "schedule": schedule.name,
+        "warmup": schedule.warmup_steps(module.total_steps) * batch,
+        "cooldown": 0 if branch_step is None else (module.total_steps - branch_step) * batch,
+        "weight_decay": module.weight_decay[0],
+        "patch_nums": module.net.patch_nums,
+    }
+    if isinstance(module, MSVQVAEModule):
+        return {
+            "kind": "tokenizer",
+            "params_total": sum(parameter.numel() for parameter in module.net.parameters()),
+            "tokens_per_image": scales.num_tokens(module.net.patch_nums),
+            "flops_exact_per_image": 3 * sum(tokenizer_flops(module.net).values()),
+            "codes": module.net.quantizer.codebook_size,
+            **shared,
+        }
+    net, data = module.net, module.data
+    is_tokens = isinstance(data, TokenDataModule)
+    return {
+        "kind": "var",
+        "depth": net.depth,
+        "width": net.width,
+        "order": net.order,
+        **parameter_counts(net.sizes),
+        **facts_per_image(module, len(net.patch_nums)),
+        "flops_tokenizer_per_image": 0 if is_tokens else tokenizer_flops(module.tokenizer)["encode"],
+        "tokenizer_id": module.tokenizer_fingerprint,
+        "codes": net.codebook_size,
+        "label_smoothing": getattr(module.loss, "label_smoothing", None),
+        "sizes": net.sizes,
+        **shared,
+        **(data.marginal_entropies(net.codebook_size) if is_tokens else {}),
+    }
+
+
+def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
+    """Tokens and FLOPs of one image of which `num_scales` scales are trained."""
+    sizes = {**module.net.sizes, "patch_nums": module.net.patch_nums[:num_scales]}
+    return {
+        "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
+        "flops_exact_per_image": training_flops(sizes),
+        "flops_6nd_per_image": six_nd(sizes),
+    }
 
 
 class RunRecord(Callback):
@@ -44,7 +99,8 @@ class RunRecord(Callback):
         self.counters, self.total_steps = dict(state_dict["counters"]), state_dict["total_steps"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.facts = pl_module.run_facts()  # pyright: ignore[reportCallIssue]
+        assert isinstance(pl_module, VARModule | MSVQVAEModule)
+        self.facts = facts_of(pl_module)
         self.peak_flops = (
             get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
         )
@@ -57,7 +113,7 @@ class RunRecord(Callback):
             print(self.describe_run(trainer), flush=True)
 
     def describe_run(self, trainer: Trainer) -> str:
-        """The run in a line, for a look before it takes days."""
+        """The run in one line, to check before it takes days."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         images, tokens = self.total_steps * data.global_batch_size, self.facts["tokens_per_image"]
         unique, flops = sum(data.shard_counts), self.facts["flops_exact_per_image"]
@@ -65,7 +121,7 @@ class RunRecord(Callback):
         return (
             f"{self.folder.name}: {begun}{self.facts['params_total'] / 1e6:,.1f} M parameters; {self.total_steps:,} steps of"
             f" {data.global_batch_size} images ({trainer.world_size} devices x {data.batch_size()}) = {images / unique:,.3g} epochs of"
-            f" {unique:,} images; {tokens:,} tokens an image, {images * tokens:.3g} in all; {flops * images:.3g} FLOP"
+            f" {unique:,} images; {tokens:,} tokens per image, {images * tokens:.3g} in total; {flops * images:.3g} FLOP"
         )
 
     def total_flops(self) -> int | float:
@@ -75,8 +131,10 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        images, now = len(batch.labels) * trainer.world_size, time.perf_counter()
-        facts = {**self.facts, **pl_module.step_facts()}  # pyright: ignore[reportCallIssue]
+        images, now = len(batch.condition) * trainer.world_size, time.perf_counter()
+        facts = self.facts
+        if isinstance(pl_module, VARModule) and pl_module.progressive is not None:
+            facts = {**facts, **facts_per_image(pl_module, pl_module.trained_scales)}
         self.counters["images_seen"] += images
         self.counters["tokens_seen"] += images * facts["tokens_per_image"]
         for key in ("flops_exact", "flops_6nd", "flops_tokenizer"):
@@ -102,7 +160,7 @@ class RunRecord(Callback):
         self.validation_start = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # so that a curve over images or compute needs no guesses
+        if not trainer.sanity_checking:  # so that curves over images or compute are exact
             pl_module.log_dict({f"count/{key}": float(self.counters[key]) for key in ("images_seen", "flops_exact")})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +173,7 @@ class RunRecord(Callback):
         self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = "stopped"  # unless it is finished
+        self.state = "stopped"  # unless all steps are done
         self.write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -158,8 +216,8 @@ class RunRecord(Callback):
         save_json(self.folder / "run.json", row)
 
     def unique_loss(self, unique: int) -> float | None:
-        """Mean of the training loss logged in the last tenth of the run, while no image came a second time; else None. Labels are
-        dropped as in training."""
+        """Mean of the training loss logged in the last tenth of a run in which no image was seen twice; else None. Labels are dropped
+        as in training."""
         if self.counters["images_seen"] > unique:
             return None
         curve = read_curves(self.folder / "metrics.csv").get("train/loss", {})
@@ -176,8 +234,8 @@ def git_commit() -> str | None:
 
 
 class Progress(ProgressBar):
-    """One bar over the whole run: loss, error, images a second, MFU where the device's peak is known; the time that is left
-    is the run's, not the epoch's."""
+    """One bar over the whole run: loss, error, images per second, MFU where the device's peak is known; the remaining time is
+    that of the run, not of the epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +247,7 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            pause = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
+            pause = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in a log file
             self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", smoothing=0.05, mininterval=pause)
 
     def on_train_batch_end(
@@ -209,14 +267,14 @@ class Progress(ProgressBar):
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar on the screen as it stands."""
+        """Leaves the bar on the screen."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 def summary(folder: Path) -> str:
-    """What a run came to and where its results lie; draws `curves.png` beside them."""
+    """The results of a run and their files; draws `curves.png` beside them."""
     row = json.loads((folder / "run.json").read_text())
     scores = [f"{key} {row[key]:.4g}" for key in ("val_loss", "val_loss_last", "val_err", "val_psnr") if key in row]
     seconds, devices = row["device_seconds"], row["num_devices"]
@@ -227,12 +285,12 @@ def summary(folder: Path) -> str:
         f"  {', '.join(scores) or 'not validated'}",
         f"  checkpoints: {', '.join(str(path) for path in saved)}",
     ]
-    if draw_curves(folder):
+    if plot_curves(folder):
         lines.append(f"  curves: {folder / 'curves.png'} (figures: {folder / 'metrics.csv'})")
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path) -> bool:
+def plot_curves(folder: Path) -> bool:
     """Loss, error or PSNR, gradient norm and speed against the step; False where nothing was logged."""
     curves = read_curves(folder / "metrics.csv")
     panels = [

@@ -1,4 +1,4 @@
-"""What Lightning leaves open about devices and files: FSDP2 and HSDP, checkpoints that are whole or absent."""
+"""Strategies and plugins: FSDP2 and HSDP, weights in bf16, atomic checkpoint files."""
 
 import shutil
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 
+from varlab.checkpoints.formats import CHECKPOINT_FORMAT
 from varlab.checkpoints.load import (
     META_FILE,
     optimizer_state_by_name,
     optimizer_state_by_number,
     read_checkpoint,
+    read_file,
     replace_folder,
     swap_paths,
 )
@@ -30,12 +32,12 @@ from varlab.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that take their name once they are complete. Loads folders of sharded runs as well."""
+    """Checkpoint files, written atomically. Loads folders of sharded runs as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
         with atomic_write(target) as partial:
-            if target.is_dir():  # a sharded run goes on unsharded
+            if target.is_dir():  # a sharded run continues unsharded
                 shutil.rmtree(target)
             torch.save(checkpoint, partial)
 
@@ -48,8 +50,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BF16Weights(MixedPrecision):
     """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), half the memory.
 
-    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all. A
-    bf16 weight does not feel an update below 1/512 of itself: for the full recipe take bf16-mixed.
+    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all. An
+    update below 1/512 of a bf16 weight is lost: for the full recipe use bf16-mixed.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -65,7 +67,7 @@ class FSDP2(ModelParallelStrategy):
 
     `num_replicas`: groups of devices that hold all weights together (HSDP): 1 shards over all devices of all nodes, the
     number of nodes shards within each node and averages gradients across. Checkpoints are folders with one file a rank,
-    or, without `save_distributed_checkpoint`, one ordinary file. Either kind is resumed, on any number of devices.
+    or, without `save_distributed_checkpoint`, one ordinary file. Either kind can be resumed, on any number of devices.
     """
 
     def __init__(
@@ -123,8 +125,8 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
         assert self.model is not None and self.lightning_module is not None
-        if not path.is_dir():
-            return self.load_file(path)
+        if not path.is_dir() or read_file(path / META_FILE)["varlab"]["format"] != CHECKPOINT_FORMAT:
+            return self.load_unsharded(path)
         rest = super().load_checkpoint(path, weights_only=True)
         if "ema_updates" in rest:
             weights = self.lightning_module.named_parameters()
@@ -132,8 +134,8 @@ class FSDP2(ModelParallelStrategy):
             load({"ema": rest["ema"]}, checkpoint_id=path)
         return rest
 
-    def load_file(self, path: Path) -> dict[str, Any]:
-        """Weights and optimizer of an unsharded run, each rank taking its part."""
+    def load_unsharded(self, path: Path) -> dict[str, Any]:
+        """Weights and optimizer of an unsharded run, or of a folder of an older format, each rank taking its part."""
         checkpoint, whole = read_checkpoint(path), StateDictOptions(full_state_dict=True)
         assert self.model is not None
         if self.optimizers:

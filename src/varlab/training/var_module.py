@@ -1,39 +1,44 @@
 """Training of a VAR, from images (tokenized on the fly) or from a token cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.load import check_same_networks, load_tokenizer, networks_entry
-from varlab.cost.flops import parameter_counts, six_nd, tokenizer_flops, training_flops
+from varlab.cost.flops import parameter_counts
 from varlab.data.images import ImageBatch
-from varlab.data.token_cache import TokenBatch, TokenDataModule
+from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
-from varlab.models.transformer import ATTENTIONS, RECOMPUTES, AdaLNBlock
-from varlab.models.var import VAR
+from varlab.models.custom_classes import describe
+from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
+from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
-from varlab.training.schedules import Progressive, Schedule, parameter_groups
+from varlab.training.optimizers import parameter_groups
+from varlab.training.scheduled_module import OptimizerFactory, ScheduledModule
+from varlab.training.schedules import Progressive, Schedule
 
 
-class VARModule(LightningModule):
+class VARModule(ScheduledModule):
     """Next-scale cross entropy over all L tokens, each token weight 1/L (VAR, section 3; recipe of the released code).
 
     `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
-    in fp32. The peak learning rate is base_lr * global batch / 256, and with `lr_reference_depth` times that depth over
-    the network's own: for sweeps, where width and depth grow together. Weight decay moves to `weight_decay_end` if given.
-    With `mup_lr_scaling` that factor acts on the matrices alone whose input grows with the width, not on embeddings, positions,
-    biases (the rule of muP for Adam; initial weights stay the paper's).
-    With `warmup_tokens` the warm-up lasts so many tokens for each parameter of the blocks, but at most 5 % of `full_steps`, the length
-    of the whole run that this one may be a branch of (Porian et al. 2024).
-    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss come in so many parts, of which only one is
-    in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for each block. `progressive`: scale by
-    scale.
+    in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
+
+    With `lr_reference_depth` the peak learning rate is multiplied by that depth over the network's own: for sweeps, where width and
+    depth grow together. With `mup_lr_scaling` that factor acts only on the matrices whose input grows with the width, not on
+    embeddings, positions, biases (the rule of muP for Adam; initial weights stay the paper's). Weight decay moves to
+    `weight_decay_end` if given. With `warmup_tokens` the warm-up lasts so many tokens per parameter of the blocks, but at most 5 % of
+    `full_steps`, the length of the whole run that this one may be a branch of (Porian et al. 2024).
+
+    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in so many parts, of which
+    only one is in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for each block.
+    `progressive`: trains scale by scale.
     """
 
     net: VAR
@@ -43,60 +48,62 @@ class VARModule(LightningModule):
         net: Callable[..., VAR],
         tokenizer: str,
         schedule: Schedule,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         base_lr: float = 1e-4,
-        betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
-        label_smoothing: float = 0.0,
         lr_reference_depth: int | None = None,
-        recompute: str = "none",
-        is_compiled: bool = False,
-        progressive: Progressive | None = None,
-        attention: str = "split",
-        loss_chunks: int = 1,
         mup_lr_scaling: bool = False,
         warmup_tokens: float | None = None,
         full_steps: int = -1,
+        recompute: Recompute = "none",
+        attention: AttentionKind = "split",
+        loss_chunks: int = 1,
+        is_compiled: bool = False,
+        progressive: Progressive | None = None,
     ) -> None:
-        super().__init__()
-        if recompute not in RECOMPUTES:
-            raise ValueError(f"module.recompute={recompute!r}: choose one of {', '.join(RECOMPUTES)}")
-        if attention not in ATTENTIONS:
-            raise ValueError(f"module.attention={attention!r}: choose one of {', '.join(ATTENTIONS)}")
         if loss_chunks < 1:
             raise ValueError(f"module.loss_chunks={loss_chunks}: give 1 or more")
-        self.attention, self.loss_chunks = attention, loss_chunks
-        self.make_net, self.recompute, self.is_compiled = net, recompute, is_compiled
+        tokenizer_net = load_tokenizer(tokenizer).requires_grad_(False)
+        super().__init__(
+            optimizer,
+            schedule if progressive is None else progressive.schedule(schedule),
+            base_lr,
+            (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end),
+            num_scores=2 * len(tokenizer_net.patch_nums) + 1,
+        )
+        self.make_net = net
+        self.loss = loss or losses.TokenCrossEntropy()
+        self.tokenizer = tokenizer_net
         self.tokenizer_path = tokenizer
-        self.tokenizer = load_tokenizer(tokenizer).requires_grad_(False)
         self.tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
-        self.progressive = progressive
-        self.schedule = schedule if progressive is None else progressive.schedule(schedule)
+        self.lr_reference_depth = lr_reference_depth
         self.mup_lr_scaling = mup_lr_scaling
-        self.warmup_tokens, self.full_steps = warmup_tokens, full_steps
-        self.base_lr, self.betas = base_lr, (betas[0], betas[1])
-        self.weight_decay = (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end)
-        self.label_smoothing, self.lr_reference_depth = label_smoothing, lr_reference_depth
-        self.trained_scales = num_scales = len(self.tokenizer.patch_nums)
-        self.val_scores, self.val_scores_raw = ImageMean(2 * num_scales + 1), ImageMean(2 * num_scales + 1)
+        self.warmup_tokens = warmup_tokens
+        self.full_steps = full_steps
+        self.recompute: Recompute = recompute
+        self.attention: AttentionKind = attention
+        self.loss_chunks = loss_chunks
+        self.is_compiled = is_compiled
+        self.progressive = progressive
+        self.trained_scales = len(self.tokenizer.patch_nums)
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
-        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        sizes = self.tokenizer.sizes
-        self.class_names = data.class_names
-        torch.manual_seed(torch.initial_seed())  # the same first weights whatever drew random numbers before
+        self.class_names = self.data.class_names
+        torch.manual_seed(torch.initial_seed())  # the same first weights whatever used random numbers before
+        quantizer = self.tokenizer.quantizer
         self.net = self.make_net(
-            patch_nums=self.tokenizer.patch_nums,
-            codebook_size=sizes["codebook_size"],
-            codebook_dim=sizes["codebook_dim"],
-            num_classes=data.num_classes,
+            patch_nums=quantizer.patch_nums,
+            codebook_size=quantizer.codebook_size,
+            codebook_dim=quantizer.codebook_dim,
+            num_classes=self.data.num_classes,
         )
+        self.check_net()
         self.net.attention = self.attention
-        self.schedule = self.warmed_up_by_size(data.global_batch_size)
-        if self.progressive is not None and self.net.order == "raster":
-            raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
+        self.schedule = self.warmed_up_by_size(self.data.global_batch_size)
         if self.trainer.precision == "bf16-true":
             self.net.to(torch.bfloat16)
         for block in self.net.blocks:
@@ -106,6 +113,17 @@ class VARModule(LightningModule):
                 block.forward = torch.compile(block.forward)
         if self.device_mesh is not None:
             self.shard()
+
+    def check_net(self) -> None:
+        """Raises ValueError for a network that a checkpoint could not rebuild, or that does not fit the data."""
+        describe(self.net)
+        takes, gets = self.net.embedder.condition_shape, tuple(self.data.condition_shape)
+        if takes != gets:
+            raise ValueError(
+                f"data.condition={self.data.condition} gives conditions of shape {gets}, {type(self.net.embedder).__name__} takes {takes}"
+            )
+        if self.progressive is not None and self.net.order == "raster":
+            raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
 
     def warmed_up_by_size(self, batch: int) -> Schedule:
         """The schedule with the warm-up that `warmup_tokens` asks for."""
@@ -128,10 +146,10 @@ class VARModule(LightningModule):
         for block in self.net.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.net, mesh=mesh)
-        register_fsdp_forward_method(self.net, "predict_scale")  # sampling for pictures
+        register_fsdp_forward_method(self.net, "predict_scale")  # sampling for images in the log
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data = self.data
         if isinstance(data, TokenDataModule):
             if data.manifest["patch_nums"] != self.tokenizer.patch_nums:
                 raise ValueError(
@@ -148,25 +166,16 @@ class VARModule(LightningModule):
             )
 
     @property
-    def depth_share(self) -> float:
-        """What `lr_reference_depth` makes of the learning rate."""
+    def depth_ratio(self) -> float:
+        """Factor of the learning rate by `lr_reference_depth`."""
         return 1.0 if self.lr_reference_depth is None else self.lr_reference_depth / self.net.depth
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate after warm-up."""
-        by_depth = 1.0 if self.mup_lr_scaling else self.depth_share
-        return by_depth * self.base_lr * self.trainer.datamodule.global_batch_size / 256  # pyright: ignore[reportAttributeAccessIssue]
+        return super().peak_lr * (1.0 if self.mup_lr_scaling else self.depth_ratio)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        is_fused = self.device.type == "cuda"
-        return torch.optim.AdamW(
-            parameter_groups(self.net, self.depth_share if self.mup_lr_scaling else 1.0),
-            lr=self.peak_lr,
-            betas=self.betas,
-            eps=1e-8,
-            fused=is_fused,
-        )
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.net, self.depth_ratio if self.mup_lr_scaling else 1.0)
 
     @torch.no_grad()
     def tokens(self, batch: ImageBatch | TokenBatch) -> tuple[Tensor, list[Tensor]]:
@@ -182,128 +191,74 @@ class VARModule(LightningModule):
         """What the network sees of the true coarser scales."""
         return self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
 
-    def logits(self, token_maps: list[Tensor], labels: Tensor) -> Tensor:
-        """Logits of all tokens from the true coarser ones."""
-        return self.net(self.inputs(token_maps), labels)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        total = int(self.trainer.estimated_stepping_batches)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        self.lr = self.schedule.apply(optimizer, self.global_step, total, self.peak_lr, self.weight_decay)
-
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         sequence, token_maps = self.tokens(batch)
         num_scales, newest_weight = self.active_scales()
         self.trained_scales = num_scales
-        active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
-        target = sequence[:, :active]
-        is_logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+        num_active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
+        target, is_logged = sequence[:, :num_active], self.is_logged
 
-        def judge(logits: Tensor, place: slice) -> Tensor:
-            """Loss to learn from; where it is logged, loss without smoothing and error besides. B l n"""
-            loss = losses.cross_entropy(logits, target[:, place], self.label_smoothing)
+        def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
+            """Loss to train with; where it is logged, cross entropy and error besides. B l n"""
+            tokens = target[:, token_slice]
+            loss = self.loss(logits, tokens)
             if not is_logged:
                 return loss[..., None]
             with torch.no_grad():
-                scores = losses.cross_entropy(logits, target[:, place]), losses.token_errors(logits, target[:, place])
-            return torch.stack([loss, *scores], dim=-1)
+                return torch.stack(
+                    [loss, losses.cross_entropy(logits, tokens), losses.token_errors(logits, tokens)], dim=-1
+                )
 
-        by_token, *scores = self.net(
-            self.inputs(token_maps[:num_scales]), batch.labels, judge, self.loss_chunks
-        ).unbind(dim=-1)
+        hidden = self.net(self.inputs(token_maps[:num_scales]), batch.condition, returns_hidden=True)
+        assert isinstance(hidden, HiddenStates)
+        head = partial(self.net.predict, vector=hidden.vector)
+        by_token, *scores = losses.in_chunks(head, hidden.x, loss_fn, self.loss_chunks).unbind(dim=-1)
         if newest_weight != 1:
             newest = scales.lengths(self.net.patch_nums)[num_scales - 1]
             by_token = torch.cat([by_token[:, :-newest], newest_weight * by_token[:, -newest:]], dim=1)
         loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # each token 1/L, however many are active
         if is_logged:
-            scores = [losses.by_scale(score, self.net.patch_nums[:num_scales]).mean(dim=0) for score in scores]
-            self.log_scores("train", *scores)
+            loss_by_scale, error_by_scale = (
+                losses.by_scale(score, self.net.patch_nums[:num_scales]).mean(dim=0) for score in scores
+            )
+            self.log_scores("train", loss_by_scale, error_by_scale, {"train/objective": loss})
             self.log("lr", self.lr)
             if self.progressive is not None:
                 self.log("train/num_scales", float(num_scales))
         return loss
 
     def active_scales(self) -> tuple[int, float]:
-        """(number of scales that this step trains, weight of the finest of them): all and 1 but in progressive training."""
+        """(number of scales that this step trains, weight of the finest of them): all and 1 except in progressive training."""
         num_scales = len(self.net.patch_nums)
         if self.progressive is None:
             return num_scales, 1.0
-        total = int(self.trainer.estimated_stepping_batches)
-        return self.progressive.stage(self.global_step, total, self.schedule.warmup_steps(total), num_scales)
+        warmup_steps = self.schedule.warmup_steps(self.total_steps)
+        return self.progressive.stage(self.global_step, self.total_steps, warmup_steps, num_scales)
 
-    def log_scores(self, split: str, loss: Tensor, error: Tensor) -> None:
-        """Loss (nats a token) and error (percent): over all (active) tokens, of the last scale, of each scale."""
+    def log_scores(self, split: str, loss: Tensor, error: Tensor, others: dict[str, Tensor] | None = None) -> None:
+        """Loss (nats per token, without smoothing) and error (percent): over all (active) tokens, of the last scale, of each scale."""
         patch_nums = self.net.patch_nums[: len(loss)]
+        values = dict(others or {})
         for name, by_scale in [("loss", loss), ("err", error)]:
-            self.log(f"{split}/{name}", losses.over_tokens(by_scale, patch_nums), prog_bar=True)
-            self.log(f"{split}/{name}_last", by_scale[-1])
-            self.log_dict({f"{split}/{name}_scale_{k:02d}": value for k, value in enumerate(by_scale)})
-
-    def validation_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> None:
-        self.score(batch, self.val_scores)
-
-    def validation_step_raw(self, batch: ImageBatch | TokenBatch) -> None:
-        """The same for the weights as trained, where an average of them is validated (see `EMA`)."""
-        self.score(batch, self.val_scores_raw)
+            values[f"{split}/{name}"] = losses.over_tokens(by_scale, patch_nums)
+            values[f"{split}/{name}_last"] = by_scale[-1]
+            values |= {f"{split}/{name}_scale_{k:02d}": value for k, value in enumerate(by_scale)}
+        self.log_means(values, prog_bar=(f"{split}/loss", f"{split}/err"))
 
     def score(self, batch: ImageBatch | TokenBatch, scores: ImageMean) -> None:
         """Adds loss and error of a batch, by scale, and the square of the loss."""
         sequence, token_maps = self.tokens(batch)
-        found = losses.token_scores(self.logits(token_maps, batch.labels), sequence, self.net.patch_nums)
+        logits = self.net(self.inputs(token_maps), batch.condition)
+        found = losses.token_scores(logits, sequence, self.net.patch_nums)
         square = losses.over_tokens(found.loss, self.net.patch_nums).square()
         scores.update(torch.cat([found.loss, found.error, square[:, None]], dim=1), batch.weight)
 
-    def on_validation_epoch_end(self) -> None:
-        num = len(self.net.patch_nums)
-        for split, scores in [("val", self.val_scores), ("val_raw", self.val_scores_raw)]:
-            if not scores.update_called:
-                continue
-            loss, error, square = scores.compute().tensor_split([num, 2 * num])
-            self.log_scores(split, loss, error)
-            variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
-            num_images = self.trainer.datamodule.num_val  # pyright: ignore[reportAttributeAccessIssue]
-            self.log(f"{split}/loss_se", (variance.clamp(min=0) / num_images).sqrt())
-            scores.reset()
-
-    def run_facts(self) -> dict[str, Any]:
-        """What a row of the table of runs says about the network and its cost for one image."""
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        from_images, is_wsd = not isinstance(data, TokenDataModule), self.schedule.shape == "wsd"
-        total = int(self.trainer.estimated_stepping_batches)
-        return {
-            "kind": "var",
-            "depth": self.net.depth,
-            "width": self.net.width,
-            "order": self.net.order,
-            **parameter_counts(self.net.sizes),
-            **self.facts_per_image(len(self.net.patch_nums)),
-            "flops_tokenizer_per_image": tokenizer_flops(self.tokenizer.sizes)["encode"] if from_images else 0,
-            "tokenizer_id": self.tokenizer_fingerprint,
-            "patch_nums": self.net.patch_nums,
-            "codes": self.tokenizer.sizes["codebook_size"],
-            "lr_peak": self.peak_lr,
-            "schedule": self.schedule.shape,
-            "warmup": self.schedule.warmup_steps(total) * data.global_batch_size,
-            "cooldown": (total - self.schedule.cooldown_start(total)) * data.global_batch_size if is_wsd else 0,
-            "weight_decay": self.weight_decay[0],
-            "label_smoothing": self.label_smoothing,
-            "sizes": self.net.sizes,
-            **(data.marginal_entropies(self.net.sizes["codebook_size"]) if not from_images else {}),
-        }
-
-    def facts_per_image(self, num_scales: int) -> dict[str, int]:
-        """Tokens and FLOPs of one image of which `num_scales` scales are trained."""
-        sizes = {**self.net.sizes, "patch_nums": self.net.patch_nums[:num_scales]}
-        return {
-            "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
-            "flops_exact_per_image": training_flops(sizes),
-            "flops_6nd_per_image": six_nd(sizes),
-        }
-
-    def step_facts(self) -> dict[str, int]:
-        """What of `run_facts` was different in this step."""
-        return {} if self.progressive is None else self.facts_per_image(self.trained_scales)
+    def log_validation(self, split: str, means: Tensor) -> None:
+        num_scales = len(self.net.patch_nums)
+        loss, error, square = means.tensor_split([num_scales, 2 * num_scales])
+        variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
+        standard_error = (variance.clamp(min=0) / self.data.num_val).sqrt()
+        self.log_scores(split, loss, error, {f"{split}/loss_se": standard_error})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["varlab"] = networks_entry(self.tokenizer, self.net, self.class_names)

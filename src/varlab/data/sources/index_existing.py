@@ -1,18 +1,18 @@
-"""Shards that others packed, taken as they are: only an index and a manifest are written, the images stay where they lie."""
+"""Shards that others packed, used as they are: only an index and a manifest are written, the images stay where they are."""
 
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.shards import FORMAT, index_shard, save_index
+from varlab.data.shards import FORMAT, ShardIndex, index_shard, save_index
 from varlab.data.storage import RemoteFile, Storage, is_remote
-from varlab.data.write_shards import in_processes
+from varlab.data.write_shards import PackOptions, in_processes
 from varlab.files import atomic_write, json_hash, save_json, sha256
 
 MAX_NAMED = 10
@@ -29,8 +29,8 @@ class Job:
     part: Path
 
 
-def read_shard(job: Job) -> tuple[dict[str, Any], np.ndarray]:
-    """(entry of the manifest and problems, index rows) of a shard, from an earlier run if there was one."""
+def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
+    """(entry of the manifest and problems, index) of a shard, from an earlier run if there was one."""
     described = job.part.with_suffix(".json")
     if not described.is_file():
         if is_remote(job.url):
@@ -40,15 +40,40 @@ def read_shard(job: Job) -> tuple[dict[str, Any], np.ndarray]:
             file = RemoteFile(job.url, local.stat().st_size, sha256(local))
         index = index_shard(local, 0)
         with atomic_write(job.part) as partial, open(partial, "wb") as stream:
-            np.save(stream, index.rows)
+            arrays = {} if index.conditions is None else {"conditions": index.conditions}
+            np.savez(stream, rows=index.rows, **arrays)
         entry = {"name": file.url, "num_images": len(index.rows), "num_bytes": file.num_bytes, "sha256": file.sha256}
         save_json(described, {"entry": entry, "problems": [f"{job.url}: {problem}" for problem in index.problems]})
-    rows = np.load(job.part)
+    with np.load(job.part) as part:
+        rows, conditions = part["rows"], part.get("conditions")
     rows["shard"] = job.number
-    return json.loads(described.read_text()), rows
+    return json.loads(described.read_text()), ShardIndex([], rows, [], conditions)
 
 
-def adopt(
+@dataclass(frozen=True)
+class ExistingShards:
+    """Webdataset shards (image and `.cls` for each key) of two splits: paths, globs, brace patterns or URLs with these.
+
+    Class i is called by line i of the file `class_names`, or "i" without one. Keys without exactly one image and one label are left
+    out and named; raises ValueError when they are more than `max_skipped_share` of a split, or when a tar is damaged.
+    """
+
+    train: str | None
+    val: str | None
+    class_names: str | None = None
+    max_skipped_share: float = 0.001
+    storage: Storage = field(default_factory=Storage)
+
+    def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
+        """Indexes the shards, which stay where they are; returns the manifest."""
+        if self.train is None or self.val is None:
+            raise ValueError("source=shards needs train= and val=: paths, globs or URLs of shards")
+        names = Path(self.class_names).read_text().splitlines() if self.class_names else None
+        patterns = {"train": self.train, "val": self.val}
+        return index_existing(patterns, out, names, self.storage, options.num_workers, self.max_skipped_share)
+
+
+def index_existing(
     patterns: dict[str, str],
     out: Path,
     class_names: list[str] | None,
@@ -56,12 +81,7 @@ def adopt(
     num_workers: int,
     max_skipped_share: float,
 ) -> dict[str, Any]:
-    """Indexes webdataset shards (image and `.cls` for each key) of the splits `patterns`; returns the manifest.
-
-    A pattern is a path, a glob, a brace pattern or a URL with these. Class i is called class_names[i], or "i" without
-    names. Keys without one image and one label, or with two of them, are left out and named; raises ValueError when they
-    are more than `max_skipped_share` of a split, or when a tar is damaged.
-    """
+    """Writes index and manifest of the shards of the splits `patterns`; returns the manifest."""
     manifest: dict[str, Any] = {
         "kind": "shards",
         "format": FORMAT,
@@ -73,11 +93,11 @@ def adopt(
     for split, pattern in patterns.items():
         urls = [url if is_remote(url) else str(Path(url).resolve()) for url in storage.expand(pattern)]
         parts = out / "indexing"
-        jobs = [Job(url, number, storage, parts / f"{json_hash(url)}.npy") for number, url in enumerate(urls)]
+        jobs = [Job(url, number, storage, parts / f"{json_hash(url)}.npz") for number, url in enumerate(urls)]
         found = tqdm(in_processes(read_shard, jobs, num_workers), desc=f"index {split}", unit="shard", total=len(jobs))
-        described, rows = zip(*found, strict=True)
+        described, indexes = zip(*found, strict=True)
         problems = [problem for shard in described for problem in shard["problems"]]
-        num_images = sum(map(len, rows))
+        num_images = sum(len(index.rows) for index in indexes)
         for problem in problems[:MAX_NAMED]:
             log.warning("left out: %s", problem)
         if not num_images or len(problems) > max_skipped_share * num_images:
@@ -85,11 +105,11 @@ def adopt(
                 f"{pattern}: {len(problems)} keys cannot be used beside {num_images} good ones, max_skipped_share="
                 f"{max_skipped_share} allows fewer; the first: {problems[0] if problems else 'the shards are empty'}"
             )
-        num_classes = max(num_classes, 1 + max(int(shard["label"].max()) for shard in rows if len(shard)))
+        num_classes = max(num_classes, 1 + max(int(index.rows["label"].max()) for index in indexes if len(index.rows)))
         splits[split] = {
             "num_images": num_images,
             "skipped": len(problems),
-            "index": save_index(out, split, rows),
+            **save_index(out, split, indexes),
             "shards": [shard["entry"] for shard in described],
         }
     if class_names is not None and len(class_names) < num_classes:

@@ -1,0 +1,51 @@
+"""Formats of checkpoints and export folders: what version 0.1 wrote, brought into today's form."""
+
+from typing import Any
+
+CHECKPOINT_FORMAT = 2  # of the `varlab` entry of training checkpoints
+EXPORT_FORMAT = 2  # of config.json in export folders
+QUANTIZER_ARGUMENTS = ("patch_nums", "codebook_size", "codebook_dim", "num_phis", "phi_ratio", "lookup", "beta")
+CONVERTED_CLASSES = {"ImageNetDataModule": "ImageDataModule"}
+CONVERTED_CALLBACKS = {"ReviveCodes": "ResetDeadCodes"}
+
+
+def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A training checkpoint of format 1 in the current format; any other as it is."""
+    entry = checkpoint.get("varlab")
+    if entry is None or entry.get("format") != 1:
+        return checkpoint
+    upgraded = {CONVERTED_CLASSES.get(key, key): value for key, value in checkpoint.items()}
+    upgraded["varlab"] = {**upgrade_networks(entry), "format": CHECKPOINT_FORMAT}
+    upgraded["state_dict"] = renamed(checkpoint["state_dict"])
+    if "ema" in checkpoint:
+        upgraded["ema"] = renamed(checkpoint["ema"])
+    upgraded["optimizer_states"] = [upgrade_optimizer(state) for state in checkpoint.get("optimizer_states", [])]
+    callbacks = checkpoint.get("callbacks", {})
+    upgraded["callbacks"] = {CONVERTED_CALLBACKS.get(key, key): state for key, state in callbacks.items()}
+    if "adversary" in upgraded:
+        upgraded["discriminator"] = upgraded.pop("adversary")
+    return upgraded
+
+
+def upgrade_networks(entry: dict[str, Any]) -> dict[str, Any]:
+    """The descriptions of both networks in the current format, from a checkpoint's entry or a config.json of format 1."""
+    tokenizer = dict(entry["tokenizer"])
+    name = tokenizer.pop("class", "varlab.models.msvqvae.MSVQVAE")
+    quantizer = {key: tokenizer.pop(key) for key in QUANTIZER_ARGUMENTS}
+    quantizer = {"class": "varlab.models.quantizer.MultiScaleQuantizer", **quantizer}
+    var = None if entry["var"] is None else {"class": "varlab.models.var.VAR", **entry["var"]}
+    return {**entry, "tokenizer": {"class": name, **tokenizer, "quantizer": quantizer}, "var": var}
+
+
+def upgrade_optimizer(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state whose groups carry today's name of the learning rate's multiplier."""
+    groups = [
+        {("lr_multiplier" if key == "lr_share" else key): value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+def renamed(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights under today's names."""
+    return {key.replace("class_embedding.", "embedder.embedding."): value for key, value in weights.items()}

@@ -1,0 +1,90 @@
+"""Images to be packed: an item says where the bytes of an image are; sources list items and read none of them."""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its label, its file extension, and its bytes: given, a file, or a byte range of one. `condition`: a vector beside the
+    label, for networks that are conditioned on more than a class."""
+
+    label: int
+    extension: str
+    content: bytes | None = None
+    file: Path | None = None
+    offset: int = 0
+    size: int | None = None
+    condition: np.ndarray | None = None
+
+    def load(self) -> bytes:
+        """The encoded image."""
+        if self.content is not None:
+            return self.content
+        assert self.file is not None
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def extension_of(file: Path) -> str:
+    """Extension of a file's name, without the dot."""
+    return file.suffix.lower().removeprefix(".")
+
+
+def check_share(val_share: float) -> None:
+    """Raises ValueError for a share of the images that is none."""
+    if not 0 <= val_share < 1:
+        raise ValueError(f"val_share={val_share}: give a share between 0 and 1")
+
+
+def split_off(items: list[Item], val_share: float, seed: int) -> dict[str, list[Item]]:
+    """A share of each class for validation (at least one image, if the class has two), the rest for training."""
+    splits: dict[str, list[Item]] = {"train": [], "val": []}
+    by_label: dict[int, list[Item]] = {}
+    for item in items:
+        by_label.setdefault(item.label, []).append(item)
+    for label in sorted(by_label):
+        members = by_label[label]
+        shuffled = np.random.default_rng(seed).permutation(len(members))
+        num_val = min(max(round(val_share * len(members)), int(val_share > 0)), len(members) - 1)
+        splits["val"] += [members[i] for i in sorted(shuffled[:num_val])]
+        splits["train"] += [members[i] for i in sorted(shuffled[num_val:])]
+    return splits
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A uint8 image as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def reencode(encoded: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
+    """(bytes, extension) of an image with its shorter side at most `short_side` (Lanczos), as JPEG of this quality.
+
+    An image that is small enough already, or cannot be decoded, is returned as it is.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        if min(image.size) <= short_side:
+            return encoded, ""
+        scale = short_side / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        buffer = io.BytesIO()
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(
+            buffer, "jpeg", quality=quality, subsampling=0, exif=image.getexif()
+        )
+        return buffer.getvalue(), "jpg"
+    except (OSError, SyntaxError, ValueError):
+        return encoded, ""
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,68 @@
+"""Likelihood of a VAR over images or cached tokens: files with numbers, protocol and figure."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlab import __version__
+from varlab.checkpoints.export_folder import tokenizer_fingerprint
+from varlab.data.images import CenterCrops
+from varlab.data.shards import ShardReader
+from varlab.data.storage import Storage
+from varlab.data.token_datamodule import TokenDataModule
+from varlab.evaluation.likelihood import likelihood_scores
+from varlab.evaluation.plots import curve_by_scale
+from varlab.files import save_json
+from varlab.models import scales
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def evaluate_likelihood(
+    tokenizer: MSVQVAE,
+    var: VAR,
+    data: str,
+    out: Path,
+    *,
+    checkpoint: str,
+    split: str = "val",
+    num_images: int | None = None,
+    resize_ratio: float = 1.0,
+    batch_size: int = 32,
+    device: torch.device,
+    storage: Storage | None = None,
+) -> dict[str, Any]:
+    """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration by scale. `data`: a packed set, or a token cache,
+    whose validation split is used. Returns the scores."""
+    tokenizer, var = tokenizer.to(device), var.to(device)
+    kind = "vector" if var.embedder.condition_shape else "label"
+
+    def from_tokens() -> Batches:
+        module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
+        module.setup()
+        if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
+            raise ValueError(f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by that of {checkpoint}")
+        for batch in module.val_dataloader():
+            is_real = batch.weight > 0
+            yield batch.sequence[is_real].to(device), batch.condition[is_real].to(device)
+
+    def from_images() -> Batches:
+        reader = ShardReader(data, split, storage)
+        crops = CenterCrops(reader, tokenizer.image_size[0], resize_ratio, num_images, batch_size, device)
+        conditions = torch.from_numpy(reader.conditions(kind))[crops.samples].to(device)
+        for images, condition in zip(crops, conditions.split(batch_size), strict=True):
+            yield torch.cat(tokenizer.encode(images), dim=1), condition
+
+    is_cache = (Path(data) / "val.tokens.npy").is_file()
+    result = likelihood_scores(var, tokenizer.quantizer, from_tokens() if is_cache else from_images())
+    protocol = {"data": data, "split": "val" if is_cache else split, "varlab": __version__, "checkpoint": checkpoint}
+    save_json(out / "likelihood.json", {**result, "protocol": protocol})
+    shown = {name: result["by_scale"][name] for name in ("loss", "unconditional_loss", "error", "calibration_error")}
+    labels = [f"{h}x{w}" for h, w in scales.sides(var.patch_nums)]
+    curve_by_scale(shown, labels, out / "likelihood.png")
+    return result

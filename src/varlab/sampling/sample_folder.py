@@ -1,0 +1,152 @@
+"""Samples of a VAR as a folder: PNG images, class grid, filmstrip of scales, and a record of how they were made.
+
+Image i has seed `seed + i`, so the set does not depend on batch size, devices or restarts; existing images are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from varlab import image_grid
+from varlab.checkpoints.export_folder import fingerprint, tokenizer_fingerprint
+from varlab.distributed import WorkSplit, wait_for_files
+from varlab.files import load_json, save_json
+from varlab.models.conditioning import label_of
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+from varlab.sampling.generate import compile_scales, decode, generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
+
+
+def labels_of(
+    classes: int | str | Sequence[int | str] | None, num: int, class_names: Sequence[str], num_classes: int
+) -> list[int]:
+    """The class of each of `num` images: the given ones (numbers or names) in turn, so that all occur equally often.
+
+    `classes` None is all classes; "balanced" too, and raises ValueError unless each occurs exactly as often.
+    """
+    if classes in (None, "balanced"):
+        if classes == "balanced" and num % num_classes:
+            raise ValueError(f"num={num} is not a multiple of {num_classes} classes, as classes=balanced requires")
+        chosen = list(range(num_classes))
+    else:
+        given = [classes] if isinstance(classes, int | str) else list(classes or [])
+        chosen = [label_of(label, class_names, num_classes) for label in given]
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def read_conditions(file: str, num: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError for rows of another shape than the network takes."""
+    try:
+        rows = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"condition={file} cannot be read: {error}") from None
+    if not len(rows) or rows.shape[1:] != shape:
+        raise ValueError(f"condition={file} has shape {rows.shape}, the network takes rows of shape {shape}")
+    return rows[np.arange(num) % len(rows)]
+
+
+def write_samples(
+    out: Path,
+    tokenizer: MSVQVAE,
+    var: VAR,
+    conditions: Sequence[int] | np.ndarray,
+    settings: SamplingSettings,
+    *,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 50,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    is_compiled: bool = False,
+    device: str = "cpu",
+    npz: bool = False,
+    grid: int = 100,
+    film_rows: int = 8,
+) -> None:
+    """Writes one image per condition (class labels, or rows of an array) into `out`; processes of torchrun split the images.
+
+    Raises ValueError for a setting out of range, and when `out` holds images made with other settings.
+    """
+    work, num = WorkSplit.of_environment(), len(conditions)
+    tokenizer, var = tokenizer.to(device), var.to(device)
+    settings.by_scale(len(var.patch_nums), var.codebook_size)  # raises before anything is written
+    if is_compiled:
+        compile_scales(var)
+    is_labels = not isinstance(conditions, np.ndarray)
+    rows = torch.as_tensor(np.asarray(conditions))
+    identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
+    protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
+    named = [int(label) for label in conditions] if is_labels else rows.tolist()
+    begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
+
+    names = [f"{i:06d}-class{label:04d}.png" if is_labels else f"{i:06d}.png" for i, label in enumerate(named)]
+    files = [out / "images" / name for name in names]
+    own = range(num)[work.rank :: work.num_ranks]  # by number, whatever the others have written by now
+    missing = [i for i in own if not files[i].is_file()]
+    batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
+    for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
+        padding = batch_size - len(chunk) if is_compiled else 0  # a smaller last batch would be compiled anew
+        padded = chunk + chunk[-1:] * padding
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            seeds = [seed + i for i in padded]
+            f_hat, _ = generate_tokens(var, tokenizer, rows[padded].to(device), settings, seed=seeds)
+            images = decode(tokenizer, f_hat[: len(chunk)])
+        for i, pixels in zip(chunk, image_grid.to_uint8(images), strict=True):
+            image_grid.save(Image.fromarray(pixels), files[i])
+    if work.rank > 0:
+        return
+    wait_for_files(files)
+    write_figures(out, tokenizer, var, rows[:film_rows].to(device), settings, seed, files[:grid], named if is_labels else None)
+    if npz:
+        image_grid.save_npz(files, out / "samples.npz")
+    classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
+    save_json(out / "samples.json", {**protocol, "num": num, **classes, "labels": named})
+
+
+def plain(settings: SamplingSettings) -> dict[str, Any]:
+    """Sampling settings as JSON holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+
+
+@torch.no_grad()
+def write_figures(
+    out: Path,
+    tokenizer: MSVQVAE,
+    var: VAR,
+    conditions: Tensor,
+    settings: SamplingSettings,
+    seed: int,
+    files: Sequence[Path],
+    labels: Sequence[int] | None,
+) -> None:
+    """filmstrip.png, the first images after each scale, and grid.png, a column for each class (ten at most)."""
+    unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
+    _, token_maps = generate_tokens(var, tokenizer, conditions, unsmoothed, seed=seed)
+    strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
+    image_grid.save(image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
+    shown = torch.stack([image_grid.read(file) for file in files])
+    num_classes = len(set(labels)) if labels else 10
+    image_grid.save(image_grid.grid(shown, min(num_classes, 10)), out / "grid.png")
+
+
+def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
+    """Records what a folder of samples is made with. Raises ValueError when it holds some that were made with other settings."""
+    file = out / "begun.json"
+    if file.is_file():
+        before = load_json(file, "varlab sample")
+        count = min(len(before["labels"]), len(protocol["labels"]))
+        cut = [{**one, "labels": one["labels"][:count]} for one in (before, protocol)]
+        changed = [key for key in protocol if cut[0].get(key) != cut[1][key]]
+        if changed:
+            raise ValueError(
+                f"{out} holds images made with other settings ({', '.join(changed)}): choose another out=..."
+            )
+    if is_first:
+        save_json(file, protocol)

@@ -1,0 +1,131 @@
+"""The ledger of a sweep: what it will run, and the state of each job.
+
+    runs/NAME/sweep.json        the command, its folder, the overrides of each job
+    runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, times
+"""
+
+import atexit
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from varlab.config import is_sweep
+from varlab.files import load_json, save_json
+
+CHOICE = "VARLAB_SWEEP"  # environment: which jobs `varlab sweep` wants to be run again
+
+
+class Ledger(Callback):
+    """Hydra's callback around a sweep: records what it will run, and reports the states of the jobs at the end."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.planned: list[float] = []
+        HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
+        if config.get("plan"):
+            return  # nothing is started
+        folder = Path(config.hydra.sweep.dir)
+        jobs = job_overrides(config)
+        if config.get("dry_run"):
+            print(f"{len(jobs)} jobs in {folder}:")
+            for overrides in jobs:
+                print("  " + " ".join(overrides))
+            print(slurm_script(config) or "each in its own process on this machine")
+            raise SystemExit(0)
+        if os.environ.get(CHOICE) is None:
+            save_json(folder / "sweep.json", {"argv": sys.argv[1:], "cwd": os.getcwd(), "jobs": jobs})
+        atexit.register(lambda: print(report(folder)))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.get("plan") and job_return.status == JobStatus.COMPLETED and is_sweep():
+            self.planned.append(job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not self.planned:
+            return
+        from varlab.cost.plan import print_time
+
+        print(f"all {len(self.planned)} jobs: {sum(self.planned):.3g} FLOP")
+        print_time(sum(self.planned), 1, config.planned_mfu, config.planned_flops)
+
+
+def job_overrides(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job of a sweep, as Hydra's sweeper makes them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    return [list(overrides) for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
+
+
+def slurm_script(config: DictConfig) -> str | None:
+    """The batch script that submitit would hand to SLURM; None for another launcher."""
+    if not str(config.hydra.launcher.get("_target_")).endswith("SlurmLauncher"):
+        return None
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    settings: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # pyright: ignore[reportAssignmentType]
+    own = {"_target_", "submitit_folder", "max_num_timeout"}
+    given = {key: value for key, value in settings.items() if key not in own and value is not None}
+    executor = object.__new__(SlurmExecutor)  # its constructor looks for srun
+    given = executor._convert_parameters(given)
+    command = f"{sys.executable} -m submitit.core._submit {settings['submitit_folder']}"
+    return _make_sbatch_string(command=command, folder=settings["submitit_folder"], **given)
+
+
+def entry(folder: Path) -> dict[str, Any] | None:
+    """The ledger's entry of the job in a folder."""
+    file = folder / "job.json"
+    return load_json(file, "varlab train --multirun") if file.is_file() else None
+
+
+def is_alive(known: dict[str, Any]) -> bool:
+    """Whether the process of a job that the ledger calls running still exists."""
+    if known["state"] != "running" or known["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(known["pid"], 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
+    """(overrides, state, ledger entry) of each job of a sweep; jobs that never started are `pending`, those whose process is
+    gone `stopped`. Raises ValueError when the folder holds no sweep."""
+    plan = load_json(folder / "sweep.json", "varlab train --multirun")
+    entries = {}
+    for file in sorted(folder.rglob("job.json")):
+        known = load_json(file, "varlab train --multirun")
+        entries[tuple(known["overrides"])] = {**known, "folder": str(file.parent)}
+    found = []
+    for overrides in plan["jobs"]:
+        known = entries.get(tuple(overrides), {})
+        state = known.get("state", "pending")
+        if state == "running" and known["host"] == socket.gethostname() and not is_alive(known):
+            state = "stopped"
+        found.append((overrides, state, known))
+    return found
+
+
+def report(folder: Path) -> str:
+    """The ledger as text: how many jobs are in which state, and each failure with its log."""
+    found = states(folder)
+    counts = {state: sum(s == state for _, s, _ in found) for state in dict.fromkeys(s for _, s, _ in found)}
+    lines = [f"sweep {folder}: {', '.join(f'{n} {state}' for state, n in counts.items())}"]
+    for overrides, state, known in found:
+        varied = " ".join(o for o in overrides if sum(o in others for others, _, _ in found) < len(found)) or "the job"
+        note = f"  val_loss {known['value']:.4f}" if known.get("value") is not None else ""
+        if state == "failed":
+            note = f"  {known['last_line']}  (log: {known['folder']}/output.log)"
+        lines.append(f"  {state:9} {varied}{note}")
+    if counts.get("failed") or counts.get("stopped") or counts.get("pending"):
+        lines.append(f"  continue with: varlab sweep resume {folder}   or: varlab sweep retry-failed {folder}")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""A run's settings and objects -> what `cost.plan` needs to know."""
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig
+
+from varlab.checkpoints.load import load_tokenizer
+from varlab.cost.flops import training_flops
+from varlab.cost.plan import RELEASED_PARAMS, Layout, PlannedRun
+from varlab.data.datamodule import OrderedDataModule
+from varlab.data.token_datamodule import TokenDataModule
+from varlab.models import scales
+from varlab.models.var import VAR
+from varlab.training.schedules import Schedule
+from varlab.training.strategies import FSDP2
+
+IMAGENET = 1_281_167, 1000  # training images, classes
+
+
+def planned_run(
+    cfg: DictConfig,
+    make_net: Callable[..., VAR],
+    data: OrderedDataModule,
+    has_data: bool,
+    schedule: Schedule,
+    strategy: Strategy | str,
+) -> PlannedRun:
+    """The run of a config. What tokenizer and data decide is read from them, or assumed: the released tokenizer, and ImageNet without
+    `has_data` (no data.path given)."""
+    assumed = []
+    num_images, num_classes = data.declared_size() if has_data else IMAGENET
+    if not has_data:
+        assumed.append("ImageNet: 1,281,167 images of 1,000 classes (data.path=FOLDER to count with others)")
+    params = RELEASED_PARAMS
+    given = {"patch_nums": scales.RELEASED_256, "codebook_size": 4096, "codebook_dim": 32, "num_classes": num_classes}
+    if cfg.tokenizer is not None:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        params = sum(parameter.numel() for parameter in tokenizer.parameters())
+        given |= {name: getattr(tokenizer.quantizer, name) for name in ("patch_nums", "codebook_size", "codebook_dim")}
+    with torch.device("meta"):
+        net = make_net(**given)
+        if cfg.tokenizer is None and net.shared_adaln:  # the paper's d36, at 512 px
+            given["patch_nums"] = scales.RELEASED_512
+            net = make_net(**given)
+    if cfg.tokenizer is None:
+        side = 16 * given["patch_nums"][-1]
+        assumed.append(f"the released tokenizer at {side} px (tokenizer=FILE to count with another)")
+    batch = cfg.data.global_batch_size
+    return PlannedRun(
+        name=cfg.name,
+        sizes=net.sizes,
+        num_images=num_images,
+        steps=planned_steps(cfg, schedule, num_images // batch),
+        batch=batch,
+        precision=cfg.trainer.precision,
+        layout=layout_of(cfg, strategy),
+        from_images=not isinstance(data, TokenDataModule),
+        has_ema=bool(cfg.callbacks.get("ema")),
+        tokens_on_device=isinstance(data, TokenDataModule) and data.keep == "device",
+        tokenizer_params=params,
+        assumed=assumed,
+    )
+
+
+def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> int:
+    """Optimizer steps that this run takes itself: those of `compute`, `steps` or `epochs`, without what a branch shares."""
+    steps = round(cfg.steps * cfg.branch) if cfg.steps >= 0 else cfg.epochs * steps_per_epoch
+    shared = schedule.branch_step(steps) if cfg.branch < 1 and cfg.trunk is not None else None
+    if shared is None:
+        return steps
+    print(f"{cfg.name}, branch={cfg.branch:g}: the first {shared:,} of {steps:,} steps are shared with {cfg.trunk}")
+    return steps - shared
+
+
+def affordable_steps(compute: float, run: PlannedRun) -> int:
+    """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when that is less than one."""
+    step = training_flops(run.sizes) * run.batch
+    if compute < step:
+        raise ValueError(f"compute={compute:g} FLOP is less than one step of this network ({step:.3g} FLOP)")
+    return round(compute / step)
+
+
+def layout_of(cfg: DictConfig, strategy: Strategy | str) -> Layout:
+    """The layout that the config asks for. `devices=auto` without a GPU on this machine counts as eight per node."""
+    devices = cfg.trainer.get("devices", 1)
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() or 8
+    num_devices = int(devices) * cfg.nodes
+    return Layout(num_devices, isinstance(strategy, FSDP2), cfg.module.recompute, cfg.accumulate, cfg.module.loss_chunks)

@@ -1,0 +1,76 @@
+"""Checks and derived settings of a training run, before anything is built."""
+
+import logging
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from varlab.training.schedules import Schedule
+
+
+def check_length(cfg: DictConfig) -> None:
+    """Raises ValueError for a run without an end, or with a length or a branch that is not valid."""
+    for name in ("epochs", "steps"):
+        if not isinstance(cfg[name], int):
+            raise ValueError(f"{name}={cfg[name]}: give an integer; -1 leaves the length to the other of epochs and steps")
+    if cfg.epochs < 0 and cfg.steps < 0:
+        raise ValueError("the run has no end: give epochs=N or steps=N")
+    if not 0 < cfg.branch <= 1:
+        raise ValueError(f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1")
+
+
+def check_branch(cfg: DictConfig, schedule: Schedule) -> None:
+    """Raises ValueError for a branch of a run whose first steps depend on the run's length."""
+    if cfg.branch == 1:
+        return
+    depends_on_length = schedule.branch_share is None or cfg.steps < 0
+    depends_on_length |= cfg.module.get("weight_decay_end") not in (None, cfg.module.weight_decay)
+    depends_on_length |= schedule.warmup < 1 and cfg.module.get("warmup_tokens") is None
+    if depends_on_length:
+        raise ValueError(
+            f"branch={cfg.branch}: a branch shares its first steps with the whole run, so it needs steps=N, a schedule that can be"
+            " branched (schedule@module.schedule=wsd), a warm-up in steps (module.warmup_tokens, or module.schedule.warmup from 1 on)"
+            " and constant weight decay"
+        )
+
+
+def steps_of_branch(cfg: DictConfig) -> int:
+    """Optimizer steps of this run; -1 where epochs end it."""
+    return cfg.steps if cfg.steps < 0 else max(1, round(cfg.steps * cfg.branch))
+
+
+def branch_point(cfg: DictConfig) -> Path | None:
+    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is none: the
+    branch then trains its first steps itself, with the same result."""
+    found = sorted(Path(cfg.trunk or "").glob(f"checkpoints/branch-{cfg.branch:g}-*.ckpt")) if cfg.trunk else []
+    if found:
+        print(f"branches from {found[-1]}", flush=True)
+        return found[-1]
+    print(f"trunk={cfg.trunk} has no checkpoint for branch={cfg.branch}: all steps are trained here", flush=True)
+    return None
+
+
+def check_new_run(folder: Path, ckpt_path: str | None) -> None:
+    """Raises ValueError before a new run would write among the checkpoints of an old one."""
+    if ckpt_path is None and any(folder.glob("*.ckpt")):
+        raise ValueError(
+            f"{folder} already holds checkpoints: continue that run with ckpt_path=last, or choose another name=..."
+        )
+    if ckpt_path not in (None, "last") and not Path(ckpt_path).exists():
+        raise ValueError(f"ckpt_path={ckpt_path} does not exist; `last` means the newest checkpoint of this run")
+
+
+def silence_warnings() -> None:
+    """Turns off Lightning's warnings about settings that are intended here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        r"Found \d+ module\(s\) in eval mode",  # the frozen tokenizer
+        r".*isinstance\(treespec, LeafSpec\)",
+        r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
+        r".*does not have many workers",
+        r"The number of training batches",
+        r"The dirpath has changed from",  # a branch starts from the checkpoint of another run
+        r"You're resuming from a checkpoint that ended before the epoch ended",
+    ):
+        warnings.filterwarnings("ignore", message=message)

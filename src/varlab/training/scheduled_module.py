@@ -1,0 +1,102 @@
+"""What both LightningModules share: optimizer and schedule, logging, validation of averaged and raw weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule
+from torch import Tensor
+
+from varlab.training.image_mean import ImageMean
+from varlab.training.schedules import Schedule, set_step
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class ScheduledModule(LightningModule):
+    """Trains `net` with one optimizer and a schedule that is a function of the step.
+
+    `optimizer`: called with parameter groups and `lr`. The peak learning rate is base_lr * global batch / 256. `weight_decay`: start
+    and end of the run. `num_scores`: values per image that `score` averages in validation.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        base_lr: float,
+        weight_decay: tuple[float, float],
+        num_scores: int,
+    ) -> None:
+        super().__init__()
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.base_lr = base_lr
+        self.weight_decay = weight_decay
+        self.val_scores = ImageMean(num_scores)
+        self.val_scores_raw = ImageMean(num_scores)
+
+    @property
+    def data(self) -> Any:
+        """The data module of the running trainer."""
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up."""
+        return self.base_lr * self.data.global_batch_size / 256
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether this step is logged."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer, each marked `is_decayed` or not."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameter_groups(), lr=self.peak_lr)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.lr = set_step(
+            optimizer, self.global_step, self.total_steps, self.schedule, self.peak_lr, self.weight_decay
+        )
+
+    def log_means(self, values: dict[str, Tensor], prog_bar: Sequence[str] = ()) -> None:
+        """Logs means over all ranks, in one reduction."""
+        means = torch.stack([value.detach().float() for value in values.values()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        for name, mean in zip(values, means, strict=True):
+            self.log(name, mean, prog_bar=name in prog_bar)
+
+    def score(self, batch: Any, scores: ImageMean) -> None:
+        """Adds the scores of a validation batch."""
+        raise NotImplementedError
+
+    def log_validation(self, split: str, means: Tensor) -> None:
+        """Logs the means of `score` over the validation images, as `split/...`."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.score(batch, self.val_scores)
+
+    def validation_step_raw(self, batch: Any) -> None:
+        """The same for the weights as trained, where an average of them is validated (see `EMA`)."""
+        self.score(batch, self.val_scores_raw)
+
+    def on_validation_epoch_end(self) -> None:
+        for split, scores in [("val", self.val_scores), ("val_raw", self.val_scores_raw)]:
+            if scores.update_called:
+                self.log_validation(split, scores.compute())
+                scores.reset()
