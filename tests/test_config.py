@@ -60,8 +60,10 @@ def test_the_recipes_are_the_published_ones(depth, peak, end, tmp_path):
     assert cfg.module.base_lr * cfg.data.global_batch_size / 256 == pytest.approx(peak)
     assert (cfg.module.weight_decay_end or cfg.module.weight_decay) == end
     gammas = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
-    assert cfg.model.init_adaln_gamma == gammas[depth]
-    assert cfg.model.shared_adaln == (depth == 36)
+    with torch.device("meta"):
+        net = instantiate(cfg.model)(patch_nums=[1, 2], codebook_size=8, codebook_dim=4, num_classes=2)
+    assert net.init_adaln_gamma == gammas[depth]
+    assert net.shared_adaln == (depth == 36)
     assert cfg.epochs == {16: 200, 20: 250}.get(depth, 350)
     assert cfg.trainer.gradient_clip_val == 2.0
 

@@ -33,6 +33,7 @@ SMALLER = [  # what the test runs in place of an argument as printed
     (r"patch_nums=\[.*\]", "patch_nums=[1,2,3,4]"),
     ("top_k=900", "top_k=9"),
     (r"(grid\.)?num=\d+", r"\g<1>num=12"),
+    ("\\+source.count=300", "+source.count=40"),
     (r"grid\.cfg_scale=.*", "grid.cfg_scale=[1,2]"),
     (r"(steps=\d+|epochs=10)", "steps=2"),
     ("model.depth=2,3,4,6,8,10", "model.depth=1,2"),
@@ -62,11 +63,12 @@ TOKENIZER = [
         "model.num_groups=32",
         "model.num_blocks=1",
     ),
-    *("model.codebook_size=12", "model.codebook_dim=6"),
 ]
+CODES = ["model.quantizer.codebook_size=12", "model.quantizer.codebook_dim=6"]
 NETWORK = ["model.depth=2", "model.width=32", "model.num_heads=2"]
 ADDED = [  # to commands that match, unless they set it already
     ("train .*experiment=tokenizer", TOKENIZER),
+    ("train (?!.*quantizer=custom).*experiment=tokenizer", CODES),
     ("train .*experiment=(var_d[0-9]|depth_scaling)", NETWORK),
     ("train (?!.*plan=true)", [*SHORT, "steps=2"]),
     ("train (?!.*plan=true).*experiment=depth_scaling", ["name=small"]),
@@ -87,7 +89,7 @@ def small(command: str) -> list[str]:
     arguments = words[2:]
     if words[0] == "torchrun":
         module = words.index("-m") + 1
-        verb, arguments = words[module].removeprefix("varlab."), words[module + 1 :]
+        verb, arguments = words[module + 1], words[module + 2 :]
         start = [
             sys.executable,
             "-m",
@@ -96,6 +98,7 @@ def small(command: str) -> list[str]:
             "--nproc-per-node=2",
             "-m",
             words[module],
+            verb,
         ]
     for pattern, replacement in SMALLER:
         arguments = [re.sub(f"^{pattern}$", replacement, argument) for argument in arguments]

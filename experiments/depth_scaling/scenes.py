@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tokenizer"))
 from prepare import BITMAPS, SKIN_TONES, categories, concept, fetch, in_package
 
 from varlab.data.dataset_card import write_card
-from varlab.data.sources.folder import Item, Source, usable_cores
-from varlab.data.write_shards import pack
+from varlab.data.sources.items import Item, usable_cores
+from varlab.data.write_shards import Source, pack
 from varlab.files import atomic_write
 
 SIDE = 32

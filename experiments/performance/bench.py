@@ -43,7 +43,7 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.generate import compile_scales, generate, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
-from varlab.training.schedules import parameter_groups
+from varlab.training.optimizers import parameter_groups
 
 HERE = Path(__file__).parent
 FULL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

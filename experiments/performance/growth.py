@@ -24,7 +24,7 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.generate import generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
-from varlab.training.schedules import parameter_groups
+from varlab.training.optimizers import parameter_groups
 
 RESULTS = Path(__file__).with_name("growth.csv")
 LONG = (*FULL, 20, 25)  # 1,705 tokens

@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from varlab.data.dataset_card import write_card
-from varlab.data.sources.folder import folder_source, usable_cores
+from varlab.data.sources.folder import folder_source
+from varlab.data.sources.items import usable_cores
 from varlab.data.write_shards import pack
 
 SIDE = 64

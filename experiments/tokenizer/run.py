@@ -39,8 +39,8 @@ ARMS = {
         "callbacks.kmeans={_target_: varlab.training.codebook_callbacks.KMeansInit}",
         "callbacks.reset_dead_codes={_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 100}",
     ],
-    "rotation": ["model.gradient=rotation"],
-    "scale_dropout": ["model.scale_dropout=0.1"],
+    "rotation": ["model.quantizer.gradient=rotation"],
+    "scale_dropout": ["model.quantizer.scale_dropout=0.1"],
 }
 SCORES = ["psnr", "ssim", "efficientnet_lite0", "frechet_distance/efficientnet_lite0", "usage", "perplexity"]
 FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"

@@ -48,7 +48,7 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
     from varlab.models import losses
     from varlab.models.msvqvae import MSVQVAE
     from varlab.models.var import VAR
-    from varlab.training.schedules import parameter_groups
+    from varlab.training.optimizers import parameter_groups
 
     device = torch.device(arguments.device)
     is_bf16 = arguments.precision == "bf16"

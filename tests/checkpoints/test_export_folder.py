@@ -120,15 +120,15 @@ def test_weights_of_other_sizes_name_the_first_tensor_that_does_not_fit(folder):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda f: (f / "var.safetensors").unlink(), "var.safetensors is missing: the folder is not whole"),
+        (lambda f: (f / "var.safetensors").unlink(), "var.safetensors is missing: the folder is incomplete"),
         (
             lambda f: (f / "var.safetensors").write_bytes(b"x" * 100),
-            "var.safetensors is no safetensors file, or it is damaged",
+            "var.safetensors is not a safetensors file, or it is damaged",
         ),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
         (
             lambda f: (f / "config.json").write_text(json.dumps({"format": 0})),
-            "has format 0, this version reads 1: export it again",
+            "has format 0, this version reads 1 to 2: export it again",
         ),
     ],
 )

@@ -105,7 +105,7 @@ def test_classes_by_name_and_settings_by_scale(model, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("classes=balanced", "num=7 does not divide evenly among 3 classes"),
+        ("classes=balanced", "num=7 is not a multiple of 3 classes"),
         ("classes=[fore]", "no class is called 'fore'"),
         ("top_k=[1,2]", r"top_k=\[1, 2\] has 2 entries, the pyramid 4 scales"),
         ("num=0", "num=0 and batch_size=50 must be positive"),

@@ -1,4 +1,6 @@
-"""What `plan=true` foretells is what a step then takes."""
+"""What `plan=true` predicts is what a step then takes."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from varlab.commands import train
 from varlab.cost.activation_memory import activation_bytes, saved_by
 from varlab.cost.flops import parameter_counts
-from varlab.cost.plan import Facts, Setup, memory
+from varlab.cost.plan import Layout, PlannedRun, memory
 from varlab.models import losses
 from varlab.models.var import VAR
-from varlab.training.schedules import parameter_groups
+from varlab.training.optimizers import parameter_groups
 
 SIZES = {"patch_nums": [1, 2, 3, 4, 5, 6, 8, 10], "codebook_size": 1024, "codebook_dim": 32, "num_classes": 100}
 
@@ -22,15 +24,26 @@ def peak_gb(var: VAR, num_images: int, precision: str, loss_chunks: int) -> floa
     length = var.step_bounds[-1][1]
     inputs, sequence = torch.randn(num_images, length - 1, 32), torch.zeros(num_images, length, dtype=torch.long)
 
-    def judge(logits, place):
-        return losses.cross_entropy(logits, sequence[:, place])
+    def loss_fn(logits, token_slice):
+        return losses.cross_entropy(logits, sequence[:, token_slice])
 
-    tracker = MemTracker()
-    tracker.track_external(var, optimizer)
+    class Step(torch.nn.Module):
+        """The whole step up to the loss, as one module."""
+
+        def __init__(self):
+            super().__init__()
+            self.var = var
+
+        def forward(self):
+            x, vector = self.var(inputs, sequence[:, 0], returns_hidden=True)
+            return losses.in_chunks(partial(self.var.predict, vector=vector), x, loss_fn, loss_chunks).mean()
+
+    step, tracker = Step(), MemTracker()
+    tracker.track_external(step, optimizer)
     for _ in range(2):
         with tracker:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                loss = var(inputs, sequence[:, 0], judge, loss_chunks).mean()
+                loss = step()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -40,13 +53,13 @@ def peak_gb(var: VAR, num_images: int, precision: str, loss_chunks: int) -> floa
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("recompute", "loss_chunks"), [("none", 1), ("selective", 1), ("all", 1), ("all", 8)])
-def test_the_memory_of_a_step_is_foretold_within_5_percent(recompute, loss_chunks, precision, tmp_path):
+def test_the_memory_of_a_step_is_predicted_within_5_percent(recompute, loss_chunks, precision):
     """A network twice as deep and three times as wide as the largest that the plan measures."""
     var = VAR(depth=4, width=384, num_heads=6, drop_path=0.1, **SIZES).train()
     for block in var.blocks:
         block.recompute = recompute
-    cfg = config(tmp_path, "experiment=var_d16", f"trainer.precision={precision}", "data.global_batch_size=6")
-    parts = memory(cfg, Facts(var.sizes, 1000, 0, []), Setup(1, False, recompute, 1, loss_chunks))
+    layout = Layout(recompute=recompute, loss_chunks=loss_chunks)
+    parts = memory(PlannedRun("run", var.sizes, 1000, 10, 6, precision, layout, tokenizer_params=0))
     assert sum(parts.values()) == pytest.approx(peak_gb(var, 6, precision, loss_chunks), rel=0.05)
 
 
@@ -64,8 +77,8 @@ def test_the_plan_of_the_paper_says_what_the_run_will_count(tmp_path, capsys):
     train.run(config(tmp_path, "experiment=var_d16", "trainer=ddp", "plan=true"))
     said = capsys.readouterr().out
     assert "VAR of depth 16, width 1024, 310.3 M parameters" in said
-    assert "680 tokens an image" in said and "333,600 steps of 768 images = 256.2 M images = 200 epochs" in said
-    assert "896 GFLOP an image and step, 2.29e+20 FLOP in all" in said
+    assert "680 tokens per image" in said and "333,600 steps of 768 images = 256.2 M images = 200 epochs" in said
+    assert "896 GFLOP per image, 2.29e+20 FLOP in total" in said
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -73,7 +86,7 @@ def test_the_plan_counts_with_the_tokenizer_and_data_given(tmp_path, capsys, var
     train.run(config(tmp_path, *var_overrides, "plan=true"))
     said = capsys.readouterr().out
     assert (
-        "30 tokens an image on maps of 1, 2, 3, 4" in said and "9 steps of 8 images" in said and "assumed" not in said
+        "30 tokens per image on maps of 1, 2, 3, 4" in said and "9 steps of 8 images" in said and "assumed" not in said
     )
 
 
@@ -83,17 +96,17 @@ def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
         ValueError, match=r"needs [\d.]+ GB of 77.0 on each h100 .*: the cheapest layout that fits is trainer=gpu"
     ):
         train.run(config(tmp_path, *alone))
-    with pytest.raises(ValueError, match="does not fit 1 x h100 .80 GB. in any layout: take more devices"):
+    with pytest.raises(ValueError, match="does not fit 1 x h100 .80 GB. in any layout: use more devices"):
         train.run(config(tmp_path, *alone, "model.depth=60"))
     with pytest.raises(ValueError, match="planned_gpu='v100': choose one of a100, h100, h200"):
         train.run(config(tmp_path, *alone, "planned_gpu=v100"))
 
 
-def test_sharding_divides_what_ddp_repeats(tmp_path):
+def test_sharding_divides_what_ddp_repeats():
     sizes = VAR(depth=2, **SIZES).sizes
-    cfg = config(tmp_path, "experiment=var_d16", "trainer=ddp", "data.global_batch_size=64")
     copied, sharded = (
-        memory(cfg, Facts(sizes, 1000, 0, []), Setup(8, is_sharded, "none", 1)) for is_sharded in (False, True)
+        memory(PlannedRun("run", sizes, 1000, 10, 64, "bf16-mixed", Layout(8, is_sharded)))
+        for is_sharded in (False, True)
     )
     for part in ("weights", "gradients", "Adam's moments"):
         assert copied[part] == pytest.approx(8 * sharded[part])

@@ -10,11 +10,13 @@ from support.runs import config
 
 from varlab.checkpoints.load import load_tokenizer
 from varlab.commands import tokenize
+from varlab.config import check_types
 from varlab.data import token_cache as cache
 from varlab.data.images import Crop, ImageDataset, to_tensor
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
-from varlab.data.token_datamodule import TokenDataModule, TokenDataset, crop_of_view, views_of
+from varlab.data.token_cache import crop_of_view, views_of
+from varlab.data.token_datamodule import TokenDataModule, TokenDataset
 from varlab.distributed import WorkSplit
 
 
@@ -74,9 +76,9 @@ def test_tokens_on_a_device_take_the_smallest_type_that_holds_them(largest, kind
     assert rows.__getitems__([SampleRequest(0, 0, True)]).sequence.tolist() == [[0, largest]]
 
 
-def test_settings_that_exclude_each_other_are_refused(token_cache):
-    with pytest.raises(ValueError, match="data.keep='ram' is unknown: choose memory, disk or device"):
-        TokenDataModule(str(token_cache), 8, keep="ram")
+def test_settings_that_exclude_each_other_are_refused(token_cache, tmp_path):
+    with pytest.raises(ValueError, match="data.keep='ram': choose one of memory, disk, device"):
+        check_types(config(tmp_path, f"data.path={token_cache}", "tokenizer=t.ckpt", "data.keep=ram"))
     with pytest.raises(ValueError, match="data.keep=device needs data.num_workers=0, not 2"):
         TokenDataModule(str(token_cache), 8, num_workers=2, keep="device")
 
@@ -176,7 +178,7 @@ def test_a_killed_call_continues_with_the_missing_parts(
 
 def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run, tmp_path):
     arguments = cache_arguments(digits_folder, tokenizer_run)
-    second = cache.write_cache(tmp_path, **arguments, part_images=10, share=WorkSplit(1, 2))
+    second = cache.write_cache(tmp_path, **arguments, part_images=10, work=WorkSplit(1, 2))
     assert second["splits"] == {}
     parts = sorted(file.name for file in (tmp_path / "parts").glob("*.npz"))
     assert parts == [
@@ -184,5 +186,5 @@ def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run
         "train-10-00003.npz",
         "val-10-00001.npz",
     ]
-    cache.write_cache(tmp_path, **arguments, part_images=10, share=WorkSplit(0, 2))
+    cache.write_cache(tmp_path, **arguments, part_images=10, work=WorkSplit(0, 2))
     assert (tmp_path / "train.tokens.npy").read_bytes() == (token_cache / "train.tokens.npy").read_bytes()

@@ -22,8 +22,10 @@ from varlab.data import write_shards as packing
 from varlab.data.dataset_card import write_card
 from varlab.data.images import Crop, ImageDataModule, ImageDataset, open_rgb, preprocess
 from varlab.data.order import SampleRequest
-from varlab.data.sources import folder as sources
 from varlab.data.sources import parquet
+from varlab.data.sources.folder import folder_source
+from varlab.data.sources.ilsvrc2012 import ilsvrc2012_source
+from varlab.data.sources.items import Item, reencode
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +126,7 @@ def test_a_damaged_tar_or_a_lonely_key_is_refused_by_the_index(tmp_path):
 def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplog):
     source = digits(40)
     items = source.splits["train"]
-    items[7] = sources.Item(items[7].label, "png", content=b"no image")
+    items[7] = Item(items[7].label, "png", content=b"no image")
     packing.pack(source, tmp_path, shard_images=20, seed=0)
     reader = format.ShardReader(tmp_path, "train")
     bad = next(i for i in range(40) if reader.read(i) == b"no image")
@@ -132,9 +134,9 @@ def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplo
     batch = dataset.__getitems__([SampleRequest(i, 0, True) for i in range(40)])
     assert batch.skipped.tolist() == [int(i == bad) for i in range(40)]
     assert np.array_equal(batch.images[bad], batch.images[(bad + 1) % 40])
-    assert batch.labels[bad] == reader.labels[(bad + 1) % 40]
+    assert batch.condition[bad] == reader.labels[(bad + 1) % 40]
     assert "cannot be decoded" in caplog.text
-    assert len(batch.labels) == 40
+    assert len(batch.condition) == 40
 
 
 def test_folders_of_classes_are_packed_by_sorted_name(tmp_path):
@@ -143,7 +145,7 @@ def test_folders_of_classes_are_packed_by_sorted_name(tmp_path):
         for i in range(10):
             Image.new("RGB", (20, 30), (value, i, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
     (tmp_path / "images" / "ant" / "notes.txt").write_text("not an image")
-    source = sources.folder_source(tmp_path / "images", val_share=0.2, seed=0)
+    source = folder_source(tmp_path / "images", val_share=0.2, seed=0)
     assert source.class_names == ["ant", "zebra"]
     assert [len(source.splits[split]) for split in ("train", "val")] == [16, 4]
     packing.pack(source, tmp_path / "out", shard_images=6, seed=0)
@@ -156,9 +158,9 @@ def test_folders_of_classes_are_packed_by_sorted_name(tmp_path):
 def test_folders_without_images_say_what_is_expected(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images: expected one folder for each class"):
-        sources.folder_source(tmp_path, 0.1, 0)
+        folder_source(tmp_path, 0.1, 0)
     with pytest.raises(ValueError, match="is not a folder"):
-        sources.folder_source(tmp_path / "nowhere", 0.1, 0)
+        folder_source(tmp_path / "nowhere", 0.1, 0)
 
 
 def test_labels_beyond_the_class_names_are_refused(broken):
@@ -256,19 +258,19 @@ def test_more_replaced_images_than_allowed_stop_the_run(packed):
     data.trainer = Training()
     data.on_before_batch_transfer(batch._replace(skipped=batch.skipped + 0), 0)
     data.on_before_batch_transfer(
-        batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0, 1]), 1)), 0
+        batch._replace(skipped=batch.skipped.index_fill(0, batch.condition.new_tensor([0, 1]), 1)), 0
     )
     assert data.skipped == 2
     with pytest.raises(ValueError, match=r"3 images could not be read, max_skipped_share=0.05 allows 2 of 48"):
         data.on_before_batch_transfer(
-            batch._replace(skipped=batch.skipped.index_fill(0, batch.labels.new_tensor([0]), 1)), 0
+            batch._replace(skipped=batch.skipped.index_fill(0, batch.condition.new_tensor([0]), 1)), 0
         )
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_imagenet_archives_are_packed_without_unpacking(num_workers, tmp_path):
     expected = make_ilsvrc(tmp_path / "in")
-    source = sources.ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
+    source = ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
     assert source.class_names == ["ant (n01)", "bee (n02)", "cat (n03)"]
     packing.pack(source, tmp_path / "out", shard_images=5, seed=0, num_workers=num_workers)
     for split in ("train", "val"):
@@ -282,11 +284,11 @@ def test_archives_that_do_not_belong_together_are_refused(tmp_path):
     make_ilsvrc(tmp_path / "in")
     train, val, devkit = (tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz"))
     with pytest.raises(ValueError, match=r"n03.tar', for which the devkit has no label|holds 'n03.tar'"):
-        sources.ilsvrc2012_source(train, train, devkit)
+        ilsvrc2012_source(train, train, devkit)
     with pytest.raises(ValueError, match="holds no meta.mat"):
-        sources.ilsvrc2012_source(train, val, val)
+        ilsvrc2012_source(train, val, val)
     with pytest.raises(ValueError, match="nowhere does not exist"):
-        sources.ilsvrc2012_source(tmp_path / "nowhere", val, devkit)
+        ilsvrc2012_source(tmp_path / "nowhere", val, devkit)
 
 
 def pack_parquet(folder, *settings):
@@ -312,11 +314,11 @@ def test_a_killed_reading_of_parquet_files_goes_on_where_it_was(tmp_path, monkey
     make_parquet(tmp_path)
     original, read = parquet.write_flat, []
 
-    def write_flat(layout):
-        read.append(layout.parquet.name)
+    def write_flat(file):
+        read.append(file.parquet.name)
         if len(read) == 3:
             raise KeyboardInterrupt
-        original(layout)
+        original(file)
 
     monkeypatch.setattr(parquet, "write_flat", write_flat)
     with pytest.raises(KeyboardInterrupt):
@@ -337,7 +339,7 @@ def test_parquet_files_without_the_columns_or_labels_are_refused(tmp_path):
     ):
         pack_parquet(tmp_path)
     (tmp_path / "train-1.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"train-1.parquet is no parquet file"):
+    with pytest.raises(ValueError, match=r"train-1.parquet is not a parquet file"):
         pack_parquet(tmp_path)
 
 
@@ -424,14 +426,14 @@ def test_shards_of_about_a_size_in_megabytes(tmp_path):
 
 def test_large_images_are_reencoded_to_the_short_side(tmp_path):
     make_ilsvrc(tmp_path / "in")
-    source = sources.ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
+    source = ilsvrc2012_source(*(tmp_path / "in" / name for name in ("train.tar", "val.tar", "devkit.tar.gz")))
     packing.pack(source, tmp_path / "out", shard_images=5, seed=0, short_side=20, quality=95)
     reader = format.ShardReader(tmp_path / "out", "train")
     for i in range(len(reader)):
         image = Image.open(io.BytesIO(reader.read(i)))
         assert min(image.size) == 20 and image.size[1] in (27, 28, 29, 30)
     assert reader.manifest["reencoded"] == {"short_side": 20, "quality": 95}
-    assert sources.reencode(b"no image", 20, 95) == (b"no image", "")
+    assert reencode(b"no image", 20, 95) == (b"no image", "")
     with pytest.raises(ValueError, match="packed with another reencoded"):
         packing.pack(source, tmp_path / "out", shard_images=5, seed=0, short_side=24)
 

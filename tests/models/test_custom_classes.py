@@ -1,45 +1,58 @@
-"""Networks of a user's own: the ones that the documentation shows, saved, found again, and refused where they are not what they say."""
+"""Custom networks: those that the documentation shows, recorded, rebuilt, and refused where they are not what they say."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from support.docs import ROOT, code
 from support.networks import make_tokenizer, make_var
+from torch import nn
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
-from varlab.models.custom_classes import build
+from varlab.models.conditioning import ClassEmbedder
+from varlab.models.custom_classes import RecordedModule, build, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+from varlab.sampling.generate import generate
+
+SIZES = {
+    "width": 32,
+    "num_heads": 2,
+    "patch_nums": [1, 2, 3, 4],
+    "codebook_size": 12,
+    "codebook_dim": 6,
+    "num_classes": 3,
+}
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """The page's files, importable."""
+def page(tmp_path, monkeypatch):
+    """The page's files, importable by name."""
     for title, text in code(ROOT / "docs/extend.md", "python"):
         (tmp_path / title).write_text(text)
         monkeypatch.delitem(sys.modules, title.removesuffix(".py"), raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    return __import__("binary_spherical"), __import__("gated_attention")
+    return __import__
 
 
-def sizes_of(network, **changes) -> dict:
-    return {**network.sizes, **changes}
-
-
-def test_the_signs_of_a_vector_name_the_nearest_corner(own):
-    tokenizer = own[0].BinarySphericalTokenizer(**sizes_of(make_tokenizer(), codebook_size=64))
+def test_the_signs_of_a_vector_name_the_nearest_corner(page):
+    quantizer = page("binary_spherical").BinarySphericalQuantizer([1, 2, 3, 4], bits=6)
+    tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
     z = torch.randn(3, 50, 6)
     assert torch.equal(tokenizer.quantizer.nearest(z), MultiScaleQuantizer.nearest(tokenizer.quantizer, z))
     assert torch.allclose(tokenizer.quantizer.codebook.weight.norm(dim=1), torch.ones(64))
-    with pytest.raises(ValueError, match="codebook_size=12: 6 signs make 64 codes"):
-        own[0].BinarySphericalTokenizer(**make_tokenizer().sizes)
+    again = build(MSVQVAE, describe(tokenizer))
+    assert type(again.quantizer) is type(quantizer) and again.quantizer.codebook_size == 64
 
 
 @torch.no_grad()
-def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(own, labels):
-    plain, gated = make_var().eval(), own[1].GatedVAR(**make_var().sizes).eval()
+def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(page, labels):
+    plain, gated = (
+        make_var().eval(),
+        page("gated_attention").GatedVAR(2, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval(),
+    )
     gated.load_state_dict(plain.state_dict(), strict=False)
     inputs = torch.randn(2, 29, 6)
     assert not torch.allclose(gated(inputs, labels), plain(inputs, labels), atol=1e-3)
@@ -56,19 +69,33 @@ def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(own, labels
 
 
 @torch.no_grad()
-def test_a_saved_network_is_of_its_own_class_again(own, tmp_path, labels):
-    gated = own[1].GatedVAR(**make_var().sizes).eval()
+def test_an_argument_of_a_custom_network_survives_saving(page, tmp_path, labels):
+    gated = page("gated_attention").GatedVAR(2, gate_scale=5.0, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval()
     save_pretrained(tmp_path / "saved", make_tokenizer(), gated, None, {})
     var = load_pretrained(tmp_path / "saved")[1]
-    assert type(var) is own[1].GatedVAR
+    assert type(var) is type(gated) and var.blocks[0].attention.gate_scale == 5.0
     inputs = torch.randn(2, 29, 6)
     assert torch.equal(var(inputs, labels), gated(inputs, labels))
+
+
+def test_a_custom_embedder_is_rebuilt_and_guides(page, tmp_path):
+    embedder = partial(page("vectors").VectorEmbedder, dim=5)
+    var = make_var(embedder=embedder).eval()
+    save_pretrained(tmp_path / "saved", make_tokenizer(), var, None, {})
+    tokenizer, again, _ = load_pretrained(tmp_path / "saved")
+    condition = torch.randn(3, 5)
+    plain = generate(again, tokenizer, condition, cfg_scale=0.0)
+    assert torch.equal(plain, generate(var, tokenizer, condition, cfg_scale=0.0))
+    assert not torch.equal(plain, generate(again, tokenizer, condition, cfg_scale=4.0))
+    assert not torch.equal(plain, generate(again, tokenizer, condition + 1, cfg_scale=0.0))
+    with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), VectorEmbedder takes \(5,\)"):
+        generate(again, tokenizer, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.Net", "holds a nowhere.Net, which cannot be imported .*put its folder on PYTHONPATH"),
+        ("nowhere.Net", "holds a nowhere.Net, which cannot be imported .*add that folder to PYTHONPATH"),
         ("varlab.models.var.Nothing", "cannot be imported"),
         ("Net", "cannot be imported"),
         ("varlab.models.msvqvae.MSVQVAE", "which is no VAR"),
@@ -77,9 +104,41 @@ def test_a_saved_network_is_of_its_own_class_again(own, tmp_path, labels):
 )
 def test_what_cannot_be_found_or_is_something_else_is_refused(var, name, message):
     with pytest.raises(ValueError, match=message):
-        build(VAR, sizes_of(var, **{"class": name}))
+        build(VAR, {**describe(var), "class": name})
 
 
-def test_plain_networks_name_no_class(var, tokenizer):
-    assert "class" not in var.sizes and "class" not in tokenizer.sizes
-    assert type(build(VAR, var.sizes)) is VAR and type(build(MSVQVAE, tokenizer.sizes)) is MSVQVAE
+def test_arguments_that_the_class_does_not_take_are_an_error(var):
+    with pytest.raises(
+        ValueError, match="varlab.models.var.VAR cannot be built from the checkpoint's arguments: .*gate_scale"
+    ):
+        build(VAR, {**describe(var), "gate_scale": 5.0})
+
+
+class Recorded(RecordedModule):
+    def __init__(self, a, b=2, *, c=None, **rest):
+        super().__init__()
+
+
+def test_arguments_are_recorded_as_given_with_defaults_and_rest():
+    assert Recorded(1, c=[1, (2, 3)], d="x").arguments == {"a": 1, "b": 2, "c": [1, (2, 3)], "d": "x"}
+    described = describe(Recorded(1, c=[1, (2, 3)], d={"e": None}, f=ClassEmbedder))
+    assert described["c"] == [1, [2, 3]] and described["d"] == {"e": None}
+    assert described["f"] == {"partial": "varlab.models.conditioning.ClassEmbedder"}
+
+
+def test_a_value_that_a_checkpoint_cannot_hold_is_named():
+    with pytest.raises(ValueError, match=r"Recorded\(a=...\) is a Linear, which a checkpoint cannot hold"):
+        describe(Recorded(nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear does not record its arguments"):
+        describe(nn.Linear(1, 1))
+
+
+def test_what_follows_from_depth_is_recorded_as_it_was():
+    described = describe(VAR(3, [1, 2], 8, 4, 2))
+    assert (described["width"], described["num_heads"], described["shared_adaln"]) == (192, 3, False)
+    assert described["init_adaln_gamma"] == 1e-3 and described["drop_path"] == pytest.approx(0.0125)
+
+
+def test_a_value_outside_of_its_choices_is_named_before_anything_is_built():
+    with pytest.raises(ValueError, match="order='rows': choose one of 'scales', 'raster'"):
+        make_var(order="rows")

@@ -23,9 +23,13 @@ def pattern(side: int, num: int = 2) -> torch.Tensor:
 
 
 def random_vgg(tmp_path, monkeypatch) -> str:
-    """A file in the layout of VGG16's, with weights by chance."""
+    """A file in the layout of VGG16's, with random weights."""
     net = VGG16()
-    state = {name: torch.randn_like(value) * (2 / value[0].numel()) ** 0.5 for name, value in net.state_dict().items()}
+    state = {
+        name: torch.randn_like(value) * (2 / value[0].numel()) ** 0.5
+        for name, value in net.named_buffers()
+        if name.startswith("features")
+    }
     torch.save({**state, "classifier.6.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
     monkeypatch.setattr(feature_networks, "VGG16_FILE", weight_files.WeightFile("vgg16.pth"))
     return str(tmp_path / "vgg16.pth")
@@ -101,9 +105,9 @@ def test_efficientnet_lite0_gives_the_features_of_the_published_network():
 
 
 def test_inception_gives_the_features_of_the_published_code():
-    """Recorded from torch-fidelity 0.4 with the same weights by chance."""
+    """Recorded from torch-fidelity 0.4 with the same random weights."""
     net, generator = Inception(is_random=True), torch.Generator().manual_seed(0)
-    for name, value in net.state_dict().items():
+    for name, value in net.named_buffers():
         if name.endswith(("running_var", "bn.weight")):
             value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.75)
         elif value.dtype.is_floating_point:

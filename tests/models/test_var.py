@@ -1,6 +1,7 @@
 """What the transformer may see, how it starts, what it drops."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -61,10 +62,10 @@ def test_block_zero_never_drops_and_kept_branches_are_scaled():
 
 def test_labels_are_dropped_in_training_only():
     var, labels = make_var(label_dropout=0.25), torch.zeros(4000, dtype=torch.long)
-    dropped = var.train().drop_labels(labels)
+    dropped = var.train().embedder.drop(labels)
     assert set(dropped.tolist()) == {0, var.null_label}
     assert (dropped == var.null_label).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(var.eval().drop_labels(labels), labels)
+    assert torch.equal(var.eval().embedder.drop(labels), labels)
 
 
 def test_initial_weights_have_the_deviations_of_the_table():
@@ -72,7 +73,7 @@ def test_initial_weights_have_the_deviations_of_the_table():
     std, width = math.sqrt(1 / (3 * 256)), 256
     block = var.blocks[1]
     expected = {
-        "class_embedding": (var.class_embedding.weight, std),
+        "class table": (var.embedder.embedding.weight, std),
         "position": (var.position, std),
         "word_embed": (var.word_embed.weight, std),
         "head": (var.head.weight, 0.02 * std),
@@ -207,12 +208,13 @@ def test_loss_in_chunks_has_the_same_gradients_and_keeps_fewer_logits(num_chunks
     var.zero_grad()
     seen, kept = [], []
 
-    def judge(logits, place):
+    def loss_fn(logits, token_slice):
         seen.append(logits.shape[1])
-        return losses.cross_entropy(logits, sequence[:, place])
+        return losses.cross_entropy(logits, sequence[:, token_slice])
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        found = var(inputs, labels, judge, num_chunks)
+        x, vector = var(inputs, labels, returns_hidden=True)
+        found = losses.in_chunks(partial(var.predict, vector=vector), x, loss_fn, num_chunks)
     assert len(seen) == num_chunks and sum(seen) == 30 and max(seen) - min(seen) <= 1
     assert any(x.shape[-1] == 12 for x in kept) == (num_chunks == 1)
     torch.testing.assert_close(found, expected)

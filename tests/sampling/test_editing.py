@@ -33,7 +33,7 @@ def test_less_strength_keeps_coarse_tokens_in_the_region():
     sums = [[int(mask.sum()) for mask in keep_masks(keep, [1, 2, 3, 4], strength)] for strength in (1.0, 0.5, 0.25)]
     assert sums[0][0] == 1 and sums[0][3] == 12
     assert sums[1] == [1, 4, sums[0][2], 12] and sums[2] == [1, 4, 9, 12]
-    with pytest.raises(ValueError, match="strength=0.0: must lie above 0 and up to 1"):
+    with pytest.raises(ValueError, match="strength=0.0: must be above 0 and at most 1"):
         keep_masks(keep, [1, 2], 0.0)
 
 

@@ -177,7 +177,7 @@ def test_every_number_may_be_given_for_each_scale(var, tokenizer, labels):
     [
         ({"top_k": [1, 2]}, r"top_k=\[1, 2\] has 2 entries, the pyramid 4 scales"),
         ({"temperature": 0.0}, r"temperature=0.0: must be above 0 \(top_k=1 takes the most likely code\)"),
-        ({"min_p": 1.5}, "min_p=1.5: must lie between 0 and 1"),
+        ({"min_p": 1.5}, "min_p=1.5: must be between 0 and 1"),
         ({"cfg_schedule": "square"}, "cfg_schedule='square': choose one of linear, cosine, constant"),
     ],
 )

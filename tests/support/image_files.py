@@ -10,13 +10,13 @@ import pyarrow.parquet
 from PIL import Image
 from scipy.io import savemat
 
-from varlab.data.sources import folder as sources
+from varlab.data.sources.mnist5k import mnist5k_source
 
 
 def make_ilsvrc(folder):
     """Archives of the true nested structure, from real digits: three classes, five validation images."""
     digits_by_class = {"n03": 2, "n01": 0, "n02": 1}  # the devkit's numbers are not in the order of the ids
-    source = sources.mnist5k_source(0.1, seed=0)
+    source = mnist5k_source(0.1, seed=0)
     folder.mkdir()
 
     def jpeg(label, i):

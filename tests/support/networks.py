@@ -3,9 +3,15 @@
 import torch
 
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
 PATCH_NUMS = [1, 2, 3, 4]
+
+
+QUANTIZER = (
+    "patch_nums", "codebook_size", "codebook_dim", "num_phis", "phi_ratio", "lookup", "beta", "gradient", "scale_dropout", "dropout_from",
+)  # fmt: skip
 
 
 def make_tokenizer(**sizes) -> MSVQVAE:
@@ -18,7 +24,9 @@ def make_tokenizer(**sizes) -> MSVQVAE:
         "channel_mult": (1, 1, 2),
         "num_groups": 4,
     }
-    tokenizer = MSVQVAE(**{**defaults, **sizes})
+    given = {**defaults, **sizes}
+    quantizer = MultiScaleQuantizer(**{name: given.pop(name) for name in QUANTIZER if name in given})
+    tokenizer = MSVQVAE(quantizer, **given)
     torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
     return tokenizer
 

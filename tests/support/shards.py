@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from varlab.data.sources.folder import Source, mnist5k_source
-from varlab.data.write_shards import pack
+from varlab.data.sources.mnist5k import mnist5k_source
+from varlab.data.write_shards import Source, pack
 
 
 def digits(num_train: int = 48, num_val: int = 11) -> Source:

@@ -15,7 +15,8 @@ from varlab.evaluation.likelihood import likelihood_scores
 from varlab.models import scales
 from varlab.sampling.generate import KeptTokens, generate, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
-from varlab.training.schedules import Schedule, is_hidden_matrix
+from varlab.training.optimizers import is_hidden_matrix
+from varlab.training.schedules import Schedule
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_branch_equals_a_run_of_its_length(tmp_path, study):
 
 def test_a_branch_that_would_not_share_its_first_steps_is_refused(tmp_path, study):
     for wrong in (
-        "module.schedule.shape=lin0",
+        "schedule@module.schedule=linear",
         "module.weight_decay_end=0.1",
         "steps=-1",
         "module.warmup_tokens=null",

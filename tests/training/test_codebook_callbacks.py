@@ -102,9 +102,11 @@ def test_k_means_begins_with_a_smaller_loss(tmp_path, digits_folder):
 
 
 def test_dead_codes_are_revived(tmp_path, digits_folder):
-    revive = f"callbacks.revive={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 3, min_share: 0.5}}"
+    revive = (
+        f"callbacks.reset_dead_codes={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 3, min_share: 0.5}}"
+    )
     ema = "callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.99}"
-    settings = [*images_overrides(digits_folder), "model.codebook_size=64", "save_every=9"]
+    settings = [*images_overrides(digits_folder), "model.quantizer.codebook_size=64", "save_every=9"]
     fit(tmp_path / "plain", *settings, ema)
     fit(tmp_path / "revived", *settings, revive, ema)
     assert logged(tmp_path / "revived", "train/codes_reset")[0] > 10
@@ -118,16 +120,16 @@ def test_dead_codes_are_revived(tmp_path, digits_folder):
 
 def test_remedies_choose_alike_on_all_ranks(tmp_path, digits_folder):
     remedies = [
-        f"callbacks.revive={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 2, min_share: 0.5}}",
+        f"callbacks.reset_dead_codes={{_target_: {ResetDeadCodes.__module__}.ResetDeadCodes, every: 2, min_share: 0.5}}",
         f"callbacks.kmeans={{_target_: {KMeansInit.__module__}.KMeansInit}}",
-        "model.gradient=rotation",
-        "model.scale_dropout=0.3",
+        "model.quantizer.gradient=rotation",
+        "model.quantizer.scale_dropout=0.3",
     ]
     logs = [
         "+callbacks.codebook._target_=support.fault_callbacks.CodebookLog",
         f"+callbacks.codebook.file={tmp_path / 'hash'}",
     ]
-    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "model.codebook_size=64"]
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "model.quantizer.codebook_size=64"]
     finished = command(tmp_path, *images_overrides(digits_folder), *remedies, *logs, *ddp, processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert sum(logged(tmp_path, "train/codes_reset")) > 0

@@ -252,7 +252,12 @@ def poison(steps):
 
 
 def test_a_step_with_an_infinite_gradient_is_skipped_and_counted(tmp_path, var_overrides):
-    constant = [*var_overrides, "module.schedule.shape=constant", "module.schedule.warmup=0.0", "model.drop_path=0.0"]
+    constant = [
+        *var_overrides,
+        "schedule@module.schedule=constant",
+        "module.schedule.warmup=0.0",
+        "model.drop_path=0.0",
+    ]
     fit(tmp_path / "before", *constant, "callbacks.ema=null", "steps=2")
     fit(tmp_path / "skipped", *constant, *poison([3]), "steps=3")
     saved = torch.load(tmp_path / "skipped/checkpoints/last.ckpt", weights_only=True)
@@ -299,7 +304,7 @@ def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
     with pytest.raises(
         Exception, match=r"released.pth holds a tokenizer with codebook_size=12, this run has codebook_size=16"
     ):
-        fit(tmp_path / "other", *tuned, "model.codebook_size=16")
+        fit(tmp_path / "other", *tuned, "model.quantizer.codebook_size=16")
 
 
 def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):

@@ -60,7 +60,7 @@ def read_upload(path: str | Path, side: int) -> Image.Image:
 
 
 class Model:
-    """One checkpoint, ready to draw."""
+    """One checkpoint, ready to sample."""
 
     def __init__(self, path: str, device: str) -> None:
         self.name = Path(path).parent.parent.name if Path(path).suffix == ".ckpt" else Path(path).name
@@ -126,7 +126,7 @@ class Model:
         pixels = original / 2 + 0.5
         errors = edit_errors(edited, pixels, keep)
         told = (
-            f"{100 * float(1 - keep.mean()):.0f} % of the image was drawn anew. Before the kept pixels were put back the seam was"
+            f"{100 * float(1 - keep.mean()):.0f} % of the image was generated. Before the kept pixels were put back the seam was"
             f" {errors.seam:.1f} levels of 255 (usual step {errors.usual:.1f})."
         )
         return to_images(composite(edited, pixels, keep)), told
@@ -193,7 +193,7 @@ class View:
 
 
 class Sweep:
-    """Runs of a sweep, finished or still going, and the figures drawn of them; fitted and drawn once for all visitors."""
+    """Runs of a sweep, finished or still going, and their figures; fitted and plotted once for all visitors."""
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source, self.folder = source, folder
@@ -208,10 +208,10 @@ class Sweep:
             except (ValueError, OSError) as error:
                 return View(0, list(SHOWN), [], [], f"No runs yet: {error}")
             if runs.rows != self.rows:
-                self.rows, self.view = runs.rows, self.drawn(runs, self.view.number + 1)
+                self.rows, self.view = runs.rows, self.view_of(runs, self.view.number + 1)
             return self.view
 
-    def drawn(self, runs: Runs, number: int) -> View:
+    def view_of(self, runs: Runs, number: int) -> View:
         """Table, figures and words of these runs."""
         columns, told, images = ["state", *SHOWN], list(runs.left_out), []
         rows = [[shown(row.get(column)) for column in columns] for row in runs.rows]

@@ -76,7 +76,7 @@ def number_within(name: str, value: Any, low: float, high: float) -> float:
 
 
 class Controls:
-    """How tokens are drawn: guidance, filters, seed, count."""
+    """Sampling settings: guidance, filters, seed, number of images."""
 
     def __init__(self, model: Model, max_batch: int, num: int, cfg_scale: float) -> None:
         self.codes, self.max_batch = model.tokenizer.quantizer.codebook_size, max_batch
@@ -160,17 +160,17 @@ def sample_tab(model: Model, max_batch: int) -> gr.State:
             images = gallery("samples", "samples")
             strip = gr.Image(label="scale by scale", elem_id="film", elem_classes="pixels", format="png", buttons=[])
 
-    def draw(choice: str | None, *given: Any) -> Iterator[Any]:
+    def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
         frames: list[list[Image.Image]] = []
-        for drawn, scales in paced(model.sample(model.label(choice), **settings)):
-            frames.append(drawn)
+        for images_so_far, scales in paced(model.sample(model.label(choice), **settings)):
+            frames.append(images_so_far)
             done = len(scales) == len(model.scales)
             text = f"**{' → '.join(scales)}**" + (f", seed {settings['seed']}" if done else " …")
-            yield [enlarged(image) for image in drawn], film(frames), text, drawn
+            yield [enlarged(image) for image in images_so_far], film(frames), text, images_so_far
 
     button.click(
-        show_errors(draw), [label, *controls.inputs], [images, strip, status, samples], concurrency_id=NETWORK,
+        show_errors(sample), [label, *controls.inputs], [images, strip, status, samples], concurrency_id=NETWORK,
         concurrency_limit=1, show_progress="minimal", api_visibility="private",
     )  # fmt: skip
     return samples
@@ -190,7 +190,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
             )  # fmt: skip
         with gr.Column(scale=1, min_width=300):
             label = class_choice(model, "new class (empty: none)", None)
-            region = gr.Radio(["inside", "outside"], value="inside", label="draw anew what lies ... of the paint")
+            region = gr.Radio(["inside", "outside"], value="inside", label="region to generate: ... the paint")
             strength = gr.Slider(0.1, 1, 1, step=0.05, label="strength (below 1 the coarse scales stay)")
             controls = Controls(model, max_batch, 4, 3.0)
             button = gr.Button("Edit", variant="primary", elem_id="edit-button")
@@ -206,7 +206,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
 
     def take_sample(made: list[Image.Image]) -> tuple[Any, Image.Image]:
         if not made:
-            raise ValueError("there is no sample yet: draw one in the first tab")
+            raise ValueError("there is no sample yet: make one in the first tab")
         return show(made[0])
 
     def change(
@@ -305,16 +305,16 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
     with gr.Row():
         first, second = gallery(model.name, "first-model"), gallery(other.name, "second-model")
 
-    def draw(choice: str | None, *given: Any) -> Iterator[Any]:
+    def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
         name = None if not choice else choice.split(": ", 1)[-1]
-        for drawn, _ in paced(model.sample(model.label(choice), **settings)):
-            yield [enlarged(image) for image in drawn], gr.skip()
-        for drawn, _ in paced(other.sample(other.label(name), **settings)):
-            yield gr.skip(), [enlarged(image) for image in drawn]
+        for images_so_far, _ in paced(model.sample(model.label(choice), **settings)):
+            yield [enlarged(image) for image in images_so_far], gr.skip()
+        for images_so_far, _ in paced(other.sample(other.label(name), **settings)):
+            yield gr.skip(), [enlarged(image) for image in images_so_far]
 
     button.click(
-        show_errors(draw), [label, *controls.inputs], [first, second], concurrency_id=NETWORK, show_progress="minimal",
+        show_errors(sample), [label, *controls.inputs], [first, second], concurrency_id=NETWORK, show_progress="minimal",
         api_visibility="private",
     )  # fmt: skip
 

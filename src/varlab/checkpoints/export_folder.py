@@ -130,7 +130,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if config.get("format") == 1:
         return upgrade_networks(config)
     if config.get("format") != EXPORT_FORMAT:
-        raise ValueError(f"{file} has format {config.get('format')!r}, this version reads 1 to {EXPORT_FORMAT}: export it again")
+        raise ValueError(
+            f"{file} has format {config.get('format')!r}, this version reads 1 to {EXPORT_FORMAT}: export it again"
+        )
     return config
 
 

@@ -128,7 +128,9 @@ def read_file(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}") from None
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}"
+        ) from None
 
 
 def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:

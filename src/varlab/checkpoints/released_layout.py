@@ -97,7 +97,9 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
 
     Raises ValueError for a network that the released code does not have (order=raster, a class of your own).
     """
-    if type(module) not in (MSVQVAE, VAR) or (isinstance(module, MSVQVAE) and type(module.quantizer) is not MultiScaleQuantizer):
+    if type(module) not in (MSVQVAE, VAR) or (
+        isinstance(module, MSVQVAE) and type(module.quantizer) is not MultiScaleQuantizer
+    ):
         raise ValueError(f"the released code has no {type(module).__name__} like this one: export to=safetensors")
     if isinstance(module, VAR) and module.order != "scales":
         raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")

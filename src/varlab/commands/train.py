@@ -111,8 +111,9 @@ def planned(cfg: DictConfig):
         )
     has_data = not OmegaConf.is_missing(cfg.data, "path")
     data = instantiate(cfg.data, _convert_="all", path=cfg.data.path if has_data else "")
-    schedule, strategy = (instantiate(node) for node in (cfg.module.schedule, cfg.trainer.strategy))
-    return planned_run(cfg, instantiate(cfg.model, _convert_="all"), data, has_data, schedule, strategy)
+    strategy = cfg.trainer.strategy if isinstance(cfg.trainer.strategy, str) else instantiate(cfg.trainer.strategy)
+    schedule, make_net = instantiate(cfg.module.schedule), instantiate(cfg.model, _convert_="all")
+    return planned_run(cfg, make_net, data, has_data, schedule, strategy)
 
 
 main = hydra_command("train")(run)

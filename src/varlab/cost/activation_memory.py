@@ -1,7 +1,7 @@
 """What a training step of a VAR keeps in memory, from its sizes alone.
 
-Activations are measured on copies of the network so small that they run anywhere, and carried on in straight lines: they grow in
-proportion to images, and evenly with width and depth.
+Activations are measured on small copies of the network, which run anywhere, and extrapolated linearly: they are proportional to
+images and grow linearly with width and depth.
 """
 
 import itertools
@@ -30,8 +30,8 @@ def linear_weights(sizes: dict[str, Any]) -> int:
 def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
     """Bytes that one image keeps for the backward pass.
 
-    Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then carried on in a straight line
-    in each of the three: of the network's terms none holds a product of width and width for each image.
+    Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then extrapolated linearly in each of
+    the three: no term per image is a product of width and width.
     """
     codes = max(sizes["codebook_size"] // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
@@ -87,7 +87,7 @@ def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> i
 
 
 class Products(TorchDispatchMode):
-    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does out of autograd's sight."""
+    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does without autograd."""
 
     def __init__(self, var: VAR) -> None:
         super().__init__()
@@ -114,12 +114,12 @@ def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int
 
     is_selective = any(block.recompute == "selective" for block in var.blocks)
     products = Products(var) if is_selective else nullcontext()
-    length, codebook_dim = scales.num_tokens(var.patch_nums), var.sizes["codebook_dim"]
+    length, codebook_dim = scales.num_tokens(var.patch_nums), var.codebook_dim
     inputs = torch.randn(num_images, length - var.step_bounds[0][1], codebook_dim)
     sequence = torch.zeros(num_images, length, dtype=torch.long)
 
-    def judge(logits: Tensor, place: slice) -> Tensor:
-        return losses.cross_entropy(logits, sequence[:, place])
+    def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
+        return losses.cross_entropy(logits, sequence[:, token_slice])
 
     with (
         torch.random.fork_rng(devices=[]),
@@ -127,7 +127,8 @@ def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
     ):
-        loss = var(inputs, sequence[:, 0], judge, loss_chunks).mean()
+        hidden = var(inputs, sequence[:, 0], returns_hidden=True)
+        loss = losses.in_chunks(partial(var.predict, vector=hidden.vector), hidden.x, loss_fn, loss_chunks).mean()
     if isinstance(products, Products):
         for x in products.outputs:
             keep(x)

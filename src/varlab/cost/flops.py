@@ -93,7 +93,11 @@ def tokenizer_flops(tokenizer: "MSVQVAE") -> dict[str, int]:
         flops = {}
         for name, network, shape in [
             ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),
-            ("decode", tokenizer.decode_features, (1, tokenizer.quantizer.codebook_dim, *tokenizer.quantizer.sides[-1])),
+            (
+                "decode",
+                tokenizer.decode_features,
+                (1, tokenizer.quantizer.codebook_dim, *tokenizer.quantizer.sides[-1]),
+            ),
         ]:
             with FlopCounterMode(display=False) as counter:
                 network(torch.empty(shape))

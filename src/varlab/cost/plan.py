@@ -120,7 +120,9 @@ def memory(run: PlannedRun) -> dict[str, float]:
     copies = 2 * linear_weights(sizes) if precision == "bf16-mixed" and not layout.is_sharded else 0
     kept = images * activation_bytes(sizes, precision, layout.recompute, layout.loss_chunks)
     recomputed = images * (block_bytes(sizes, precision, "none") - block_bytes(sizes, precision, layout.recompute))
-    earlier = gradients if layout.num_devices > 1 or layout.accumulate > 1 else 0  # else they grow as activations shrink
+    earlier = (
+        gradients if layout.num_devices > 1 or layout.accumulate > 1 else 0
+    )  # else they grow as activations shrink
     at_the_loss = {
         "gradients": earlier,
         "activations": kept,
@@ -179,7 +181,14 @@ def check_fit(run: PlannedRun, gpu_name: str, needed: float) -> None:
 def cheapest(run: PlannedRun, room: float) -> Layout | None:
     """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then the traffic of
     sharding, then recomputing all (a third more FLOPs)."""
-    by_cost = [(False, "none"), (False, "selective"), (True, "none"), (True, "selective"), (False, "all"), (True, "all")]
+    by_cost = [
+        (False, "none"),
+        (False, "selective"),
+        (True, "none"),
+        (True, "selective"),
+        (False, "all"),
+        (True, "all"),
+    ]
     per_device = run.batch // run.layout.num_devices
     for is_sharded, recompute in by_cost:
         for accumulate in (1, 2, 4, 8, 16):

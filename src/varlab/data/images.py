@@ -79,7 +79,9 @@ def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int,
     """The part (left, top, right, bottom) of the image as it would be after resizing all of it to `size`."""
     scales = [old / new for old, new in zip(image.size, size, strict=True)] * 2
     box = [edge * scale for edge, scale in zip(part, scales, strict=True)]
-    margins = [LANCZOS_RADIUS * max(1.0, scale) + 1 for scale in scales]  # source pixels that the filter sees beyond the part
+    margins = [
+        LANCZOS_RADIUS * max(1.0, scale) + 1 for scale in scales
+    ]  # source pixels that the filter sees beyond the part
     low = [max(0, int(edge - m)) for edge, m in zip(box[:2], margins[:2], strict=True)]
     high = [min(side, math.ceil(edge + m)) for side, edge, m in zip(image.size, box[2:], margins[2:], strict=True)]
     seen = image.crop((low[0], low[1], high[0], high[1]))

@@ -114,7 +114,9 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if vectors and len(vectors) != len(rows):
-        raise ValueError(f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): give all of them one, or none")
+        raise ValueError(
+            f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): give all of them one, or none"
+        )
     return ShardIndex(
         conditions=np.stack(vectors) if vectors else None,
         keys=[key for key, _ in rows],
@@ -140,7 +142,9 @@ def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str
     vectors = [index.conditions for index in indexes if len(index.rows)]
     shapes = {None if array is None else array.shape[1:] for array in vectors}
     if len(shapes) > 1:
-        raise ValueError(f"{out}: the shards of {split} hold vectors of different shapes ({shapes}): all images need the same")
+        raise ValueError(
+            f"{out}: the shards of {split} hold vectors of different shapes ({shapes}): all images need the same"
+        )
     found = {"index": save_array(out / f"{split}.index.npy", np.concatenate([index.rows for index in indexes]))}
     if vectors and vectors[0] is not None:
         found["condition"] = save_array(out / f"{split}.condition.npy", np.concatenate(vectors))  # pyright: ignore[reportArgumentType, reportCallIssue]

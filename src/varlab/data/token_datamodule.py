@@ -133,5 +133,7 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(
                 f"{self.path}: {split} holds {len(tokens)} rows and {len(conditions)} {name}, not what its manifest says"
             )
-        rows = TokenDataset(tokens if split == "train" else tokens[:, :1], conditions)  # validation sees no augmentation
+        rows = TokenDataset(
+            tokens if split == "train" else tokens[:, :1], conditions
+        )  # validation sees no augmentation
         return rows.on_device(self.trainer.strategy.root_device) if self.keep == "device" and self.trainer else rows

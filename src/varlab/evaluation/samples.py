@@ -127,9 +127,7 @@ def features_of_set(
 ) -> Features:
     """Features of all images of a folder or .npz."""
     cache = cache_file(network_identity(network), images.identity)
-    return extract(
-        network, len(images), lambda indices: images.batch(indices, device), batch_size, cache, desc, work
-    )
+    return extract(network, len(images), lambda indices: images.batch(indices, device), batch_size, cache, desc, work)
 
 
 class Reference:

@@ -46,7 +46,9 @@ def evaluate_tokenizer(
         return CenterCrops(reader, side, resize_ratio, num_images, batch_size, device)
 
     images = crops(split, num_images)
-    moved = {name: metric.to(device) if isinstance(metric, nn.Module) else metric for name, metric in (metrics or {}).items()}
+    moved = {
+        name: metric.to(device) if isinstance(metric, nn.Module) else metric for name, metric in (metrics or {}).items()
+    }
     result = reconstruction_scores(tokenizer, images, moved, curve_images)
     if features is not None:
         others = crops("train" if split != "train" else "val", result["num_images"])

@@ -46,7 +46,9 @@ def evaluate_likelihood(
         module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
         module.setup()
         if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
-            raise ValueError(f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by that of {checkpoint}")
+            raise ValueError(
+                f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by that of {checkpoint}"
+            )
         for batch in module.val_dataloader():
             is_real = batch.weight > 0
             yield batch.sequence[is_real].to(device), batch.condition[is_real].to(device)

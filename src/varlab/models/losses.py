@@ -41,7 +41,9 @@ class TokenCrossEntropy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: give a number from 0 up to, but not including, 1")
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}: give a number from 0 up to, but not including, 1"
+            )
 
     def __call__(self, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> Float[Tensor, "B l"]:
         return cross_entropy(logits, tokens, self.label_smoothing)
@@ -67,7 +69,8 @@ def in_chunks(
         return loss_fn(head(x), token_slice)
 
     parts = [
-        checkpoint(loss_of, x[:, first:last], slice(first, last), use_reentrant=False) for first, last in pairwise(bounds)
+        checkpoint(loss_of, x[:, first:last], slice(first, last), use_reentrant=False)
+        for first, last in pairwise(bounds)
     ]
     return torch.cat(parts, dim=1)  # pyright: ignore[reportArgumentType]
 

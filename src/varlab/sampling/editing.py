@@ -63,7 +63,7 @@ def edit(
     *,
     seed: int | Sequence[int] = 0,
     strength: float = 1.0,
-    blend: Blend = "tokens",
+    blend: str = "tokens",
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"]:
     """Images (B 3 H W) in [0, 1] with the content of `images` (B 3 H W, in [-1, 1]) where `keep` is 1 and generated content elsewhere.

@@ -103,7 +103,9 @@ def write_samples(
     if work.rank > 0:
         return
     wait_for_files(files)
-    write_figures(out, tokenizer, var, rows[:film_rows].to(device), settings, seed, files[:grid], named if is_labels else None)
+    write_figures(
+        out, tokenizer, var, rows[:film_rows].to(device), settings, seed, files[:grid], named if is_labels else None
+    )
     if npz:
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}

@@ -99,7 +99,7 @@ class SamplingSettings:
     """
 
     cfg_scale: ByScale = 1.5
-    cfg_schedule: GuidanceSchedule = "linear"
+    cfg_schedule: str = "linear"  # or cosine, constant
     cfg_from: int = 0
     temperature: ByScale = 1.0
     top_k: ByScale = 0
@@ -109,7 +109,9 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if self.cfg_schedule not in get_args(GuidanceSchedule):
-            raise ValueError(f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(get_args(GuidanceSchedule))}")
+            raise ValueError(
+                f"cfg_schedule={self.cfg_schedule!r}: choose one of {', '.join(get_args(GuidanceSchedule))}"
+            )
 
     def by_scale(self, num_scales: int, codebook_size: int) -> list[ScaleSettings]:
         """The settings of each scale. Raises ValueError naming what is out of range."""
@@ -167,7 +169,11 @@ def sample_codes(
 ) -> Int[Tensor, "B l"]:
     """One sample per token, by the cheaper of two ways: from the `top_k` codes alone, or from all."""
     is_short = 1 < scale_settings.top_k < logits.shape[-1]
-    return sample_top_k(logits, uniform, scale_settings) if is_short else sample_filtered(logits, uniform, scale_settings)[0]
+    return (
+        sample_top_k(logits, uniform, scale_settings)
+        if is_short
+        else sample_filtered(logits, uniform, scale_settings)[0]
+    )
 
 
 def sample_top_k(

@@ -230,7 +230,9 @@ def bootstrap(
         found = minimize(problem.objective, v, (weights,), "L-BFGS-B", jac=True, options=options)
         resamples.append(problem.parameters(found.x, center))
     full, num_runs = problem.parameters(v, center), len(numbers)
-    widened = full + (np.array(resamples) - full) * t_correction(num_runs - 1) * np.sqrt(num_runs / max(num_runs - 1, 1))
+    widened = full + (np.array(resamples) - full) * t_correction(num_runs - 1) * np.sqrt(
+        num_runs / max(num_runs - 1, 1)
+    )
     widened[:, -1] = np.maximum(widened[:, -1], 0.0)
     return widened
 

@@ -107,7 +107,7 @@ def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figu
 
 
 def plot_published(panel: Axes, y: str, x: str) -> None:
-    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way round: both are drawn."""
+    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way around: both are plotted."""
     floor, laws = PUBLISHED.get((y, x), (0.0, {}))
     first, last = panel.get_xlim()
     span = np.geomspace(first, last, 50)
@@ -293,4 +293,4 @@ def figures(analysis: Analysis, out: Path, is_published_shown: bool = False) -> 
         "surface": (lambda: surface_panels(analysis)) if analysis.parametric is not None else None,
         "extrapolation": (lambda: extrapolation_panel(analysis)) if analysis.extrapolation is not None else None,
     }
-    return {name: save(draw(), out, name) for name, draw in wanted.items() if draw is not None}
+    return {name: save(plot(), out, name) for name, plot in wanted.items() if plot is not None}

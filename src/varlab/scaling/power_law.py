@@ -87,7 +87,7 @@ def best_floor(x: np.ndarray, y: np.ndarray) -> float:
 def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
     """Fits a power law; `floor` None fits it, 0 is none. Raises ValueError for too few or unusable points.
 
-    The interval comes from a residual bootstrap (the floor fitted anew in each draw), widened by t(df) / 1.96: plain
+    The interval comes from a residual bootstrap (the floor fitted anew in each resample), widened by t(df) / 1.96: plain
     percentile intervals cover too little with few sizes.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)

@@ -91,7 +91,10 @@ def optimal(analysis: Analysis, compute: float | int) -> list[str]:
     if law.resamples is not None:
         from varlab.scaling.parametric import evaluate
 
-        found = [DEPTHS[int(np.where(usable, evaluate(draw, sizes, images), np.inf).argmin())] for draw in law.resamples]
+        found = [
+            DEPTHS[int(np.where(usable, evaluate(parameters, sizes, images), np.inf).argmin())]
+            for parameters in law.resamples
+        ]
         low, high = (int(depth) for depth in np.percentile(found, (2.5, 97.5), method="nearest"))
         lines.append(
             f"95 % of bootstraps: depth {low} to {high}, {images[high - 1]:,.0f} to {images[low - 1]:,.0f} images"

@@ -147,5 +147,3 @@ def forwarding(process: subprocess.Popen) -> Iterator[Received]:
     finally:
         for number, handler in received.previous.items():
             signal.signal(number, handler)
-
-

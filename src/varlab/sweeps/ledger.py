@@ -1,7 +1,7 @@
 """The ledger of a sweep: what it will run, and the state of each job.
 
-    runs/NAME/sweep.json        the command, its folder, the overrides of each job
-    runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, times
+runs/NAME/sweep.json        the command, its folder, the overrides of each job
+runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, times
 """
 
 import atexit

@@ -80,7 +80,9 @@ class ResetDeadCodes(Callback):
         vectors = random_rows(lookup_vectors(net, batch.images, self.seed + step), len(dead), self.seed + step)
         codebook = net.quantizer.codebook.weight
         codebook[dead] = vectors.to(codebook.dtype)
-        net.quantizer.hits[:, dead] = net.quantizer.hits.mean(dim=1, keepdim=True)  # not dead again before the next hits count
+        net.quantizer.hits[:, dead] = net.quantizer.hits.mean(
+            dim=1, keepdim=True
+        )  # not dead again before the next hits count
         for optimizer in trainer.optimizers:
             for value in optimizer.state.get(codebook, {}).values():
                 if isinstance(value, Tensor) and value.shape == codebook.shape:

@@ -56,7 +56,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = []
         for group in params:
-            matrices = [p for p in group["params"] if group.get("is_decayed") and p.ndim == 2 and len(p) <= embedding_size]
+            matrices = [
+                p for p in group["params"] if group.get("is_decayed") and p.ndim == 2 and len(p) <= embedding_size
+            ]
             chosen = {id(p) for p in matrices}
             others = [p for p in group["params"] if id(p) not in chosen]
             groups += [{**group, "params": matrices, "is_muon": True}] if matrices else []

@@ -88,4 +88,6 @@ def layout_of(cfg: DictConfig, strategy: Strategy | str) -> Layout:
     if devices in ("auto", -1):
         devices = torch.cuda.device_count() or 8
     num_devices = int(devices) * cfg.nodes
-    return Layout(num_devices, isinstance(strategy, FSDP2), cfg.module.recompute, cfg.accumulate, cfg.module.loss_chunks)
+    return Layout(
+        num_devices, isinstance(strategy, FSDP2), cfg.module.recompute, cfg.accumulate, cfg.module.loss_chunks
+    )

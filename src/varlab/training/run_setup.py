@@ -13,11 +13,15 @@ def check_length(cfg: DictConfig) -> None:
     """Raises ValueError for a run without an end, or with a length or a branch that is not valid."""
     for name in ("epochs", "steps"):
         if not isinstance(cfg[name], int):
-            raise ValueError(f"{name}={cfg[name]}: give an integer; -1 leaves the length to the other of epochs and steps")
+            raise ValueError(
+                f"{name}={cfg[name]}: give an integer; -1 leaves the length to the other of epochs and steps"
+            )
     if cfg.epochs < 0 and cfg.steps < 0:
         raise ValueError("the run has no end: give epochs=N or steps=N")
     if not 0 < cfg.branch <= 1:
-        raise ValueError(f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1")
+        raise ValueError(
+            f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1"
+        )
 
 
 def check_branch(cfg: DictConfig, schedule: Schedule) -> None:

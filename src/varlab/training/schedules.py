@@ -136,7 +136,12 @@ def weight_decay_at(step: int, total_steps: int, start: float, end: float) -> fl
 
 
 def set_step(
-    optimizer: torch.optim.Optimizer, step: int, total_steps: int, schedule: Schedule, peak_lr: float, weight_decay: tuple[float, float]
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    total_steps: int,
+    schedule: Schedule,
+    peak_lr: float,
+    weight_decay: tuple[float, float],
 ) -> float:
     """Sets learning rate and weight decay (start, end) of all groups for this step; returns the learning rate."""
     lr = peak_lr * schedule(step, total_steps)

@@ -205,9 +205,8 @@ class VARModule(ScheduledModule):
             if not is_logged:
                 return loss[..., None]
             with torch.no_grad():
-                return torch.stack(
-                    [loss, losses.cross_entropy(logits, tokens), losses.token_errors(logits, tokens)], dim=-1
-                )
+                scores = losses.cross_entropy(logits, tokens), losses.token_errors(logits, tokens)
+            return torch.stack([loss, *scores], dim=-1)
 
         hidden = self.net(self.inputs(token_maps[:num_scales]), batch.condition, returns_hidden=True)
         assert isinstance(hidden, HiddenStates)

@@ -130,7 +130,9 @@ class ParquetSource:
         splits: dict[str, list[Item]] = {}
         for split, members in files.items():
             staged = [
-                StagedFile(file, staging / f"{name}.flat", staging / f"{name}.npz", self.image_column, self.label_column)
+                StagedFile(
+                    file, staging / f"{name}.flat", staging / f"{name}.npz", self.image_column, self.label_column
+                )
                 for file in members
                 for name in [f"{split}-{file.stem}-{json_hash([str(file.resolve()), file.stat().st_size])}"]
             ]
