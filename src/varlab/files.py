@@ -28,7 +28,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that is renamed to it when the block succeeds. Raises ValueError when `path` exists."""
+    """A temporary folder beside `path` that is renamed to it when the block succeeds. Raises ValueError when `path`
+    exists."""
     if path.exists():
         raise ValueError(f"{path} already exists: remove it, or choose another out=...")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,8 @@ def read(path: Path) -> Float[Tensor, "3 H W"]:
 
 
 def save_npz(files: Sequence[Path], path: Path) -> None:
-    """Image files of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written image by image."""
+    """Image files of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written image by
+    image."""
     height, width = np.asarray(Image.open(files[0])).shape[:2]
     shape = (len(files), height, width, 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}

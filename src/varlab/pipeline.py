@@ -29,8 +29,9 @@ class VARPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "VARPipeline":
-        """From an export folder or a training checkpoint, on `device` (default: a GPU if there is one). Raises ValueError naming the
-        file for one that is missing, damaged, or holds no VAR. No code in the file is executed."""
+        """From an export folder or a training checkpoint, on `device` (default: a GPU if there is one). Raises
+        ValueError naming the file for one that is missing, damaged, or holds no VAR. No code in the file is executed.
+        """
         tokenizer, var, class_names = load(path)
         return cls(tokenizer, var, class_names).to(device or default_device(None))
 
@@ -53,12 +54,12 @@ class VARPipeline:
         batch_size: int = 16,
         **settings: Any,
     ) -> list[Image.Image]:
-        """One PIL image for each of `labels`, numbers or names of classes, or for each row of `condition` where the network takes
-        another kind of condition.
+        """One PIL image for each of `labels`, numbers or names of classes, or for each row of `condition` where the
+        network takes another kind of condition.
 
-        Image i has seed `seed + i` (or `seed[i]`) and does not depend on the others. `batch_size`: images per forward pass.
-        `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError
-        for an unknown class, naming the nearest names, and for a setting out of range.
+        Image i has seed `seed + i` (or `seed[i]`) and does not depend on the others. `batch_size`: images per forward
+        pass. `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...).
+        Raises ValueError for an unknown class, naming the nearest names, and for a setting out of range.
         """
         if (labels is None) == (condition is None):
             raise ValueError("give either labels or condition")

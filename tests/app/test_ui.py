@@ -106,7 +106,7 @@ def sources(page, selector: str) -> list[str]:
 def sample(page, seed: int = 0) -> list[str]:
     """Draws with what is set; addresses of the images."""
     page.click("#sample-button")
-    page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for_files()
+    page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for()
     page.wait_for_selector("#film img")
     return sources(page, "#samples")
 
@@ -147,13 +147,13 @@ def test_a_painted_mask_edits_a_sample(page):
     sample(page)
     open_tab(page, "Edit")
     page.click("#edit-button")
-    page.get_by_text("bring an image first, or take a sample").wait_for_files()
+    page.get_by_text("bring an image first, or take a sample").wait_for()
     page.click("#take-sample")
     canvas = page.locator("#editor canvas").first
     page.wait_for_function("document.querySelector('#editor canvas').offsetHeight > 100")
     page.wait_for_timeout(1500)  # the editor draws the image on its own time
     page.click("#edit-button")
-    page.get_by_text("nothing is marked yet").wait_for_files()
+    page.get_by_text("nothing is marked yet").wait_for()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -188,7 +188,7 @@ def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
     page.set_input_files(
         {"Tokenizer": "#drop", "Edit": "#edit-upload"}[tab] + " input[type=file]", tmp_path / "bad.png"
     )
-    page.get_by_text("this file is no image that can be read").first.wait_for_files()
+    page.get_by_text("this file is no image that can be read").first.wait_for()
     assert "Traceback" not in page.content()
 
 
@@ -200,7 +200,7 @@ def test_a_sweep_is_read_again_while_it_grows(page, sweep):
     assert all(f"d{depth}-38400" in page.inner_text("#runs") for depth in (1, 2, 3))
     before, new = page.inner_text("#words"), max(int(run.name[1:].split("-")[0]) for run in sweep.iterdir()) + 1
     make_runs(sweep, depths=(new,))
-    page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for_files()
+    page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for()
     assert page.inner_text("#words") != before
 
 
@@ -224,7 +224,7 @@ def test_visitors_at_once_each_get_their_images(browser, url):
         page.click("#sample-button")
     shown = []
     for seed, page in enumerate(pages):
-        page.locator("#sample-status").get_by_text(f"4x4, seed {20 * seed}").wait_for_files()
+        page.locator("#sample-status").get_by_text(f"4x4, seed {20 * seed}").wait_for()
         shown += sources(page, "#samples")
         page.close()
     assert len(set(shown)) == 24

@@ -50,7 +50,8 @@ def command(folder: Path, *overrides: str, processes: int = 1, **variables: str)
             "--standalone",
             f"--nproc-per-node={processes}",
             "-m",
-            "varlab.commands.train",
+            "varlab",
+            "train",
         ]
     else:
         start += ["varlab", "train"]

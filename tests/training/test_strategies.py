@@ -92,7 +92,7 @@ def test_two_nodes_train_as_one_process(tmp_path, still):
         port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
     environment = {**os.environ}
-    run = ["-m", "varlab.commands.train", *folder, *settings]
+    run = ["-m", "varlab", "train", *folder, *settings]
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={node}", *run],

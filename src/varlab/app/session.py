@@ -1,4 +1,5 @@
-"""What the page shows, as plain functions: a trained model, images that people bring, a sweep. Knows nothing of the browser."""
+"""What the page shows, as plain functions: a trained model, images that people bring, a sweep. Knows nothing of the
+browser."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ class Model:
         is_inverted: bool,
         **settings: Any,
     ) -> tuple[list[Image.Image], str]:
-        """Edits of the square `image` where `region` (H W, of any size) is above 0, or everywhere else; and what came of it in words.
+        """Edits of the square `image` where `region` (H W, of any size) is above 0, or everywhere else; and what came
+        of it in words.
 
         Raises ValueError for an empty region."""
         mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize(

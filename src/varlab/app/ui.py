@@ -39,7 +39,8 @@ THEME = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], f
 
 
 def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same handler; what a visitor can mend is shown as a message, anything else as one sentence, never a traceback."""
+    """The same handler; what a visitor can mend is shown as a message, anything else as one sentence, never a
+    traceback."""
 
     def message(error: Exception) -> gr.Error:
         if isinstance(error, ValueError):
@@ -123,7 +124,8 @@ def gallery(label: str, name: str, columns: int = 4) -> gr.Gallery:
 
 
 def upload_box(label: str, name: str, height: int) -> gr.Image:
-    """Where an image is dropped. Handlers get the place of the file: Gradio would open it first, and show a bare "Error" for a bad one."""
+    """Where an image is dropped. Handlers get the place of the file: Gradio would open it first, and show a bare
+    "Error" for a bad one."""
     box = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=height, elem_id=name)
     box.preprocess = lambda payload: payload and payload.path
     return box

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from varlab import __version__
 from varlab.checkpoints.formats import EXPORT_FORMAT, renamed, upgrade_networks
 from varlab.files import atomic_folder, load_json, save_json
-from varlab.models.custom_classes import RecordedModule, as_plain, build, class_path, describe
+from varlab.models.custom_classes import RecordedModule, as_plain, build, class_of, class_path, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -42,8 +42,8 @@ images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, see
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
-    """Identity of what a tokenizer computes: its arguments and weights; loss weights, dropout and usage counts do not matter. 16
-    hex digits."""
+    """Identity of what a tokenizer computes: its arguments and weights; loss weights, dropout and usage counts do not
+    matter. 16 hex digits."""
     return fingerprint(tokenizer)
 
 
@@ -58,7 +58,7 @@ def fingerprint(network: MSVQVAE | VAR) -> str:
 
 def identity(network: RecordedModule) -> dict[str, Any]:
     """The arguments that decide what a network computes, flat: plain classes are not named, as in version 0.1."""
-    found: dict[str, Any] = {} if type(network) in PLAIN_CLASSES else {"class": class_path(type(network))}
+    found: dict[str, Any] = {} if class_of(network) in PLAIN_CLASSES else {"class": class_path(class_of(network))}
     for name, value in {**network.arguments, **network.resolved()}.items():
         if name in network.changeable:
             continue
@@ -124,7 +124,8 @@ def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] 
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """An export folder's config.json, in the current format. Raises ValueError for a format that this version does not read."""
+    """An export folder's config.json, in the current format. Raises ValueError for a format that this version does not
+    read."""
     file = Path(folder) / "config.json"
     config = load_json(file, "varlab export")
     if config.get("format") == 1:

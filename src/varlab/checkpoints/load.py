@@ -1,8 +1,8 @@
 """Networks on disk: training checkpoints, export folders and the released files -> tokenizer, VAR.
 
-A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads anywhere
-with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves a folder: weights, averages and optimizer
-in files of torch.distributed.checkpoint, the rest in `meta.pt`.
+A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads
+anywhere with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves a folder: weights, averages
+and optimizer in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 """
 
 import pickle
@@ -33,7 +33,8 @@ META_FILE = "meta.pt"  # of a sharded checkpoint, by Lightning's name
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
-    """What a training checkpoint says about its networks. Raises ValueError for a network that could not be rebuilt from it."""
+    """What a training checkpoint says about its networks. Raises ValueError for a network that could not be rebuilt
+    from it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "tokenizer": describe(tokenizer),
@@ -112,7 +113,8 @@ def consolidated(folder: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint file or a sharded checkpoint's folder, in the current format; nothing but tensors and plain values is unpickled.
+    """A checkpoint file or a sharded checkpoint's folder, in the current format; nothing but tensors and plain values
+    is unpickled.
 
     Raises ValueError naming file and reason.
     """
@@ -189,10 +191,11 @@ def contains_var(path: str | Path) -> bool:
 
 
 def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
-    """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation mode.
+    """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation
+    mode.
 
-    `use_ema`: the averaged weights, where a training checkpoint has them. Raises ValueError naming file and reason for what is
-    missing, damaged, or holds no VAR. No code in the file is executed.
+    `use_ema`: the averaged weights, where a training checkpoint has them. Raises ValueError naming file and reason for
+    what is missing, damaged, or holds no VAR. No code in the file is executed.
     """
     tokenizer, var, class_names = load_any(path, use_ema)
     if var is None:
@@ -203,7 +206,8 @@ def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str
 def check_same_arguments(
     what: str, found: dict[str, Any], network: MSVQVAE | VAR, path: str | Path = "the checkpoint"
 ) -> None:
-    """Raises ValueError naming the first argument in which a described network differs from this one; `changeable` ones may."""
+    """Raises ValueError naming the first argument in which a described network differs from this one; `changeable` ones
+    may."""
     base = MSVQVAE if isinstance(network, MSVQVAE) else VAR
     with torch.device("meta"):
         complete = describe(build(base, found))  # with the defaults of arguments that an older version did not have

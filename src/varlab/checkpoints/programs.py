@@ -1,4 +1,5 @@
-"""Compiled programs of a trained model: the decoder and one step of the next-scale loop (torch.export), the decoder for ONNX."""
+"""Compiled programs of a trained model: the decoder and one step of the next-scale loop (torch.export), the decoder for
+ONNX."""
 
 from pathlib import Path
 
@@ -24,8 +25,8 @@ class DecoderProgram(nn.Module):
 
 
 class StepProgram(nn.Module):
-    """Inputs of scale k, conditions, keys and values of the coarser scales (depth, B, heads, tokens, head dim) -> logits of scale k,
-    keys and values that hold it too."""
+    """Inputs of scale k, conditions, keys and values of the coarser scales (depth, B, heads, tokens, head dim) ->
+    logits of scale k, keys and values that hold it too."""
 
     def __init__(self, var: VAR, k: int) -> None:
         super().__init__()
@@ -72,7 +73,8 @@ def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
 
 
 def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
-    """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package is missing."""
+    """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package
+    is missing."""
     batch, decoder = torch.export.Dim("batch", min=1), DecoderProgram(tokenizer).eval()
     with atomic_folder(out) as partial:
         if is_onnx:

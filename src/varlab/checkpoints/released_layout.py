@@ -93,7 +93,8 @@ def stored_buffers(network: MSVQVAE | VAR) -> dict[str, Tensor]:
 
 
 def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
-    """State dict of a tokenizer or a VAR in the released layout, on the CPU; the released code loads it with strict=True.
+    """State dict of a tokenizer or a VAR in the released layout, on the CPU; the released code loads it with
+    strict=True.
 
     Raises ValueError for a network that the released code does not have (order=raster, a class of your own).
     """
@@ -154,11 +155,13 @@ def load_released(
     lookup: Literal["l2", "cosine"] = "l2",
     num_heads: int | None = None,
 ) -> MSVQVAE | VAR:
-    """The tokenizer or the VAR of released weights; which of the two is read off the keys. On the CPU, in training mode.
+    """The tokenizer or the VAR of released weights; which of the two is read off the keys. On the CPU, in training
+    mode.
 
-    `patch_nums`: the pyramid (default: 256 px), which the released tokenizer does not hold. `lookup`: of the tokenizer ("cosine"
-    is the released code's using_znorm). `num_heads`: of a VAR without QK-norm whose head dim is not 64. Sizes are read off the
-    shapes. Raises ValueError naming the first key that is missing, unknown or of another shape. No code in a file is executed.
+    `patch_nums`: the pyramid (default: 256 px), which the released tokenizer does not hold. `lookup`: of the tokenizer
+    ("cosine" is the released code's using_znorm). `num_heads`: of a VAR without QK-norm whose head dim is not 64. Sizes
+    are read off the shapes. Raises ValueError naming the first key that is missing, unknown or of another shape. No
+    code in a file is executed.
     """
     state = state_dict_or_file
     if isinstance(state, str | Path):
@@ -187,7 +190,8 @@ def tokenizer_from_released(
     state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32
 ) -> MSVQVAE:
     """The tokenizer of a released state dict. Sizes are read off the shapes; the pyramid and the form of the lookup are
-    not stored there and must be given. The released tokenizer is the same for 256 and 512 px: only patch_nums differ."""
+    not stored there and must be given. The released tokenizer is the same for 256 and 512 px: only patch_nums differ.
+    """
     channels = shape_of(state_dict, "encoder.conv_in.weight")[0]
     num_levels = count(state_dict, r"encoder\.down\.(\d+)\..*")
     codebook_size, codebook_dim = shape_of(state_dict, "quantize.embedding.weight")

@@ -70,7 +70,8 @@ def run(cfg: DictConfig) -> None:
 
 
 def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
-    """1 where the image stays, (side, side), from `mask` (a picture, white where to edit, of the image's size) or `box`."""
+    """1 where the image stays, (side, side), from `mask` (a picture, white where to edit, of the image's size) or
+    `box`."""
     import numpy as np
     import torch
     from PIL import Image

@@ -10,7 +10,8 @@ from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
-    """Samples where `samples` is given, else what the checkpoint holds: a VAR's likelihood, or a tokenizer's reconstructions."""
+    """Samples where `samples` is given, else what the checkpoint holds: a VAR's likelihood, or a tokenizer's
+    reconstructions."""
     import torch
     from hydra.utils import instantiate
 

@@ -12,8 +12,8 @@ from varlab.sweeps.jobs import STOPPED, run_job
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a sweeper
-    can minimize it."""
+    """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a
+    sweeper can minimize it."""
     if cfg.plan:
         from varlab.cost.plan import print_plan
 
@@ -82,8 +82,8 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
 
 
 def set_steps(cfg: DictConfig) -> None:
-    """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch of a
-    run whose first steps depend on its length."""
+    """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch
+    of a run whose first steps depend on its length."""
     from hydra.utils import instantiate
 
     from varlab.training.run_setup import check_branch, check_length

@@ -1,7 +1,7 @@
 """What a training step of a VAR keeps in memory, from its sizes alone.
 
-Activations are measured on small copies of the network, which run anywhere, and extrapolated linearly: they are proportional to
-images and grow linearly with width and depth.
+Activations are measured on small copies of the network, which run anywhere, and extrapolated linearly: they are
+proportional to images and grow linearly with width and depth.
 """
 
 import itertools
@@ -30,8 +30,8 @@ def linear_weights(sizes: dict[str, Any]) -> int:
 def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
     """Bytes that one image keeps for the backward pass.
 
-    Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then extrapolated linearly in each of
-    the three: no term per image is a product of width and width.
+    Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then extrapolated linearly
+    in each of the three: no term per image is a product of width and width.
     """
     codes = max(sizes["codebook_size"] // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
@@ -79,7 +79,7 @@ def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> i
     """Bytes for one more image: two images' less one's."""
     for block in var.train().blocks:
         assert isinstance(block, AdaLNBlock)
-        block.recompute = recompute
+        block.recompute = recompute  # pyright: ignore[reportAttributeAccessIssue]
     if precision == "bf16-true":
         var.to(torch.bfloat16)
     found = [saved_by(var, num_images, precision, loss_chunks) for num_images in (1, 2)]
@@ -87,7 +87,8 @@ def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> i
 
 
 class Products(TorchDispatchMode):
-    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does without autograd."""
+    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does without
+    autograd."""
 
     def __init__(self, var: VAR) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ Sizes = dict[str, Any]
 
 
 def parameter_counts(sizes: Sizes) -> dict[str, int]:
-    """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: what acts on
-    every token, 12 d D^2 and the head."""
+    """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: what acts
+    on every token, 12 d D^2 and the head."""
     depth, width, vocabulary = sizes["depth"], sizes["width"], sizes["codebook_size"]
     lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
@@ -86,10 +86,10 @@ def tokenizer_flops(tokenizer: "MSVQVAE") -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from varlab.models.custom_classes import build, describe
+    from varlab.models.custom_classes import build, class_of, describe
 
     with torch.device("meta"), torch.no_grad():
-        tokenizer = build(type(tokenizer), describe(tokenizer))
+        tokenizer = build(class_of(tokenizer), describe(tokenizer))
         flops = {}
         for name, network, shape in [
             ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),

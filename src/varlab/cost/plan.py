@@ -1,6 +1,7 @@
 """What a run will cost, before anything starts.
 
-Weights, gradients and moments are counted, activations estimated (activation_memory.py); days follow from FLOPs at an assumed MFU.
+Weights, gradients and moments are counted, activations estimated (activation_memory.py); days follow from FLOPs at an
+assumed MFU.
 """
 
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What the cost of a VAR's training depends on. `sizes`: of the network, see `VAR.sizes`. `steps`: optimizer steps that this run
-    takes itself. `assumed`: what was assumed because it was not given, in words."""
+    """What the cost of a VAR's training depends on. `sizes`: of the network, see `VAR.sizes`. `steps`: optimizer steps
+    that this run takes itself. `assumed`: what was assumed because it was not given, in words."""
 
     name: str
     sizes: dict[str, Any]
@@ -70,7 +71,8 @@ class PlannedRun:
 
 
 def print_plan(run: PlannedRun, gpu_name: str, mfu: float, measured_flops: float | None = None) -> float:
-    """Prints cost and memory of a run; returns its FLOPs. `mfu`: assumed share of the peak. `measured_flops`: FLOP/s of this machine.
+    """Prints cost and memory of a run; returns its FLOPs. `mfu`: assumed share of the peak. `measured_flops`: FLOP/s of
+    this machine.
 
     Raises ValueError when the run does not fit on the device with its layout.
     """
@@ -179,8 +181,8 @@ def check_fit(run: PlannedRun, gpu_name: str, needed: float) -> None:
 
 
 def cheapest(run: PlannedRun, room: float) -> Layout | None:
-    """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then the traffic of
-    sharding, then recomputing all (a third more FLOPs)."""
+    """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then the
+    traffic of sharding, then recomputing all (a third more FLOPs)."""
     by_cost = [
         (False, "none"),
         (False, "selective"),

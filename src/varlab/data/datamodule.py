@@ -12,7 +12,8 @@ LONGEST_WAIT = 1800  # seconds for one batch; a worker that hangs longer ends th
 
 
 class OrderedDataModule(LightningDataModule):
-    """Training and validation batches of two map-style data sets, in an order that does not change when a run is killed and resumed.
+    """Training and validation batches of two map-style data sets, in an order that does not change when a run is killed
+    and resumed.
 
     `global_batch_size`: images per optimizer step over all devices and accumulated batches. Subclasses set `train_set`,
     `val_set` and `shard_counts` in `setup`, and give `class_names` and `data_fingerprint`.

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class ImageBatch(NamedTuple):
-    """Images in [-1, 1] with their conditions: class labels (B), or what the set holds as vectors. `weight` is 0 for padding;
-    `skipped` is 1 for a replaced sample."""
+    """Images in [-1, 1] with their conditions: class labels (B), or what the set holds as vectors. `weight` is 0 for
+    padding; `skipped` is 1 for a replaced sample."""
 
     images: Float[Tensor, "B 3 H W"]
     condition: Tensor
@@ -55,10 +55,12 @@ def open_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: Crop) -> np.ndarray:
-    """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W, 3).
+    """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W,
+    3).
 
-    torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by two levels at most. Pillow resizes only
-    what the crop keeps: it is used for older versions, and for images so long that resizing all of them would fill the memory.
+    torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by two levels at most. Pillow resizes
+    only what the crop keeps: it is used for older versions, and for images so long that resizing all of them would fill
+    the memory.
     """
     shorter = round(resize_ratio * resolution)
     scale = shorter / min(image.size)
@@ -200,8 +202,8 @@ class ImageDataModule(OrderedDataModule):
     """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
 
     `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop over the resolution
-    (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`: `label`, or `vector`
-    where the set holds a vector per image.
+    (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`: `label`, or
+    `vector` where the set holds a vector per image.
     """
 
     def __init__(

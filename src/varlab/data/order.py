@@ -1,8 +1,9 @@
 """The order of training samples: a pure function of (seed, epoch, position).
 
-Shards are shuffled and concatenated; the row is cut into `lanes` equal parts; each part is shuffled within windows; position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with
-p % W == r, so a rank stays within its own lanes (and shards) when W divides `lanes`, and the global batches are the same
-for any number of ranks and workers.
+Shards are shuffled and concatenated; the row is cut into `lanes` equal parts; each part is shuffled within windows;
+position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with p % W == r, so a
+rank stays within its own lanes (and shards) when W divides `lanes`, and the global batches are the same for any number
+of ranks and workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ class SampleRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that fits into the windows at
-    once, and any set with window None, is shuffled fully."""
+    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that fits into the windows
+    at once, and any set with window None, is shuffled fully."""
 
     shard_counts: Sequence[int]
     seed: int = 0
@@ -78,8 +79,8 @@ class Order:
 class TrainBatches:
     """Batches of one rank, epoch after epoch: `start` sets where the next epoch begins.
 
-    Every rank gets the same number of full batches; samples that do not fill a global batch are left out, different ones in each
-    epoch.
+    Every rank gets the same number of full batches; samples that do not fill a global batch are left out, different
+    ones in each epoch.
     """
 
     def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:

@@ -5,9 +5,9 @@
     train.index.npy       one row per image: shard, offset, size, label, crc32
     train.condition.npy   only where shards hold vectors (00000123.npy): one row per image
 
-Images are read through the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at once,
-any number of ranks and workers sees the same order, and a damaged byte is detected by its checksum. A folder of shards may
-be a URL: each shard is then fetched when its first image is needed.
+Images are read through the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at
+once, any number of ranks and workers sees the same order, and a damaged byte is detected by its checksum. A folder of
+shards may be a URL: each shard is then fetched when its first image is needed.
 """
 
 import io
@@ -65,7 +65,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds: keys, index rows and vectors (if any) of its images, and what is wrong with the keys that are left out."""
+    """What a shard holds: keys, index rows and vectors (if any) of its images, and what is wrong with the keys that are
+    left out."""
 
     keys: list[str]
     rows: np.ndarray
@@ -74,8 +75,8 @@ class ShardIndex:
 
 
 def index_shard(path: Path, shard: int) -> ShardIndex:
-    """Reads a shard. A key needs one image and a `.cls`; a `.npy` beside them is its vector, of the same shape for all keys. Other
-    files do not matter.
+    """Reads a shard. A key needs one image and a `.cls`; a `.npy` beside them is its vector, of the same shape for all
+    keys. Other files do not matter.
 
     Raises ValueError for a tar that is damaged or truncated.
     """
@@ -184,7 +185,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 
 
 class ShardReader:
-    """The images of one split, by number. Checks at once that every local shard exists and has the length it was written with.
+    """The images of one split, by number. Checks at once that every local shard exists and has the length it was
+    written with.
 
     `path`: folder or URL of a packed set. Files behind URLs are fetched through `storage`, checked by their content.
     """
@@ -216,7 +218,8 @@ class ShardReader:
         return len(self.index)
 
     def load_array(self, entry: dict[str, Any]) -> np.ndarray:
-        """An array that the manifest describes, one row per image. Raises ValueError when it has another number of rows."""
+        """An array that the manifest describes, one row per image. Raises ValueError when it has another number of
+        rows."""
         file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
         array = np.load(file, mmap_mode=None if is_remote(self.path) else "r")
         if len(array) != self.described["num_images"]:
@@ -251,7 +254,8 @@ class ShardReader:
     def read(self, i: int) -> bytes:
         """The encoded image number `i`.
 
-        Raises ValueError naming shard and offset when its bytes changed since packing; OSError when they cannot be fetched.
+        Raises ValueError naming shard and offset when its bytes changed since packing; OSError when they cannot be
+        fetched.
         """
         row = self.index[i]
         shard = int(row["shard"])

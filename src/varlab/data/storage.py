@@ -1,7 +1,8 @@
 """Shards that lie elsewhere: object stores and web servers through fsspec, whole shards kept on local disk.
 
-A file is fetched in ranges, so a connection that breaks costs one range and not the file. Files in the cache are named by
-their content: several processes, runs and data sets of one machine share them, and a half-fetched file has another name.
+A file is fetched in ranges, so a connection that breaks costs one range and not the file. Files in the cache are named
+by their content: several processes, runs and data sets of one machine share them, and a half-fetched file has another
+name.
 """
 
 import hashlib
@@ -65,9 +66,9 @@ class RemoteFile:
 class Storage:
     """How files elsewhere are reached and how much of them is kept here.
 
-    `cache_gb`: bound of the cache in 10^9 bytes; what was used longest ago goes first. `retries`: attempts after the first,
-    with pauses of 0.5 s, 1 s, ... 30 s. `timeout`: seconds without a byte that count as a broken connection. `downloads`:
-    files fetched at a time by one process. `options`: passed to fsspec (key, secret, endpoint_url, ...).
+    `cache_gb`: bound of the cache in 10^9 bytes; what was used longest ago goes first. `retries`: attempts after the
+    first, with pauses of 0.5 s, 1 s, ... 30 s. `timeout`: seconds without a byte that count as a broken connection.
+    `downloads`: files fetched at a time by one process. `options`: passed to fsspec (key, secret, endpoint_url, ...).
     """
 
     cache_dir: str = "~/.cache/varlab/shards"
@@ -195,7 +196,8 @@ class Storage:
     def make_room(self, num_bytes: int, own: Path) -> None:
         """Removes what was used longest ago until the cache can take `num_bytes` more.
 
-        Files that other processes are fetching count with their full size; what a killed process left of one is removed.
+        Files that other processes are fetching count with their full size; what a killed process left of one is
+        removed.
         """
         allowed = int(self.cache_gb * 1e9)
         if num_bytes > allowed:
@@ -252,7 +254,8 @@ def remove_if_left(partial: Path) -> bool:
 
 
 def exact_range(fs: Any, path: str, start: int, stop: int, num_bytes: int) -> bytes:
-    """Bytes start to stop of a file. Raises OSError when the answer is shorter; a server that knows no ranges sends all."""
+    """Bytes start to stop of a file. Raises OSError when the answer is shorter; a server that knows no ranges sends
+    all."""
     content = fs.cat_file(path, start=start, end=stop)
     if len(content) == num_bytes:
         return content[start:stop]

@@ -60,8 +60,9 @@ def write_cache(
 ) -> dict[str, Any]:
     """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
 
-    Work is done in parts of `part_images`, each written atomically: a killed call continues with the missing parts, and several
-    processes split the parts. An existing cache of the same tokenizer, data and views is kept; one of others is an error.
+    Work is done in parts of `part_images`, each written atomically: a killed call continues with the missing parts, and
+    several processes split the parts. An existing cache of the same tokenizer, data and views is kept; one of others is
+    an error.
     """
     work = work or WorkSplit()
     shard_manifest = load_manifest(shards, storage)
@@ -128,8 +129,8 @@ def write_part(
     batch_size: int,
     device: str,
 ) -> None:
-    """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), and vectors (n, ...)
-    where the shards hold some."""
+    """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), and
+    vectors (n, ...) where the shards hold some."""
     tokens: list[np.ndarray] = []
     numbers: list[int] = []
     skipped: list[bool] = []

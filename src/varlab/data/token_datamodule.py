@@ -18,7 +18,8 @@ from varlab.models import scales
 
 
 class TokenBatch(NamedTuple):
-    """Flattened token maps with their conditions: class labels (B), or what the cache holds as vectors. `weight` is 0 for padding."""
+    """Flattened token maps with their conditions: class labels (B), or what the cache holds as vectors. `weight` is 0
+    for padding."""
 
     sequence: Int[Tensor, "B L"]
     condition: Tensor
@@ -59,10 +60,11 @@ class TokenDataset(Dataset):
 class TokenDataModule(OrderedDataModule):
     """Training from a token cache (`varlab tokenize`).
 
-    `keep`: where the tokens are kept while training: `memory` (read at once), `disk` (memory-mapped) or `device` (a copy on each
-    GPU: two bytes per token, 1.7 GB for one view of ImageNet at 256 px; batches then cost no transfer). `condition`: `label`, or
-    `vector` where the cache holds a vector per image. Raises ValueError for a cache that is missing, shorter than its manifest
-    says, or of another format. Whether it belongs to the tokenizer is checked by the VARModule.
+    `keep`: where the tokens are kept while training: `memory` (read at once), `disk` (memory-mapped) or `device` (a
+    copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet at 256 px; batches then cost no transfer).
+    `condition`: `label`, or `vector` where the cache holds a vector per image. Raises ValueError for a cache that is
+    missing, shorter than its manifest says, or of another format. Whether it belongs to the tokenizer is checked by the
+    VARModule.
     """
 
     def __init__(

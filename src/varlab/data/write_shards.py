@@ -1,7 +1,7 @@
 """Image sources -> shards + manifest.
 
-Which image goes into which shard follows from the seed alone, so a killed run continues with the missing shards, and several
-processes can write at once.
+Which image goes into which shard follows from the seed alone, so a killed run continues with the missing shards, and
+several processes can write at once.
 """
 
 import json
@@ -59,8 +59,8 @@ def entry_of(name: str, file: Path, num_images: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a source is packed. `shard_images`: images per shard, or, with `shard_size` (MB), as many as make a shard of that size.
-    Larger images are re-encoded to `short_side` as JPEG of `quality`, if it is given."""
+    """How a source is packed. `shard_images`: images per shard, or, with `shard_size` (MB), as many as make a shard of
+    that size. Larger images are re-encoded to `short_side` as JPEG of `quality`, if it is given."""
 
     shard_images: int = 1000
     shard_size: float | None = None
@@ -101,9 +101,9 @@ def pack(
 ) -> dict[str, Any]:
     """Writes shards, index and manifest of a source into `out`; returns the manifest.
 
-    Images are mixed over the shards of their split by `seed`. The manifest comes last, so a folder without one is not a data set
-    yet. Raises OSError naming the file when the disk is full; finished shards are kept and used next time. Raises ValueError when
-    `out` holds shards of another source or other settings.
+    Images are mixed over the shards of their split by `seed`. The manifest comes last, so a folder without one is not a
+    data set yet. Raises OSError naming the file when the disk is full; finished shards are kept and used next time.
+    Raises ValueError when `out` holds shards of another source or other settings.
     """
     if shard_images < 1 or num_workers < 1:
         raise ValueError(f"shard_images={shard_images} and num_workers={num_workers} must be positive")

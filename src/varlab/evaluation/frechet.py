@@ -1,6 +1,7 @@
 """Frechet distance between two sets of images by the features of a frozen network (Heusel et al. 2017).
 
-It is called FID (or rFID, for reconstructions) with the Inception of 2015 alone; with other networks it bears their name.
+It is called FID (or rFID, for reconstructions) with the Inception of 2015 alone; with other networks it bears their
+name.
 """
 
 from collections.abc import Iterable

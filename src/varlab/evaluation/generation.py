@@ -1,5 +1,6 @@
-"""Scores of generated images from the features of a frozen network: Frechet distances, Inception score, kernel distance, precision
-and recall. The mathematics alone: which network, which images, how many, is the caller's to say beside each number.
+"""Scores of generated images from the features of a frozen network: Frechet distances, Inception score, kernel
+distance, precision and recall. The mathematics alone: which network, which images, how many, is the caller's to say
+beside each number.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ class Features:
 
 
 def inception_score(probabilities: Float[np.ndarray, "N k"], split: int = 5000) -> tuple[float, float]:
-    """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits of `split` images, in their
-    order, as the ADM evaluator takes them; a rest shorter than a split counts as one."""
+    """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits of `split` images,
+    in their order, as the ADM evaluator takes them; a rest shorter than a split counts as one."""
     scores = []
     for first in range(0, len(probabilities), split):
         part = probabilities[first : first + split].astype(np.float64)
@@ -35,8 +36,9 @@ def inception_score(probabilities: Float[np.ndarray, "N k"], split: int = 5000) 
 def kernel_distance(
     a: Float[np.ndarray, "N c"], b: Float[np.ndarray, "M c"], subset: int = 1000, num_subsets: int = 100, seed: int = 0
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / c + 1)^3, mean and standard deviation over random
-    subsets. Sets smaller than `subset` are taken whole, then the subsets differ in nothing but their order."""
+    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / c + 1)^3, mean and standard deviation
+    over random subsets. Sets smaller than `subset` are taken whole, then the subsets differ in nothing but their order.
+    """
     random = np.random.default_rng(seed)
     size = min(subset, len(a), len(b))
     if size < 2:
@@ -54,8 +56,9 @@ def kernel_distance(
 def precision_recall(
     real: Float[np.ndarray, "N c"], made: Float[np.ndarray, "M c"], k: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), shares in [0, 1]: how many made images lie within the radius of a
-    real one, and the other way round; the radius of an image reaches to its k-th nearest neighbor of its own kind."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019), shares in [0, 1]: how many made images lie within the
+    radius of a real one, and the other way round; the radius of an image reaches to its k-th nearest neighbor of its
+    own kind."""
     if min(len(real), len(made)) <= k:
         raise ValueError(f"precision and recall with k={k} need more than {k} images of each kind")
     a, b = torch.from_numpy(real.astype(np.float32)), torch.from_numpy(made.astype(np.float32))
@@ -78,8 +81,8 @@ def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, ch
 
 
 def scores(made: Features, real: Features, seed: int = 0) -> dict[str, float]:
-    """All scores that the features allow: `frechet_distance`, `spatial_frechet_distance`, `inception_score`, `kernel_distance`,
-    `precision`, `recall`, and spreads as `.../std`."""
+    """All scores that the features allow: `frechet_distance`, `spatial_frechet_distance`, `inception_score`,
+    `kernel_distance`, `precision`, `recall`, and spreads as `.../std`."""
     found = {"frechet_distance": frechet_distance(statistics(made.pooled), statistics(real.pooled))}
     if made.spatial is not None and real.spatial is not None:
         found["spatial_frechet_distance"] = frechet_distance(statistics(made.spatial), statistics(real.spatial))

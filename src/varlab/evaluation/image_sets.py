@@ -82,7 +82,8 @@ def extract(
     desc: str,
     work: WorkSplit | None = None,
 ) -> Features:
-    """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file `cache`.
+    """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file
+    `cache`.
 
     Processes split the images; each but the first returns only its own.
     """

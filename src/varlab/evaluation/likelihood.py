@@ -17,8 +17,8 @@ NUM_BINS = 15
 
 
 class Calibration:
-    """Expected calibration error (Guo et al. 2017): how far the probability of the most likely code is from how often it is right,
-    over 15 bins of equal width, in percent."""
+    """Expected calibration error (Guo et al. 2017): how far the probability of the most likely code is from how often
+    it is right, over 15 bins of equal width, in percent."""
 
     def __init__(self, num_scales: int) -> None:
         self.counts, self.confidence, self.right = (
@@ -51,8 +51,9 @@ def likelihood_scores(
 ) -> dict[str, Any]:
     """Scores over batches of (sequence, condition).
 
-    `loss` (nats per token), `error` (percent), `perplexity`, `calibration_error` (percent), `bits_per_token`, `bits_per_image`,
-    `unconditional_loss` (with the null condition) and `class_gap` (that minus `loss`, in nats per token), over all tokens and, in `by_scale`, for each scale.
+    `loss` (nats per token), `error` (percent), `perplexity`, `calibration_error` (percent), `bits_per_token`,
+    `bits_per_image`, `unconditional_loss` (with the null condition) and `class_gap` (that minus `loss`, in nats per
+    token), over all tokens and, in `by_scale`, for each scale.
     """
     var.eval()
     patch_nums, num = var.patch_nums, 0

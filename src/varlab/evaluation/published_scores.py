@@ -29,7 +29,8 @@ PRESETS = {
 
 
 def compare(name: str | None, protocol: dict[str, Any]) -> list[str]:
-    """What keeps a set of scores from being compared with the published one (or, without a preset, with any published FID).
+    """What keeps a set of scores from being compared with the published one (or, without a preset, with any published
+    FID).
 
     Raises ValueError for a preset that is unknown.
     """

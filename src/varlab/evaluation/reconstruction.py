@@ -48,8 +48,9 @@ def reconstruction_scores(
 ) -> dict[str, Any]:
     """Scores of a tokenizer on batches of images in [-1, 1].
 
-    psnr (dB), ssim and each of `metrics` (one value per image) as means over images; `by_scale`: the same after each scale, over the first
-    `num_curve` images; `usage_by_scale` (percent of the codes in use) and `perplexity_by_scale` (codes), and the same overall.
+    psnr (dB), ssim and each of `metrics` (one value per image) as means over images; `by_scale`: the same after each
+    scale, over the first `num_curve` images; `usage_by_scale` (percent of the codes in use) and `perplexity_by_scale`
+    (codes), and the same overall.
     """
     quantizer, seen, averages = tokenizer.quantizer, 0, Averages()
     hits = torch.zeros(quantizer.num_scales, quantizer.codebook_size)
@@ -95,7 +96,8 @@ def scores_of(output: Tensor, images: Tensor, metrics: dict[str, Callable]) -> d
 def reconstruction_distance(
     tokenizer: MSVQVAE, network: nn.Module, images: Iterable[Tensor], others: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Frechet distance of reconstructions to the images, and its floor: the same number of other real images against them."""
+    """Frechet distance of reconstructions to the images, and its floor: the same number of other real images against
+    them."""
 
     def reconstructed() -> Iterator[Tensor]:
         for batch in images:

@@ -1,7 +1,7 @@
 """Samples against real images: scores under the field's names, with protocol and floor."""
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ def evaluate_samples(
     preset: str | None = None,
     metrics: dict[str, Callable[[Features, Features], float]] | None = None,
 ) -> dict[str, Any] | None:
-    """Writes generation.json into `out`: scores of samples (folder or .npz) against a reference (packed set or ADM .npz), each with its
-    protocol, and the floor; returns it. Processes of torchrun split the images; all but the first return None.
+    """Writes generation.json into `out`: scores of samples (folder or .npz) against a reference (packed set or ADM
+    .npz), each with its protocol, and the floor; returns it. Processes of torchrun split the images; all but the first
+    return None.
 
-    `network`: gives the features. `metrics`: by name, functions of the features of samples and of real images. `preset`: published
-    scores to compare the protocol with.
+    `network`: gives the features. `metrics`: by name, functions of the features of samples and of real images.
+    `preset`: published scores to compare the protocol with.
     """
     work, sample_set = WorkSplit.of_environment(), ImageSet(samples)
     network, name = network.to(device), score_name(network)
@@ -87,13 +88,13 @@ def evaluate_samples(
 
 
 def evaluate_grid(
-    points: dict[str, Iterable[float]],
+    points: Mapping[str, Iterable[float]],
     sample: Callable[[Path, dict[str, Any]], None],
     evaluate: Callable[[Path], dict[str, Any] | None],
     out: Path,
 ) -> str:
-    """Samples and scores a VAR at each point of a grid of sampling settings; writes grid.csv and grid.png into `out`. Finished images
-    and features are not computed again. Returns the best point as text.
+    """Samples and scores a VAR at each point of a grid of sampling settings; writes grid.csv and grid.png into `out`.
+    Finished images and features are not computed again. Returns the best point as text.
 
     `sample(folder, point)` writes the samples of a point, `evaluate(folder)` scores them.
     """
@@ -131,7 +132,8 @@ def features_of_set(
 
 
 class Reference:
-    """What samples are compared with: features of real images, statistics of an ADM reference, and other real images as floor."""
+    """What samples are compared with: features of real images, statistics of an ADM reference, and other real images as
+    floor."""
 
     def __init__(
         self,

@@ -34,10 +34,11 @@ def evaluate_tokenizer(
     features: nn.Module | None = None,
     metrics: dict[str, Callable] | None = None,
 ) -> dict[str, Any]:
-    """Writes evaluation.json (scores with their protocol), by_scale.png and reconstructions.png into `out`; returns the scores.
+    """Writes evaluation.json (scores with their protocol), by_scale.png and reconstructions.png into `out`; returns the
+    scores.
 
-    `features`: network of the Frechet distance. `metrics`: by name, functions of reconstructions and images (B 3 H W, in [-1, 1])
-    that give one value per image.
+    `features`: network of the Frechet distance. `metrics`: by name, functions of reconstructions and images (B 3 H W,
+    in [-1, 1]) that give one value per image.
     """
     tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
 

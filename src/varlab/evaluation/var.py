@@ -37,8 +37,8 @@ def evaluate_likelihood(
     device: torch.device,
     storage: Storage | None = None,
 ) -> dict[str, Any]:
-    """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration by scale. `data`: a packed set, or a token cache,
-    whose validation split is used. Returns the scores."""
+    """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration by scale. `data`: a packed set, or
+    a token cache, whose validation split is used. Returns the scores."""
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = "vector" if var.embedder.condition_shape else "label"
 

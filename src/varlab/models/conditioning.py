@@ -1,7 +1,7 @@
 """Conditions: what a batch carries beside its tokens -> the vector that starts the sequence and modulates every block.
 
-An embedder of your own subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` besides its own
-arguments. The class label is one kind of condition, one number per image.
+An embedder of your own subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` besides
+its own arguments. The class label is one kind of condition, one number per image.
 """
 
 import difflib
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class ConditionEmbedder(nn.Module):
     """What VAR needs of an embedder.
 
-    `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: share of the conditions that are
-    replaced by the null condition in training mode, for classifier-free guidance.
+    `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: share of the conditions
+    that are replaced by the null condition in training mode, for classifier-free guidance.
     """
 
     condition_shape: tuple[int, ...] = ()
@@ -51,7 +51,8 @@ class ConditionEmbedder(nn.Module):
 
 
 class ClassEmbedder(ConditionEmbedder):
-    """Class labels, 0 to num_classes - 1; `num_classes` itself is the null label, the last row of the table (as released)."""
+    """Class labels, 0 to num_classes - 1; `num_classes` itself is the null label, the last row of the table (as
+    released)."""
 
     def __init__(self, num_classes: int, width: int, dropout: float = 0.1) -> None:
         super().__init__(dropout)

@@ -1,7 +1,7 @@
 """Networks that a checkpoint can rebuild: their classes record the arguments they were made with.
 
-A class of your own subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe` turns a
-network into plain values for a checkpoint, `build` turns them back into a fresh network.
+A class of your own subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe`
+turns a network into plain values for a checkpoint, `build` turns them back into a fresh network.
 """
 
 import inspect
@@ -58,8 +58,8 @@ def literal_hints(cls: type) -> dict[str, Any]:
 class RecordedModule(nn.Module, metaclass=RecordArguments):
     """A network whose arguments a checkpoint keeps.
 
-    `changeable`: arguments that may differ between a checkpoint and the run that resumes it, because they change no weight's
-    shape or meaning: rates, loss weights, initialization.
+    `changeable`: arguments that may differ between a checkpoint and the run that resumes it, because they change no
+    weight's shape or meaning: rates, loss weights, initialization.
     """
 
     arguments: dict[str, Any]
@@ -70,13 +70,19 @@ class RecordedModule(nn.Module, metaclass=RecordArguments):
         return {}
 
 
+def class_of(network: nn.Module) -> type:
+    """The class that a network was made of: FSDP2 puts a class of its own in front of it."""
+    return next(cls for cls in type(network).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
 def class_path(cls: type) -> str:
     """The name under which a class is imported."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
-    """A network as plain values: {"class": its import path, argument: value, ...}, arguments that are networks described alike.
+    """A network as plain values: {"class": its import path, argument: value, ...}, arguments that are networks
+    described alike.
 
     Raises ValueError naming class and argument for a value that a checkpoint cannot hold.
     """
@@ -86,7 +92,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
             " varlab.models.custom_classes.RecordedModule"
         )
     arguments = {**network.arguments, **network.resolved()}
-    where = class_path(type(network))
+    where = class_path(class_of(network))
     return {"class": where, **{name: as_plain(value, f"{where}({name}=...)") for name, value in arguments.items()}}
 
 
@@ -111,7 +117,8 @@ def as_plain(value: Any, where: str) -> Any:
 
 
 def build(base: type[Network], description: dict[str, Any]) -> Network:
-    """The network of a description, with fresh weights. Its class must be importable and a subclass of `base`: ValueError if not."""
+    """The network of a description, with fresh weights. Its class must be importable and a subclass of `base`:
+    ValueError if not."""
     given = {name: from_plain(value) for name, value in description.items() if name != "class"}
     found = find_class(description.get("class", class_path(base)), base)
     try:

@@ -1,5 +1,5 @@
-"""Discriminators of the adversarial loss, and the augmentations before them. They see images in [-1, 1]; logits are high for
-real ones. Group norm replaces the batch norm of the originals: no statistics to synchronize between devices.
+"""Discriminators of the adversarial loss, and the augmentations before them. They see images in [-1, 1]; logits are
+high for real ones. Group norm replaces the batch norm of the originals: no statistics to synchronize between devices.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,8 @@ class ViTBlock(nn.Module):
 
 
 class DINO(nn.Module):
-    """ViT-S/16 trained by self-distillation (Caron et al. 2021), frozen. Gives tokens after patch embedding and some blocks."""
+    """ViT-S/16 trained by self-distillation (Caron et al. 2021), frozen. Gives tokens after patch embedding and some
+    blocks."""
 
     mean: Tensor
     std: Tensor
@@ -120,7 +121,8 @@ class TokenHead(nn.Module):
 class DINODiscriminator(nn.Module):
     """Heads on the tokens of a frozen DINO (as the VAR authors' single-scale tokenizer and StyleGAN-T use it).
 
-    Images above 224 pixels are cropped at a random position half of the time and resized otherwise; smaller ones are enlarged.
+    Images above 224 pixels are cropped at a random position half of the time and resized otherwise; smaller ones are
+    enlarged.
     """
 
     def __init__(self, weights: str | None = None, is_random: bool = False) -> None:
@@ -142,7 +144,8 @@ class DINODiscriminator(nn.Module):
 
 
 class DiffAugment(nn.Module):
-    """Differentiable augmentation of what a discriminator sees (Zhao et al. 2020): `policy` of color, translation, cutout."""
+    """Differentiable augmentation of what a discriminator sees (Zhao et al. 2020): `policy` of color, translation,
+    cutout."""
 
     POLICIES = ("color", "translation", "cutout")
 

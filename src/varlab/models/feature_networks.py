@@ -28,8 +28,8 @@ LPIPS_HEADS = WeightFile(
 
 
 def frozen(net: nn.Module) -> nn.Module:
-    """The network in evaluation mode, its weights turned into buffers that no checkpoint holds and no optimizer sees: they come from a
-    file of their own, wherever the network is used."""
+    """The network in evaluation mode, its weights turned into buffers that no checkpoint holds and no optimizer sees:
+    they come from a file of their own, wherever the network is used."""
     for module in net.modules():
         tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for name, value in tensors.items():
@@ -50,7 +50,8 @@ def fill_exactly(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16 (Simonyan & Zisserman 2014) up to relu5_3; maps of the last ReLU of each of five blocks."""
+    """The convolutions of VGG16 (Simonyan & Zisserman 2014) up to relu5_3; maps of the last ReLU of each of five
+    blocks."""
 
     mean: Tensor
     std: Tensor
@@ -183,8 +184,8 @@ def unit_length(x: Float[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, version 0.1) with VGG16: squared differences of unit vectors, weighted
-    by the published heads, averaged over positions, summed over five layers. Weights: `vgg16-397923af.pth`."""
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1) with VGG16: squared differences of unit vectors,
+    weighted by the published heads, averaged over positions, summed over five layers. Weights: `vgg16-397923af.pth`."""
 
     def __init__(self, weights: str | None) -> None:
         super().__init__()
@@ -208,8 +209,8 @@ class LPIPS(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """A perceptual distance without learned heads: squared differences of unit vectors of a frozen network's maps, averaged
-    over positions and layers. It is named after the network, never LPIPS."""
+    """A perceptual distance without learned heads: squared differences of unit vectors of a frozen network's maps,
+    averaged over positions and layers. It is named after the network, never LPIPS."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

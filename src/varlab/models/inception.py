@@ -1,6 +1,8 @@
-"""The Inception-v3 of 2015 whose features FID is defined on (Heusel et al. 2017), as converted from TensorFlow by torch-fidelity.
+"""The Inception-v3 of 2015 whose features FID is defined on (Heusel et al. 2017), as converted from TensorFlow by
+torch-fidelity.
 
-It differs from the Inception-v3 of the usual model libraries in padding, pooling and resizing; names as in the weight file.
+It differs from the Inception-v3 of the usual model libraries in padding, pooling and resizing; names as in the weight
+file.
 """
 
 import torch
@@ -19,7 +21,8 @@ INCEPTION_FILE = WeightFile(
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU. `kernel`: side, or (height, width); padded to keep the side unless the stride is 2."""
+    """Convolution, batch norm, ReLU. `kernel`: side, or (height, width); padded to keep the side unless the stride is
+    2."""
 
     def __init__(
         self, width_in: int, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pads: bool = True
@@ -35,8 +38,8 @@ class ConvNorm(nn.Module):
 
 
 class Branches(nn.Module):
-    """Chains of convolutions side by side, joined by channel. `chains` names the convolutions as the weight file does; a list
-    in a chain stands for two that see the same input. `pool`: what the last branch does first, or alone."""
+    """Chains of convolutions side by side, joined by channel. `chains` names the convolutions as the weight file does;
+    a list in a chain stands for two that see the same input. `pool`: what the last branch does first, or alone."""
 
     def __init__(self, width_in: int, chains: list[list], pool: str, pool_width: int | None) -> None:
         super().__init__()
@@ -169,8 +172,8 @@ class Inception(nn.Module):
     def everything(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 2023"], Float[Tensor, "B 1008"]]:
-        """Features after global pooling, for FID; seven channels of a 17 x 17 map, for sFID; class probabilities without the
-        classifier's bias, for the Inception score: as the ADM evaluator takes them."""
+        """Features after global pooling, for FID; seven channels of a 17 x 17 map, for sFID; class probabilities
+        without the classifier's bias, for the Inception score: as the ADM evaluator takes them."""
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
         x = (resize_as_tensorflow(levels, self.side) - 128) / 128
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)

@@ -55,10 +55,11 @@ def in_chunks(
     loss_fn: Callable[[Tensor, slice], Tensor],
     num_chunks: int,
 ) -> Tensor:
-    """`loss_fn(logits, token_slice)` of the logits that `head` gives for the hidden states `x`, joined along the tokens.
+    """`loss_fn(logits, token_slice)` of the logits that `head` gives for the hidden states `x`, joined along the
+    tokens.
 
-    The tokens come in `num_chunks` slices. With more than one, only one slice's logits are in memory at a time: the backward pass
-    computes them again.
+    The tokens come in `num_chunks` slices. With more than one, only one slice's logits are in memory at a time: the
+    backward pass computes them again.
     """
     length = x.shape[1]
     if num_chunks == 1:
@@ -146,8 +147,8 @@ def adaptive_weight(
     last_layer: Tensor,
     bounds: tuple[float, float] = (0.015, 1e4),
 ) -> Float[Tensor, ""]:
-    """Ratio of the two losses' gradients at the decoder's last layer (VQGAN, equation 7), clamped: with it the adversarial
-    loss has the same gradient norm there as the reconstruction loss."""
+    """Ratio of the two losses' gradients at the decoder's last layer (VQGAN, equation 7), clamped: with it the
+    adversarial loss has the same gradient norm there as the reconstruction loss."""
     gradients = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]

@@ -24,12 +24,13 @@ class Reconstruction(NamedTuple):
 class MSVQVAE(RecordedModule):
     """Images in [-1, 1] <-> K token maps. Defaults are the released tokenizer's (109M parameters at 256 px).
 
-    `quantizer`: a `MultiScaleQuantizer` or a subclass of it; None is the released one. The other arguments are the sizes of
-    encoder and decoder. Raises ValueError for a pyramid or widths that do not fit together, and in `encode` for images of another
-    size than `downsample` times the last entry of patch_nums.
+    `quantizer`: a `MultiScaleQuantizer` or a subclass of it; None is the released one. The other arguments are the
+    sizes of encoder and decoder. Raises ValueError for a pyramid or widths that do not fit together, and in `encode`
+    for images of another size than `downsample` times the last entry of patch_nums.
     """
 
     changeable: ClassVar = frozenset({"dropout"})
+    quantizer: MultiScaleQuantizer
 
     def __init__(
         self,
@@ -41,13 +42,13 @@ class MSVQVAE(RecordedModule):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        quantizer = MultiScaleQuantizer() if quantizer is None else quantizer
-        dim = quantizer.codebook_dim
-        self.patch_nums = quantizer.patch_nums
+        made = MultiScaleQuantizer() if quantizer is None else quantizer
+        dim = made.codebook_dim
+        self.patch_nums = made.patch_nums
         self.downsample = 2 ** (len(channel_mult) - 1)
         self.encoder = Encoder(channels, channel_mult, num_blocks, dim, num_groups, dropout)
         self.pre_conv = nn.Conv2d(dim, dim, 3, padding=1)
-        self.quantizer = quantizer
+        self.quantizer = made
         self.post_conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.decoder = Decoder(channels, channel_mult, num_blocks, dim, num_groups, dropout)
         self.init_weights()

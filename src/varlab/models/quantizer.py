@@ -1,6 +1,7 @@
 """Multi-scale residual vector quantizer (VAR, section 3.2, algorithms 1 and 2).
 
-The residual loop stands once, in `residual_loop`: encoding, decoding, teacher forcing, training, k-means and sampling consume it.
+The residual loop stands once, in `residual_loop`: encoding, decoding, teacher forcing, training, k-means and sampling
+consume it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,8 @@ MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
 def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
     """Which of `num_phis` smoothing convolutions each scale uses: the one whose tick is nearest to t = k / (K - 1).
 
-    The released weights depend on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's `linspace` and
-    the first minimum give the choice they were trained with; other arithmetic does not.
+    The released weights depend on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's
+    `linspace` and the first minimum give the choice they were trained with; other arithmetic does not.
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -56,7 +57,8 @@ def perplexity(hits: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
 
 
 def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al. 2024)."""
+    """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al.
+    2024)."""
     with torch.no_grad():
         f_norm, f_hat_norm = (x.norm(dim=1, keepdim=True) for x in (f, f_hat))
         has_direction = (f_norm > MIN_NORM) & (f_hat_norm > MIN_NORM)
@@ -74,11 +76,11 @@ def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Flo
 class MultiScaleQuantizer(RecordedModule):
     """Codes a feature map as K token maps, coarse to fine, each holding what the coarser ones left over.
 
-    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one per
-    scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
-    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `beta`: weight of the commitment loss.
-    `gradient`: how the encoder learns through the lookup. `scale_dropout`: in training mode, share of the images that stop after
-    some scale from `dropout_from` on, so that coarse maps must serve on their own.
+    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one
+    per scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
+    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `beta`: weight of the commitment
+    loss. `gradient`: how the encoder learns through the lookup. `scale_dropout`: in training mode, share of the images
+    that stop after some scale from `dropout_from` on, so that coarse maps must serve on their own.
 
     A quantizer of your own overrides `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
     """
@@ -129,12 +131,13 @@ class MultiScaleQuantizer(RecordedModule):
         bound = 1 / (36 * self.codebook_dim**0.5)
         nn.init.uniform_(self.codebook.weight, -bound, bound)
 
-    def undecayed(self) -> list[nn.Parameter]:
+    def undecayed(self) -> list[Tensor]:
         """Parameters that weight decay must not shrink: the codes."""
         return [self.codebook.weight]
 
     def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
-        """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes swap."""
+        """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes
+        swap."""
         with torch.autocast(z.device.type, enabled=False):
             z, codes = z.float(), self.codebook.weight.float()
             if self.lookup == "cosine":
@@ -183,8 +186,8 @@ class MultiScaleQuantizer(RecordedModule):
     ) -> Iterator[tuple[Any, Float[Tensor, "B C H W"]]]:
         """Scale by scale, coarse to fine: (tokens, `f_hat` with their codes added).
 
-        `choose(k, f_hat)` gives tokens and codes (B l C) of scale k from the sum so far. `adjust(k, before, after)` may replace
-        the new sum. Consumers that need fewer scales stop early: nothing is computed ahead.
+        `choose(k, f_hat)` gives tokens and codes (B l C) of scale k from the sum so far. `adjust(k, before, after)` may
+        replace the new sum. Consumers that need fewer scales stop early: nothing is computed ahead.
         """
         for k in range(self.num_scales):
             tokens, codes = choose(k, f_hat)
@@ -203,16 +206,16 @@ class MultiScaleQuantizer(RecordedModule):
         return [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
 
     def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
-        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. Fewer token maps
-        than scales give as many sums."""
+        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. Fewer token
+        maps than scales give as many sums."""
         loop = self.residual_loop(self.empty(len(token_maps[0])), lambda k, _: (None, self.embed(token_maps[k])))
         return [f_hat for _, f_hat in islice(loop, len(token_maps))]
 
     def teacher_forcing_inputs(
         self, token_maps: Sequence[Int[Tensor, "B _"]], order: scales.Order = "scales"
     ) -> Float[Tensor, "B Lm1 C"]:
-        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side; in
-        raster order while learning all tokens but the first: the code of the token before.
+        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side;
+        in raster order while learning all tokens but the first: the code of the token before.
 
         Empty (B 0 C) for a pyramid of one scale.
         """
@@ -224,8 +227,8 @@ class MultiScaleQuantizer(RecordedModule):
         return torch.cat([self.at_scale(f_hat, k) for k, f_hat in enumerate(partial, start=1)], dim=1)
 
     def forward(self, f: Float[Tensor, "B C H W"]) -> Quantized:
-        """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a mean
-        over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
+        """Quantizes for training. `vq_loss` is the mean over scales of codebook loss + beta * commitment loss, each a
+        mean over all elements, so its value is (1 + beta) times the mean squared error of f_hat after each scale."""
         f = f.float()
         last = self.last_scales(len(f), f.device)
 
@@ -241,7 +244,8 @@ class MultiScaleQuantizer(RecordedModule):
             return after if is_used is None else torch.where(is_used, after, before)
 
         token_maps, vq_losses, f_hat = [], [], torch.zeros_like(f)
-        for k, (tokens, f_hat) in enumerate(self.residual_loop(f_hat, choose, adjust)):
+        loop = self.residual_loop(f_hat, choose, adjust)
+        for k, (tokens, f_hat) in enumerate(loop):
             error = (f_hat - f.detach()).square() + self.beta * (f_hat.detach() - f).square()
             is_used = used(k)
             vq_losses.append(error.mean() if is_used is None else (error * is_used).mean())
@@ -287,12 +291,14 @@ class MultiScaleQuantizer(RecordedModule):
         return perplexity(self.hits)
 
     def overall(self) -> CodebookHealth:
-        """Usage and perplexity of all scales together; a code counts as used when it has 0.08 times the mean of all hits."""
+        """Usage and perplexity of all scales together; a code counts as used when it has 0.08 times the mean of all
+        hits."""
         hits = self.hits.sum(dim=0)
         return CodebookHealth(100 * (hits >= 0.08 * hits.mean()).float().mean() * (hits.sum() > 0), perplexity(hits))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
-        """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would give."""
+        """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would
+        give."""
         h, w = self.sides[-1]
         threshold = 0.08 * global_batch_size * h * w / self.codebook_size
         return 100 * (self.hits >= threshold).float().mean(dim=1)

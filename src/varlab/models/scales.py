@@ -49,8 +49,8 @@ def scale_bounds(patch_nums: PatchNums) -> list[tuple[int, int]]:
 
 
 def step_bounds(patch_nums: PatchNums, order: Order) -> list[tuple[int, int]]:
-    """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for next-token
-    prediction of the same sequence, one token (`raster`)."""
+    """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for
+    next-token prediction of the same sequence, one token (`raster`)."""
     return scale_bounds(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
 
 

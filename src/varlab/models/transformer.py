@@ -36,9 +36,9 @@ def modulate(
 
 @dataclass(frozen=True)
 class Split:
-    """Block-causal attention almost without a mask: the coarse tokens, as many as `mask` has rows, attend under it in one call; each
-    of `bounds` (first, one past the last token) is one call without a mask, over all tokens up to its own end. The same result with
-    fewer products, by kernels that take no mask."""
+    """Block-causal attention almost without a mask: the coarse tokens, as many as `mask` has rows, attend under it in
+    one call; each of `bounds` (first, one past the last token) is one call without a mask, over all tokens up to its
+    own end. The same result with fewer products, by kernels that take no mask."""
 
     mask: Bool[Tensor, "c c"]
     bounds: tuple[tuple[int, int], ...]
@@ -54,8 +54,8 @@ def attend(
     softmax_scale: float,
     visible: Bool[Tensor, "l m"] | Split | BlockMask | None,
 ) -> Float[Tensor, "B N l d"]:
-    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), a `Split`, or the mask of
-    FlexAttention, whose kernel skips what no token of a block may see."""
+    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), a `Split`, or
+    the mask of FlexAttention, whose kernel skips what no token of a block may see."""
     if isinstance(visible, BlockMask):
         kernel = compiled_flex_attention() if q.is_cuda else flex_attention
         return kernel(q, k, v, block_mask=visible, scale=softmax_scale)  # pyright: ignore[reportReturnType]
@@ -89,8 +89,8 @@ class BlockCache:
     def append(
         self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]
     ) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
-        """Stores the keys and values of one scale; returns those of all scales so far. What the buffers have no room for, the last
-        scale, is only returned: nothing comes after it."""
+        """Stores the keys and values of one scale; returns those of all scales so far. What the buffers have no room
+        for, the last scale, is only returned: nothing comes after it."""
         end = self.length + k.shape[2]
         if end > self.keys.shape[2]:
             before = self.keys[:, :, : self.length], self.values[:, :, : self.length]

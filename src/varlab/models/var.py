@@ -49,8 +49,9 @@ class SizeDefaults(NamedTuple):
 
 
 def size_defaults(depth: int) -> SizeDefaults:
-    """The paper's sizes: width 64 d, d heads, drop path 0.1 d / 24 (VAR, section 5.1); AdaLN shared from d36 on, and smaller first
-    gates for deeper networks (released recipes of d16, d20, d24, d30, d36; other depths take those of the next smaller one)."""
+    """The paper's sizes: width 64 d, d heads, drop path 0.1 d / 24 (VAR, section 5.1); AdaLN shared from d36 on, and
+    smaller first gates for deeper networks (released recipes of d16, d20, d24, d30, d36; other depths take those of the
+    next smaller one)."""
     gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5 if depth < 36 else 5e-6
     return SizeDefaults(64 * depth, depth, 0.1 * depth / 24, depth >= 36, gamma)
 
@@ -63,17 +64,18 @@ class HiddenStates(NamedTuple):
 
 
 class VAR(RecordedModule):
-    """Next-scale transformer. `depth` is the one dial of size; what is None follows from it, see `size_defaults` (`drop_path` is the
-    rate of the last block, rising linearly from 0).
+    """Next-scale transformer. `depth` is the one dial of size; what is None follows from it, see `size_defaults`
+    (`drop_path` is the rate of the last block, rising linearly from 0).
 
     `embedder`: class of the embedder of conditions (models/conditioning.py), built with num_classes, width and
     dropout=`label_dropout`.
 
-    With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence token by
-    token, scale after scale and each row by row, seeing all tokens before. `step_bounds` are then single tokens.
+    With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence
+    token by token, scale after scale and each row by row, seeing all tokens before. `step_bounds` are then single
+    tokens.
 
-    `attention`: how the block-causal mask is kept while training: `masked` in one call, `split` (see `Split`), or `flex`, by
-    FlexAttention (trains on GPUs only); the same result.
+    `attention`: how the block-causal mask is kept while training: `masked` in one call, `split` (see `Split`), or
+    `flex`, by FlexAttention (trains on GPUs only); the same result.
 
     The residual stream is fp32 also under autocast. Label dropout and drop path act in training mode only (the released
     code drops labels in validation too).
@@ -83,6 +85,7 @@ class VAR(RecordedModule):
     scale_of_token: Tensor
     mask: Tensor
     embedder: ConditionEmbedder
+    order: scales.Order
     attention: AttentionKind = "split"
     block_class = AdaLNBlock
 
@@ -262,7 +265,8 @@ class VAR(RecordedModule):
         return Split(self.mask[:coarse, :coarse], apart)
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
-        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, which no scale looks back at."""
+        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, which no
+        scale looks back at."""
         shape = (batch_size, self.num_heads, self.step_bounds[-1][0], self.width // self.num_heads)
         device = self.head.weight.device
         return [
@@ -273,8 +277,8 @@ class VAR(RecordedModule):
     def predict_scale(
         self, k: int, inputs: Float[Tensor, "B l C"] | None, condition: Tensor, cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
-        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, unless it is the last. No mask is
-        needed: all that is cached may be seen. `inputs` is None at step 0."""
+        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, unless it is the last. No
+        mask is needed: all that is cached may be seen. `inputs` is None at step 0."""
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
         x = self.embed(inputs, vector, k, k)

@@ -15,7 +15,8 @@ from varlab.files import sha256
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Where a published state dict is to be had. `sha256` may be the beginning of the hash that its authors put in the name."""
+    """Where a published state dict is to be had. `sha256` may be the beginning of the hash that its authors put in the
+    name."""
 
     name: str
     sha256: str = ""

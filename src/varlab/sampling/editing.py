@@ -1,7 +1,8 @@
-"""Zero-shot editing: an image's own tokens are kept outside (or inside) a region, the rest is generated (VAR, section 5.3).
+"""Zero-shot editing: an image's own tokens are kept outside (or inside) a region, the rest is generated (VAR, section
+5.3).
 
-What is kept can be mixed in as tokens (as released), as latents (after each scale the image's own sum of codes is put back), or,
-afterward, as pixels, which makes the kept region exact.
+What is kept can be mixed in as tokens (as released), as latents (after each scale the image's own sum of codes is put
+back), or, afterward, as pixels, which makes the kept region exact.
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,10 @@ def keep_masks(
 ) -> list[Bool[Tensor, " _"]]:
     """For each scale, which tokens of the given image stay. `keep` is 1 at the latent positions to keep.
 
-    Scales of fewer than 4 tokens are kept entirely, and of the K scales the coarsest (1 - `strength`) K: at strength 1 the region is
-    generated from scratch, below 1 it follows the image's coarse shapes. The bilinear sampling is not antialiased, as released:
-    coarse masks are sparse samples of the fine one. Raises ValueError for a strength outside (0, 1].
+    Scales of fewer than 4 tokens are kept entirely, and of the K scales the coarsest (1 - `strength`) K: at strength 1
+    the region is generated from scratch, below 1 it follows the image's coarse shapes. The bilinear sampling is not
+    antialiased, as released: coarse masks are sparse samples of the fine one. Raises ValueError for a strength outside
+    (0, 1].
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: must be above 0 and at most 1")
@@ -66,11 +68,12 @@ def edit(
     blend: str = "tokens",
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"]:
-    """Images (B 3 H W) in [0, 1] with the content of `images` (B 3 H W, in [-1, 1]) where `keep` is 1 and generated content elsewhere.
+    """Images (B 3 H W) in [0, 1] with the content of `images` (B 3 H W, in [-1, 1]) where `keep` is 1 and generated
+    content elsewhere.
 
-    `keep`: on the latent map, see `latent_mask`. `condition`: class labels (B); the null label in-paints without a class, a class
-    edits toward it. `strength`: see `keep_masks`. `blend`: what is kept, `tokens` (as released) or `latents`. `settings`: fields of
-    `SamplingSettings`. Raises ValueError for a value out of range.
+    `keep`: on the latent map, see `latent_mask`. `condition`: class labels (B); the null label in-paints without a
+    class, a class edits toward it. `strength`: see `keep_masks`. `blend`: what is kept, `tokens` (as released) or
+    `latents`. `settings`: fields of `SamplingSettings`. Raises ValueError for a value out of range.
     """
     if blend not in get_args(Blend):
         raise ValueError(f"blend={blend!r}: choose one of {', '.join(get_args(Blend))}")
@@ -85,8 +88,8 @@ def edit(
 def composite(
     edited: Float[Tensor, "B 3 H W"], originals: Float[Tensor, "B 3 H W"], keep: Float[Tensor, "H W"], feather: int = 0
 ) -> Float[Tensor, "B 3 H W"]:
-    """The original's pixels where `keep` is 1, exactly, the edited ones elsewhere; both in [0, 1]. Over `feather` pixels next to the
-    kept region, on the edited side, one passes into the other."""
+    """The original's pixels where `keep` is 1, exactly, the edited ones elsewhere; both in [0, 1]. Over `feather`
+    pixels next to the kept region, on the edited side, one passes into the other."""
     weight = keep
     if feather > 0:
         padded = F.pad(keep[None, None], (feather,) * 4, mode="replicate")

@@ -1,4 +1,5 @@
-"""The next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the raster baseline."""
+"""The next-scale loop with guidance and a key/value cache (VAR, section 3.2 and appendix); token by token for the
+raster baseline."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from varlab.sampling.token_sampling import (
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With `partial_sums`, after
-    each scale the images' own sums of codes replace the generated ones where `latents` is 1."""
+    """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With
+    `partial_sums`, after each scale the images' own sums of codes replace the generated ones where `latents` is 1."""
 
     token_maps: Sequence[Int[Tensor, "B _"]]
     masks: Sequence[Bool[Tensor, " _"]]
@@ -51,7 +52,8 @@ def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
 
 
 def compile_scales(var: VAR) -> None:
-    """From now on `generate` runs one compiled program per scale of this network (and per batch size: keep it the same).
+    """From now on `generate` runs one compiled program per scale of this network (and per batch size: keep it the
+    same).
 
     The first batch takes a minute or more; tokens stay the same but for rounding.
     """
@@ -63,7 +65,8 @@ def compile_scales(var: VAR) -> None:
 def generate_tokens(
     var: VAR, tokenizer: MSVQVAE, condition: Tensor, settings: SamplingSettings, **options: Any
 ) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
-    """The sum of codes `f_hat` of all scales and the token maps for the given conditions. `options`: see `generate_scales`."""
+    """The sum of codes `f_hat` of all scales and the token maps for the given conditions. `options`: see
+    `generate_scales`."""
     by_scale = list(generate_scales(var, tokenizer, condition, settings, **options))
     return by_scale[-1][0], [tokens for _, tokens in by_scale]
 
@@ -81,8 +84,9 @@ def generate_scales(
 ) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
     """The loop over scales: after each, coarse to fine, the sum of codes so far and the scale's tokens.
 
-    Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens returned are the
-    sampled ones, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would give.
+    Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens
+    returned are the sampled ones, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would
+    give.
     """
     check_pair(var, tokenizer)
     var.embedder.check(condition)
@@ -170,8 +174,8 @@ def generate(
 
     `condition`: class labels (B), 0 to num_classes - 1, or num_classes for none; or what the network's embedder takes.
     `seed`: image i has seed `seed + i`, or `seed[i]`, and does not depend on the other images. `settings`: fields of
-    `SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError for a label or a setting out of range, and for a
-    transformer and a tokenizer that do not belong together.
+    `SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError for a label or a setting out of range, and for
+    a transformer and a tokenizer that do not belong together.
     """
     f_hat, token_maps = generate_tokens(var, tokenizer, condition, SamplingSettings(**settings), seed=seed)
     images = decode(tokenizer, f_hat)

@@ -43,7 +43,8 @@ def labels_of(
 
 
 def read_conditions(file: str, num: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError for rows of another shape than the network takes."""
+    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError for rows of another shape than the
+    network takes."""
     try:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -70,7 +71,8 @@ def write_samples(
     grid: int = 100,
     film_rows: int = 8,
 ) -> None:
-    """Writes one image per condition (class labels, or rows of an array) into `out`; processes of torchrun split the images.
+    """Writes one image per condition (class labels, or rows of an array) into `out`; processes of torchrun split the
+    images.
 
     Raises ValueError for a setting out of range, and when `out` holds images made with other settings.
     """
@@ -139,7 +141,8 @@ def write_figures(
 
 
 def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
-    """Records what a folder of samples is made with. Raises ValueError when it holds some that were made with other settings."""
+    """Records what a folder of samples is made with. Raises ValueError when it holds some that were made with other
+    settings."""
     file = out / "begun.json"
     if file.is_file():
         before = load_json(file, "varlab sample")

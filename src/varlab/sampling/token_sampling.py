@@ -45,7 +45,8 @@ def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float
 
 
 def sample_tokens(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
-    """Tokens by inverse CDF from numbers in [0, 1): one number per token, so the stream is short and the same on any device."""
+    """Tokens by inverse CDF from numbers in [0, 1): one number per token, so the stream is short and the same on any
+    device."""
     cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
 
@@ -89,11 +90,12 @@ class ScaleSettings(NamedTuple):
 class SamplingSettings:
     """How tokens are sampled. Every number may be a list instead, one entry per scale, coarse to fine.
 
-    `cfg_scale`: classifier-free guidance. By `cfg_schedule` it grows from 0 at the coarsest scale to `cfg_scale` at the finest
-    (linear, as released, or a half cosine) or is `constant`; there is none at scales before `cfg_from`; a list is used as it is.
-    0 is no guidance (DiT's scale minus 1). Then `temperature` divides the logits, then filters act in this order, 0 turning each
-    off: `top_k` keeps the most likely codes, `top_p` the smallest set whose probability exceeds it, `min_p` the codes whose
-    probability is at least that share of the highest one. `smooth` mixes codes by a soft Gumbel softmax: for demos, not for scores.
+    `cfg_scale`: classifier-free guidance. By `cfg_schedule` it grows from 0 at the coarsest scale to `cfg_scale` at the
+    finest (linear, as released, or a half cosine) or is `constant`; there is none at scales before `cfg_from`; a list
+    is used as it is. 0 is no guidance (DiT's scale minus 1). Then `temperature` divides the logits, then filters act in
+    this order, 0 turning each off: `top_k` keeps the most likely codes, `top_p` the smallest set whose probability
+    exceeds it, `min_p` the codes whose probability is at least that share of the highest one. `smooth` mixes codes by a
+    soft Gumbel softmax: for demos, not for scores.
 
     Raises ValueError, in `by_scale` and for an unknown `cfg_schedule` at once, naming the value that is out of range.
     """
@@ -179,9 +181,9 @@ def sample_codes(
 def sample_top_k(
     logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> Int[Tensor, "B l"]:
-    """Tokens alone, from the `top_k` most likely codes in descending order: nothing of the codebook's length is sorted, summed or
-    exponentiated. The same distribution as `sample_filtered`, but other tokens for the same random numbers; of codes that tie with
-    the k-th only the first are kept."""
+    """Tokens alone, from the `top_k` most likely codes in descending order: nothing of the codebook's length is sorted,
+    summed or exponentiated. The same distribution as `sample_filtered`, but other tokens for the same random numbers;
+    of codes that tie with the k-th only the first are kept."""
     values, codes = logits.topk(scale_settings.top_k, dim=-1)  # descending
     probabilities = (values.double() / scale_settings.temperature).softmax(dim=-1)
     reached = probabilities.cumsum(dim=-1)

@@ -208,7 +208,8 @@ def seed_noise(rows: Sequence[Row]) -> float | None:
 
 
 def lack_of_fit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
-    """A warning if runs are much farther from the fit than seeds from each other; none without runs that differ in seed alone."""
+    """A warning if runs are much farther from the fit than seeds from each other; none without runs that differ in seed
+    alone."""
     spread = seed_noise(rows)
     if spread is None or law.noise <= 3 * spread:
         return []

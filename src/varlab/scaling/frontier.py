@@ -27,8 +27,9 @@ def frontier(compute: Values, loss: Values) -> list[int]:
 
 
 def candidates(rows: Sequence[Row], curves: Sequence[Row], column: str = "val_loss") -> list[Row]:
-    """Points that may lie on the frontier: every validation past the warm-up where the learning rate stays constant, with any
-    schedule that decays only the end of each run (a point before it would be lower with a schedule of its own)."""
+    """Points that may lie on the frontier: every validation past the warm-up where the learning rate stays constant,
+    with any schedule that decays only the end of each run (a point before it would be lower with a schedule of its
+    own)."""
     points = [
         {key: row[key] for key in ("run_id", "depth", "flops_exact", "images_seen")} | {column: row[column]}
         for row in rows
@@ -51,7 +52,8 @@ def candidates(rows: Sequence[Row], curves: Sequence[Row], column: str = "val_lo
 
 @dataclass(frozen=True)
 class Parabola:
-    """Loss against ln N at one compute budget (FLOP). `best`: N of its minimum and `spread`, the standard error of ln N."""
+    """Loss against ln N at one compute budget (FLOP). `best`: N of its minimum and `spread`, the standard error of ln
+    N."""
 
     compute: float
     coefficients: tuple[float, float, float]
@@ -63,8 +65,8 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFLOP:
-    """A parabola for each budget; the best size and the best number of images as powers of compute (None for fewer than three
-    budgets); what was refused, as text."""
+    """A parabola for each budget; the best size and the best number of images as powers of compute (None for fewer than
+    three budgets); what was refused, as text."""
 
     parabolas: list[Parabola]
     refused: list[str]

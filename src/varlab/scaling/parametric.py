@@ -1,7 +1,7 @@
 """Loss by size and data: L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, third approach).
 
-Fitted as its authors meant it: the sum, not the mean, of Huber losses of ln L (Besiroglu et al. 2024), with ln N and ln D
-centered, which makes the flat valley round; many starts, the best polished. D is counted in images.
+Fitted as its authors meant it: the sum, not the mean, of Huber losses of ln L (Besiroglu et al. 2024), with ln N and ln
+D centered, which makes the flat valley round; many starts, the best polished. D is counted in images.
 """
 
 import itertools
@@ -51,8 +51,8 @@ CHINCHILLA = Form()  # free exponents, floor fitted, Huber
 
 @dataclass(frozen=True)
 class ParametricLaw:
-    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it. `resamples`:
-    the same five parameters for each bootstrap (alpha, log_a, beta, log_b, floor)."""
+    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it.
+    `resamples`: the same five parameters for each bootstrap (alpha, log_a, beta, log_b, floor)."""
 
     form: Form
     alpha: float
@@ -107,8 +107,8 @@ def effective_data(images: Any, unique: Any, repeat_decay: float = REPEAT_DECAY)
 
 @dataclass(frozen=True)
 class Problem:
-    """Centered points and the objective of a form. Variables: a, b (logs of both terms at the center), alpha, then beta unless
-    tied, then ln E if it is fitted."""
+    """Centered points and the objective of a form. Variables: a, b (logs of both terms at the center), alpha, then beta
+    unless tied, then ln E if it is fitted."""
 
     x: np.ndarray
     z: np.ndarray
@@ -177,8 +177,9 @@ def fit_parametric(
     bootstraps: int = 0,
     seed: int = 0,
 ) -> ParametricLaw:
-    """The law through points (N, D, L). `groups` says which points belong to one run (a trunk and its branches): the bootstrap
-    resamples runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or unusable losses."""
+    """The law through points (N, D, L). `groups` says which points belong to one run (a trunk and its branches): the
+    bootstrap resamples runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or
+    unusable losses."""
     n, d, y = (np.asarray(values, dtype=float) for values in (size, images, loss))
     for what, values in (("sizes", n), ("numbers of images", d)):
         if len(np.unique(values)) < 3:
@@ -218,8 +219,9 @@ def bootstrap(
     bootstraps: int,
     seed: int,
 ) -> np.ndarray:
-    """Parameters of refits in which each run counts as often as it was resampled, started from the full fit. Resamples of few runs vary
-    too little, so they are widened by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full fit."""
+    """Parameters of refits in which each run counts as often as it was resampled, started from the full fit. Resamples
+    of few runs vary too little, so they are widened by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full
+    fit."""
     names = list(range(len(problem.x))) if groups is None else list(groups)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     member = np.array([numbers[name] for name in names])
@@ -254,7 +256,8 @@ class HeldOut:
 def compare_forms(
     size: np.ndarray, images: np.ndarray, loss: np.ndarray, floors: Sequence[float | int | None] = (None, 0.0)
 ) -> list[HeldOut]:
-    """All forms, the best at extrapolation first. A form that cannot be fitted without the points left out is not listed."""
+    """All forms, the best at extrapolation first. A form that cannot be fitted without the points left out is not
+    listed."""
     found = []
     for tied, floor, kind in itertools.product((True, False), floors, LOSSES):
         form, errors = Form(tied, floor, kind), []

@@ -91,8 +91,8 @@ def points(panel: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> No
 
 
 def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figure:
-    """Loss and error, of all tokens and the last scale, against size (runs of equal images) and against compute (all curves, with
-    the frontier): the four panels of the VAR paper, twice."""
+    """Loss and error, of all tokens and the last scale, against size (runs of equal images) and against compute (all
+    curves, with the frontier): the four panels of the VAR paper, twice."""
     ys = [y for y in SCORES if (y, SIZE) in analysis.laws]
     figure = Figure(figsize=(4.4 * len(ys), 7.8), layout="constrained")
     panels = figure.subplots(2, len(ys), squeeze=False)
@@ -107,7 +107,8 @@ def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figu
 
 
 def plot_published(panel: Axes, y: str, x: str) -> None:
-    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way around: both are plotted."""
+    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way around:
+    both are plotted."""
     floor, laws = PUBLISHED.get((y, x), (0.0, {}))
     first, last = panel.get_xlim()
     span = np.geomspace(first, last, 50)

@@ -17,8 +17,8 @@ MIN_SIZES_FOR_INTERVAL = 4
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none. `noise`: scatter of ln(y - floor)
-    around the law. `resamples`: (alpha, log_x0, floor) of each bootstrap."""
+    """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none. `noise`: scatter of
+    ln(y - floor) around the law. `resamples`: (alpha, log_x0, floor) of each bootstrap."""
 
     alpha: float
     log_x0: float
@@ -70,8 +70,8 @@ def squared_errors(x: np.ndarray, y: np.ndarray, floors: np.ndarray) -> np.ndarr
 
 
 def best_floor(x: np.ndarray, y: np.ndarray) -> float:
-    """The floor in [0, min y) whose power law leaves the smallest squared error of y: a grid in ln(min y - floor), made finer
-    three times around its best point."""
+    """The floor in [0, min y) whose power law leaves the smallest squared error of y: a grid in ln(min y - floor), made
+    finer three times around its best point."""
     lowest, span = float(y.min()), float(y.max() - y.min()) or 1e-9
     low, high = np.log(span * 1e-3), np.log(max(lowest, span * 2e-3))
     floors = np.array([0.0])
@@ -87,8 +87,8 @@ def best_floor(x: np.ndarray, y: np.ndarray) -> float:
 def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
     """Fits a power law; `floor` None fits it, 0 is none. Raises ValueError for too few or unusable points.
 
-    The interval comes from a residual bootstrap (the floor fitted anew in each resample), widened by t(df) / 1.96: plain
-    percentile intervals cover too little with few sizes.
+    The interval comes from a residual bootstrap (the floor fitted anew in each resample), widened by t(df) / 1.96:
+    plain percentile intervals cover too little with few sizes.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     num_sizes = len(np.unique(xs))

@@ -1,5 +1,5 @@
-"""Answers from the fits: the loss of the next size, the best use of a compute budget, how far a run is from the fit of the others,
-which run would narrow the prediction most."""
+"""Answers from the fits: the loss of the next size, the best use of a compute budget, how far a run is from the fit of
+the others, which run would narrow the prediction most."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,8 +107,8 @@ def optimal(analysis: Analysis, compute: float | int) -> list[str]:
 
 
 def compare(analysis: Analysis, run: str) -> list[str]:
-    """How far a run is from the fit of all others (L(N, D), or L(N) where that is all there is), in percent and in standard
-    deviations of a run."""
+    """How far a run is from the fit of all others (L(N, D), or L(N) where that is all there is), in percent and in
+    standard deviations of a run."""
     rows = analysis.runs.rows
     chosen = [row for row in rows if run in (row["name"], row.get("run_id"))]
     if not chosen:
@@ -154,8 +154,9 @@ def gradient(law: ParametricLaw, size: float | int, images: float | int) -> np.n
 def next_runs(
     analysis: Analysis, depth: int | None = None, images: float | int | None = None, budget: float | int | None = None
 ) -> list[Candidate]:
-    """Runs that would narrow the prediction for (depth, images) most, the best first; default target: twice the largest depth and
-    images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the most expensive so far)."""
+    """Runs that would narrow the prediction for (depth, images) most, the best first; default target: twice the largest
+    depth and images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the most expensive
+    so far)."""
     law, rows = parametric(analysis), analysis.runs.rows
     most, deepest = max(row["images_seen"] for row in rows), max(row["depth"] for row in rows)
     target = gradient(law, size_of(rows, depth or 2 * deepest), images or 2 * most)
@@ -179,7 +180,8 @@ def next_runs(
 
 
 def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
-    """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a missing figure."""
+    """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a
+    missing figure."""
     if ask not in ("predict", "optimal", "compare", "next"):
         raise ValueError(f"{ask!r} : choose predict, optimal, compare or next")
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)

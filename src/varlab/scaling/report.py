@@ -99,8 +99,8 @@ def summary_lines(analysis: Analysis) -> list[str]:
 
 
 def divergences(analysis: Analysis) -> list[str]:
-    """Runs that overfit, as text: from where on validation loss exceeds training loss by more than `DIVERGED`, and where it was lowest
-    if it rose again."""
+    """Runs that overfit, as text: from where on validation loss exceeds training loss by more than `DIVERGED`, and
+    where it was lowest if it rose again."""
     lines, names = [], {key_of(row): row for row in analysis.runs.rows}
     curves: dict[str, list[Any]] = {}
     for point in analysis.runs.curves:
@@ -187,7 +187,8 @@ def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, titl
 
 
 def wandb_report(analysis: Analysis, entity: str, project: str, title: str) -> Any:
-    """A W&B report (not yet saved): the fits as text, curves against compute, loss against compute and size, the table of runs."""
+    """A W&B report (not yet saved): the fits as text, curves against compute, loss against compute and size, the table
+    of runs."""
     import wandb_workspaces.reports.v2.interface as wr
 
     text = "\n".join(f"- {line}" for line in summary_lines(analysis))

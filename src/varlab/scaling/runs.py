@@ -1,7 +1,8 @@
-"""Runs -> two tables: a row for each run, as its trainer wrote it (`run.json`), and a row for each logged step (`metrics.csv`).
+"""Runs -> two tables: a row for each run, as its trainer wrote it (`run.json`), and a row for each logged step
+(`metrics.csv`).
 
-A source is a folder of runs, a CSV that `write_csv` made, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a project)
-or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is estimated afterward.
+A source is a folder of runs, a CSV that `write_csv` made, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a
+project) or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is estimated afterward.
 """
 
 import csv
@@ -58,7 +59,8 @@ def unit(column: str) -> str:
 
 
 def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "scales") -> Runs:
-    """All VAR runs of the sources, each once. Unfinished runs are left out and named, or used up to their last validation.
+    """All VAR runs of the sources, each once. Unfinished runs are left out and named, or used up to their last
+    validation.
 
     Raises ValueError where a source holds none, and when the runs do not belong together.
     """
@@ -132,7 +134,8 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
 
 
 def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
-    """The steps at which a run logged a loss. Counters are the trainer's; between two logged ones they are interpolated."""
+    """The steps at which a run logged a loss. Counters are the trainer's; between two logged ones they are
+    interpolated."""
     steps = sorted({*logged.get("train/loss", {}), *logged.get("val/loss", {})})
     columns: dict[str, dict[int, float]] = {name: logged.get(key, {}) for name, key in CURVES.items()}
     for name in ("images", "flops_exact"):

@@ -1,5 +1,5 @@
-"""Runs as W&B keeps them: online through its Api, offline in its own files. Each gives the run's row, which its trainer wrote
-into the summary, and what it logged as {name: {step: value}}."""
+"""Runs as W&B keeps them: online through its Api, offline in its own files. Each gives the run's row, which its trainer
+wrote into the summary, and what it logged as {name: {step: value}}."""
 
 import json
 import subprocess
@@ -41,7 +41,8 @@ def add(logged: Logged, entry: dict[str, Any]) -> None:
 
 
 def online_runs(place: str) -> list[tuple[dict[str, Any], Logged]]:
-    """Runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/sweeps/ID` on the W&B server. Raises ValueError when it cannot be read."""
+    """Runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/sweeps/ID` on the W&B server. Raises ValueError when it cannot be
+    read."""
     import wandb
     from wandb.errors import Error as WandbError
 

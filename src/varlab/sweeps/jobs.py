@@ -32,7 +32,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 def run_job(cfg: DictConfig, module: str) -> float | None:
     """Runs one job of a sweep by `python -m MODULE --job FILE`; returns its last validation loss.
 
-    Raises CompactHydraException when it fails, so that the sweep continues with the next; SystemExit when it was told to stop.
+    Raises CompactHydraException when it fails, so that the sweep continues with the next; SystemExit when it was told
+    to stop.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
@@ -85,7 +86,8 @@ def changed(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def reason_to_skip(known: dict[str, Any] | None, task: int = 0) -> str | None:
-    """Why a job is not run (again); None when it is. Further tasks of a SLURM job follow the first, which may have begun."""
+    """Why a job is not run (again); None when it is. Further tasks of a SLURM job follow the first, which may have
+    begun."""
     state, choice = known["state"] if known else "pending", os.environ.get(CHOICE)
     if task and state == "running":
         return None

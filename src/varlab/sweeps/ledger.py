@@ -98,8 +98,8 @@ def is_alive(known: dict[str, Any]) -> bool:
 
 
 def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
-    """(overrides, state, ledger entry) of each job of a sweep; jobs that never started are `pending`, those whose process is
-    gone `stopped`. Raises ValueError when the folder holds no sweep."""
+    """(overrides, state, ledger entry) of each job of a sweep; jobs that never started are `pending`, those whose
+    process is gone `stopped`. Raises ValueError when the folder holds no sweep."""
     plan = load_json(folder / "sweep.json", "varlab train --multirun")
     entries = {}
     for file in sorted(folder.rglob("job.json")):

@@ -1,7 +1,8 @@
-"""The discriminator of tokenizer training: when it trains, when its loss is added to the tokenizer's, and its optimizer.
+"""The discriminator of tokenizer training: when it trains, when its loss is added to the tokenizer's, and its
+optimizer.
 
-It is not part of the LightningModule, which has one optimizer: so steps are counted once, gradients are accumulated and clipped,
-and DDP sees one network. This file does the same for the discriminator.
+It is not part of the LightningModule, which has one optimizer: so steps are counted once, gradients are accumulated and
+clipped, and DDP sees one network. This file does the same for the discriminator.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from varlab.training.schedules import Schedule, set_step
 class DiscriminatorTrainer:
     """A discriminator with its optimizer and schedule.
 
-    `discriminator_start`: share of the run after which the discriminator trains. `adversarial_start`: share after which the
-    adversarial loss is added to the tokenizer's, ramped up over `warmup` (a share). `weight`: of the adversarial loss, times the
-    adaptive ratio within `bounds` (fixed to 1 with is_adaptive=False). `r1_weight`: gradient penalty at real images, every
-    `r1_every` steps with `r1_every` times the weight. `lecam_weight`: keeps logits near the moving average of the other kind of
-    images (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a schedule that begins at
-    `discriminator_start`.
+    `discriminator_start`: share of the run after which the discriminator trains. `adversarial_start`: share after which
+    the adversarial loss is added to the tokenizer's, ramped up over `warmup` (a share). `weight`: of the adversarial
+    loss, times the adaptive ratio within `bounds` (fixed to 1 with is_adaptive=False). `r1_weight`: gradient penalty at
+    real images, every `r1_every` steps with `r1_every` times the weight. `lecam_weight`: keeps logits near the moving
+    average of the other kind of images (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a
+    schedule that begins at `discriminator_start`.
     """
 
     def __init__(

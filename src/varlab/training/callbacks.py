@@ -34,10 +34,10 @@ class Reseed(Callback):
 class Health(Callback):
     """Skips optimizer steps whose gradient is not finite, and ends the run when too many come in a row.
 
-    A skipped step leaves weights, decay and moments unchanged, on all ranks alike: gradients are averaged before. It is counted in
-    `train/steps_skipped`. The last checkpoint is from before the first skipped step. A norm above `spike` times its running mean is
-    counted in `train/grad_norm_spikes` and named in the log; the gradient scaler of 16-mixed ends the run before its scale reaches
-    zero.
+    A skipped step leaves weights, decay and moments unchanged, on all ranks alike: gradients are averaged before. It is
+    counted in `train/steps_skipped`. The last checkpoint is from before the first skipped step. A norm above `spike`
+    times its running mean is counted in `train/grad_norm_spikes` and named in the log; the gradient scaler of 16-mixed
+    ends the run before its scale reaches zero.
     """
 
     STATE = ("num_skipped", "in_row", "num_spikes", "usual_norm")
@@ -110,9 +110,9 @@ def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
 
 
 class BranchPoints(Callback):
-    """Saves a checkpoint where shorter runs of the same schedule begin to differ from this one, so that they can be branched off
-    instead of trained from the start: `branch-SHARE-STEP.ckpt` for each of `shares` of the run (schedules with a `branch_share`
-    only; none of a branch itself)."""
+    """Saves a checkpoint where shorter runs of the same schedule begin to differ from this one, so that they can be
+    branched off instead of trained from the start: `branch-SHARE-STEP.ckpt` for each of `shares` of the run (schedules
+    with a `branch_share` only; none of a branch itself)."""
 
     def __init__(self, folder: str, shares: Sequence[float], branch: float | int = 1) -> None:
         self.folder, self.shares = Path(folder), list(shares) if branch == 1 else []
@@ -134,7 +134,8 @@ class BranchPoints(Callback):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, stop; `ckpt_path=last` continues from there. A second signal kills.
+    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, stop; `ckpt_path=last` continues from there. A second signal
+    kills.
 
     A signal to one rank stops all, within `check_every` steps. On SIGUSR1, sent by SLURM before the time runs out
     (`#SBATCH --signal=USR1@120`), the job is requeued.

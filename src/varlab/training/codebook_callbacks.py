@@ -47,7 +47,8 @@ def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
 class ResetDeadCodes(Callback):
     """Every `every` steps moves codes that are hardly used to vectors that are looked up now.
 
-    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks make the same choice.
+    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks make the same
+    choice.
     """
 
     def __init__(self, every: int = 200, min_share: float = 0.02, seed: int = 0) -> None:

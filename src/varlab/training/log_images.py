@@ -80,8 +80,8 @@ class LogImages(Callback):
 
 
 class Mirror(Callback):
-    """Sends W&B what is not a curve: data and tokenizer as artifacts (manifest and path), a table of the loss by scale, the run's row
-    of the table of runs."""
+    """Sends W&B what is not a curve: data and tokenizer as artifacts (manifest and path), a table of the loss by scale,
+    the run's row of the table of runs."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -113,7 +113,8 @@ class Mirror(Callback):
         self.send_row(trainer)
 
     def send_row(self, trainer: Trainer) -> None:
-        """The run's row of the table of runs, as its summary: `varlab scaling` reads the same from W&B as from the folder."""
+        """The run's row of the table of runs, as its summary: `varlab scaling` reads the same from W&B as from the
+        folder."""
         file = self.folder / "run.json"
         for logger in self.loggers(trainer):
             if file.is_file():

@@ -15,7 +15,8 @@ from varlab.files import atomic_write
 
 
 def run_id(folder: str | Path) -> str:
-    """The identity of a run, kept in its folder so that a resumed run stays one run. An agent of a W&B sweep gives its own."""
+    """The identity of a run, kept in its folder so that a resumed run stays one run. An agent of a W&B sweep gives its
+    own."""
     file = Path(folder) / "run_id"
     if not file.is_file():
         with atomic_write(file) as partial:

@@ -26,10 +26,10 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 class MSVQVAEModule(ScheduledModule):
     """Reconstruction losses on the unclamped output, perceptual and adversarial loss, plus the VQ loss.
 
-    Weights and optimizer are those of the VAR authors' single-scale tokenizer; the recipe of the released one was never published.
-    `reconstruction_losses`: by name, functions of output and images (B 3 H W), logged as `train/NAME_loss`. `perceptual`: a distance
-    of image pairs, one per pair (models/feature_networks.py); frozen, not part of checkpoints. `adversarial`: trains the
-    discriminator (training/adversarial.py), which saves itself.
+    Weights and optimizer are those of the VAR authors' single-scale tokenizer; the recipe of the released one was never
+    published. `reconstruction_losses`: by name, functions of output and images (B 3 H W), logged as `train/NAME_loss`.
+    `perceptual`: a distance of image pairs, one per pair (models/feature_networks.py); frozen, not part of checkpoints.
+    `adversarial`: trains the discriminator (training/adversarial.py), which saves itself.
     """
 
     def __init__(
@@ -91,8 +91,9 @@ class MSVQVAEModule(ScheduledModule):
     def compile_networks(self) -> None:
         """Compiles the levels of encoder and decoder, where the work is, and the discriminator.
 
-        The quantizer is not compiled: it is under 1 % of the work, and its resizing breaks graphs. Neither is the decoder's last layer:
-        the adaptive weight needs the gradient there, which must not run through all of the decoder.
+        The quantizer is not compiled: it is under 1 % of the work, and its resizing breaks graphs. Neither is the
+        decoder's last layer: the adaptive weight needs the gradient there, which must not run through all of the
+        decoder.
         """
         for half in (self.net.encoder, self.net.decoder):
             for part in (*half.levels, half.middle):

@@ -20,8 +20,9 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 def parameter_groups(net: nn.Module, lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With an `lr_multiplier` the
-    hidden matrices form two groups of their own, whose learning rate is that multiple of the others'."""
+    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With an
+    `lr_multiplier` the hidden matrices form two groups of their own, whose learning rate is that multiple of the
+    others'."""
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     parts = [(named, 1.0)]
     if lr_multiplier != 1:
@@ -39,10 +40,12 @@ def parameter_groups(net: nn.Module, lr_multiplier: float = 1.0) -> list[dict[st
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for decayed matrices, torch.optim.AdamW for all else (embeddings too, if `embedding_size` says which they
-    are), at one learning rate: Muon's updates are scaled to AdamW's size (`match_rms_adamw`, Liu et al. 2025).
+    """torch.optim.Muon for decayed matrices, torch.optim.AdamW for all else (embeddings too, if `embedding_size` says
+    which they are), at one learning rate: Muon's updates are scaled to AdamW's size (`match_rms_adamw`, Liu et al.
+    2025).
 
-    Takes the groups of `parameter_groups`. Matrices with more than `embedding_size` rows, such as head and class table, go to AdamW.
+    Takes the groups of `parameter_groups`. Matrices with more than `embedding_size` rows, such as head and class table,
+    go to AdamW.
     """
 
     def __init__(

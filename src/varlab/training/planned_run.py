@@ -27,8 +27,8 @@ def planned_run(
     schedule: Schedule,
     strategy: Strategy | str,
 ) -> PlannedRun:
-    """The run of a config. What tokenizer and data decide is read from them, or assumed: the released tokenizer, and ImageNet without
-    `has_data` (no data.path given)."""
+    """The run of a config. What tokenizer and data decide is read from them, or assumed: the released tokenizer, and
+    ImageNet without `has_data` (no data.path given)."""
     assumed = []
     num_images, num_classes = data.declared_size() if has_data else IMAGENET
     if not has_data:
@@ -65,7 +65,8 @@ def planned_run(
 
 
 def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> int:
-    """Optimizer steps that this run takes itself: those of `compute`, `steps` or `epochs`, without what a branch shares."""
+    """Optimizer steps that this run takes itself: those of `compute`, `steps` or `epochs`, without what a branch
+    shares."""
     steps = round(cfg.steps * cfg.branch) if cfg.steps >= 0 else cfg.epochs * steps_per_epoch
     shared = schedule.branch_step(steps) if cfg.branch < 1 and cfg.trunk is not None else None
     if shared is None:
@@ -75,7 +76,8 @@ def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> 
 
 
 def affordable_steps(compute: float, run: PlannedRun) -> int:
-    """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when that is less than one."""
+    """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when that is less than
+    one."""
     step = training_flops(run.sizes) * run.batch
     if compute < step:
         raise ValueError(f"compute={compute:g} FLOP is less than one step of this network ({step:.3g} FLOP)")

@@ -1,7 +1,8 @@
 """What normal runs look like: reference curves of an experiment, and how a run compares with them.
 
-A reference is a CSV of metric, step, mean, low and high, made from runs with several seeds (experiments/reference/make.py), with a
-JSON beside it that describes them. Curves are smoothed in the same way before they are compared.
+A reference is a CSV of metric, step, mean, low and high, made from runs with several seeds
+(experiments/reference/make.py), with a JSON beside it that describes them. Curves are smoothed in the same way before
+they are compared.
 """
 
 import csv

@@ -216,8 +216,8 @@ class RunRecord(Callback):
         save_json(self.folder / "run.json", row)
 
     def unique_loss(self, unique: int) -> float | None:
-        """Mean of the training loss logged in the last tenth of a run in which no image was seen twice; else None. Labels are dropped
-        as in training."""
+        """Mean of the training loss logged in the last tenth of a run in which no image was seen twice; else None.
+        Labels are dropped as in training."""
         if self.counters["images_seen"] > unique:
             return None
         curve = read_curves(self.folder / "metrics.csv").get("train/loss", {})
@@ -234,8 +234,8 @@ def git_commit() -> str | None:
 
 
 class Progress(ProgressBar):
-    """One bar over the whole run: loss, error, images per second, MFU where the device's peak is known; the remaining time is
-    that of the run, not of the epoch."""
+    """One bar over the whole run: loss, error, images per second, MFU where the device's peak is known; the remaining
+    time is that of the run, not of the epoch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,8 +45,8 @@ def steps_of_branch(cfg: DictConfig) -> int:
 
 
 def branch_point(cfg: DictConfig) -> Path | None:
-    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is none: the
-    branch then trains its first steps itself, with the same result."""
+    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is
+    none: the branch then trains its first steps itself, with the same result."""
     found = sorted(Path(cfg.trunk or "").glob(f"checkpoints/branch-{cfg.branch:g}-*.ckpt")) if cfg.trunk else []
     if found:
         print(f"branches from {found[-1]}", flush=True)

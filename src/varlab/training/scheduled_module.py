@@ -17,8 +17,8 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 class ScheduledModule(LightningModule):
     """Trains `net` with one optimizer and a schedule that is a function of the step.
 
-    `optimizer`: called with parameter groups and `lr`. The peak learning rate is base_lr * global batch / 256. `weight_decay`: start
-    and end of the run. `num_scores`: values per image that `score` averages in validation.
+    `optimizer`: called with parameter groups and `lr`. The peak learning rate is base_lr * global batch / 256.
+    `weight_decay`: start and end of the run. `num_scores`: values per image that `score` averages in validation.
     """
 
     def __init__(

@@ -15,11 +15,11 @@ import torch
 class Schedule:
     """Multiplier of the peak learning rate by optimizer step (0-based) of a run of `total_steps` (released recipe).
 
-    The warm-up rises from `warmup_start` to 1 over `warmup` (a share of the run; from 1 on, steps); then `decay` falls to
-    `final_ratio`.
+    The warm-up rises from `warmup_start` to 1 over `warmup` (a share of the run; from 1 on, steps); then `decay` falls
+    to `final_ratio`.
 
-    `branch_share`: share of the steps after the warm-up that runs of other lengths have in common, so that a shorter run can be
-    branched off a longer one there; None for a schedule whose every step depends on the length.
+    `branch_share`: share of the steps after the warm-up that runs of other lengths have in common, so that a shorter
+    run can be branched off a longer one there; None for a schedule whose every step depends on the length.
     """
 
     warmup: float = 0.02
@@ -54,7 +54,8 @@ class Schedule:
         return self.decay(min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0))
 
     def branch_step(self, total_steps: int) -> int | None:
-        """Steps that a run of this length has in common with all longer ones of the same warm-up; None where there are none."""
+        """Steps that a run of this length has in common with all longer ones of the same warm-up; None where there are
+        none."""
         if self.branch_share is None:
             return None
         warmup_steps = self.warmup_steps(total_steps)
@@ -63,8 +64,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """Holds the peak for `hold` of the steps after the warm-up, then falls linearly (released: lin0 with 0.05, lin00 with 0, lin
-    with 0.15)."""
+    """Holds the peak for `hold` of the steps after the warm-up, then falls linearly (released: lin0 with 0.05, lin00
+    with 0, lin with 0.15)."""
 
     hold: float = 0.05
 
@@ -92,8 +93,8 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class WSD(Schedule):
-    """Warm-up, stable, decay: holds the peak for 80 % of the steps after the warm-up, then cools down by 1 - sqrt (Haegele et al.
-    2024)."""
+    """Warm-up, stable, decay: holds the peak for 80 % of the steps after the warm-up, then cools down by 1 - sqrt
+    (Haegele et al. 2024)."""
 
     branch_share: ClassVar[float | None] = 0.8
 

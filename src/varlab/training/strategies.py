@@ -48,10 +48,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BF16Weights(MixedPrecision):
-    """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), half the memory.
+    """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), half the
+    memory.
 
-    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all. An
-    update below 1/512 of a bf16 weight is lost: for the full recipe use bf16-mixed.
+    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all.
+    An update below 1/512 of a bf16 weight is lost: for the full recipe use bf16-mixed.
     """
 
     def __init__(self, device_type: str) -> None:

@@ -27,18 +27,19 @@ from varlab.training.schedules import Progressive, Schedule
 class VARModule(ScheduledModule):
     """Next-scale cross entropy over all L tokens, each token weight 1/L (VAR, section 3; recipe of the released code).
 
-    `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used frozen
-    in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
+    `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used
+    frozen in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
 
-    With `lr_reference_depth` the peak learning rate is multiplied by that depth over the network's own: for sweeps, where width and
-    depth grow together. With `mup_lr_scaling` that factor acts only on the matrices whose input grows with the width, not on
-    embeddings, positions, biases (the rule of muP for Adam; initial weights stay the paper's). Weight decay moves to
-    `weight_decay_end` if given. With `warmup_tokens` the warm-up lasts so many tokens per parameter of the blocks, but at most 5 % of
-    `full_steps`, the length of the whole run that this one may be a branch of (Porian et al. 2024).
+    With `lr_reference_depth` the peak learning rate is multiplied by that depth over the network's own: for sweeps,
+    where width and depth grow together. With `mup_lr_scaling` that factor acts only on the matrices whose input grows
+    with the width, not on embeddings, positions, biases (the rule of muP for Adam; initial weights stay the paper's).
+    Weight decay moves to `weight_decay_end` if given. With `warmup_tokens` the warm-up lasts so many tokens per
+    parameter of the blocks, but at most 5 % of `full_steps`, the length of the whole run that this one may be a branch
+    of (Porian et al. 2024).
 
-    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in so many parts, of which
-    only one is in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for each block.
-    `progressive`: trains scale by scale.
+    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in so many parts,
+    of which only one is in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for
+    each block. `progressive`: trains scale by scale.
     """
 
     net: VAR
@@ -227,7 +228,8 @@ class VARModule(ScheduledModule):
         return loss
 
     def active_scales(self) -> tuple[int, float]:
-        """(number of scales that this step trains, weight of the finest of them): all and 1 except in progressive training."""
+        """(number of scales that this step trains, weight of the finest of them): all and 1 except in progressive
+        training."""
         num_scales = len(self.net.patch_nums)
         if self.progressive is None:
             return num_scales, 1.0
@@ -235,7 +237,8 @@ class VARModule(ScheduledModule):
         return self.progressive.stage(self.global_step, self.total_steps, warmup_steps, num_scales)
 
     def log_scores(self, split: str, loss: Tensor, error: Tensor, others: dict[str, Tensor] | None = None) -> None:
-        """Loss (nats per token, without smoothing) and error (percent): over all (active) tokens, of the last scale, of each scale."""
+        """Loss (nats per token, without smoothing) and error (percent): over all (active) tokens, of the last scale, of
+        each scale."""
         patch_nums = self.net.patch_nums[: len(loss)]
         values = dict(others or {})
         for name, by_scale in [("loss", loss), ("err", error)]:

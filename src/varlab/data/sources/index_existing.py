@@ -1,4 +1,5 @@
-"""Shards that others packed, used as they are: only an index and a manifest are written, the images stay where they are."""
+"""Shards that others packed, used as they are: only an index and a manifest are written, the images stay where they
+are."""
 
 import json
 import logging
@@ -41,7 +42,7 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
         index = index_shard(local, 0)
         with atomic_write(job.part) as partial, open(partial, "wb") as stream:
             arrays = {} if index.conditions is None else {"conditions": index.conditions}
-            np.savez(stream, rows=index.rows, **arrays)
+            np.savez(stream, rows=index.rows, **arrays)  # pyright: ignore[reportArgumentType]
         entry = {"name": file.url, "num_images": len(index.rows), "num_bytes": file.num_bytes, "sha256": file.sha256}
         save_json(described, {"entry": entry, "problems": [f"{job.url}: {problem}" for problem in index.problems]})
     with np.load(job.part) as part:
@@ -54,8 +55,9 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
 class ExistingShards:
     """Webdataset shards (image and `.cls` for each key) of two splits: paths, globs, brace patterns or URLs with these.
 
-    Class i is called by line i of the file `class_names`, or "i" without one. Keys without exactly one image and one label are left
-    out and named; raises ValueError when they are more than `max_skipped_share` of a split, or when a tar is damaged.
+    Class i is called by line i of the file `class_names`, or "i" without one. Keys without exactly one image and one
+    label are left out and named; raises ValueError when they are more than `max_skipped_share` of a split, or when a
+    tar is damaged.
     """
 
     train: str | None

@@ -11,8 +11,8 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its label, its file extension, and its bytes: given, a file, or a byte range of one. `condition`: a vector beside the
-    label, for networks that are conditioned on more than a class."""
+    """One image: its label, its file extension, and its bytes: given, a file, or a byte range of one. `condition`: a
+    vector beside the label, for networks that are conditioned on more than a class."""
 
     label: int
     extension: str

@@ -1,7 +1,7 @@
 """`source=parquet`: parquet files as public hubs serve image sets, a column of encoded images and one of labels.
 
-Rows of a parquet file cannot be read one by one at a reasonable cost, and packing mixes images over all shards. So each file
-is first staged beside the shards (`staging/`, as large as the images, removed when packing is done).
+Rows of a parquet file cannot be read one by one at a reasonable cost, and packing mixes images over all shards. So each
+file is first staged beside the shards (`staging/`, as large as the images, removed when packing is done).
 """
 
 import io
@@ -25,7 +25,8 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One parquet file and what it becomes: `flat` (all images concatenated) and `table` (offset, label, extension of each)."""
+    """One parquet file and what it becomes: `flat` (all images concatenated) and `table` (offset, label, extension of
+    each)."""
 
     parquet: Path
     flat: Path
@@ -101,7 +102,8 @@ def names_in(file: Path, label_column: str) -> list[str] | None:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files by split: paths, globs or brace patterns. Without `val`, a share of each class becomes the validation set.
+    """Parquet files by split: paths, globs or brace patterns. Without `val`, a share of each class becomes the
+    validation set.
 
     Class names come from the files' metadata, else they are the labels.
     """
