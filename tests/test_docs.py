@@ -33,7 +33,7 @@ SMALLER = [  # what the test runs in place of an argument as printed
     (r"patch_nums=\[.*\]", "patch_nums=[1,2,3,4]"),
     ("top_k=900", "top_k=9"),
     (r"(grid\.)?num=\d+", r"\g<1>num=12"),
-    ("\\+source.count=300", "+source.count=40"),
+    (r"\+sources\.spirals=.*", "+sources.spirals={_target_: spirals.spirals, count: 40}"),
     (r"grid\.cfg_scale=.*", "grid.cfg_scale=[1,2]"),
     (r"(steps=\d+|epochs=10)", "steps=2"),
     ("model.depth=2,3,4,6,8,10", "model.depth=1,2"),

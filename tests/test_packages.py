@@ -28,7 +28,7 @@ def test_varlab_alone_lists_the_verbs_and_an_unknown_one_is_named():
     assert all(verb in run().stdout for verb in ("pack", "train", "tokenize", "sample", "scaling"))
     answer = run("trian")
     assert answer.returncode == 1
-    assert "'trian' is no verb" in answer.stderr
+    assert "there is no command 'trian'" in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_help_shows_settings_and_examples(verb, setting):
     [
         (
             ("pack", "source=nothing", "out=x"),
-            "source='nothing' is unknown: choose folder, ilsvrc2012, parquet, shards or mnist5k",
+            "source='nothing' is unknown: choose one of folder, mnist5k, ilsvrc2012, parquet, shards",
         ),
         (("pack", "source=folder", "path=nowhere", "out=x"), "path=nowhere is not a folder"),
         (("pack", "source=mnist5k"), "out"),

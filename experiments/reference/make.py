@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from varlab.files import read_curves
-from varlab.training.reference_curves import band, judge, read_band, settings_of, write_band
+from varlab.training.reference_curves import band, compare_to_bands, read_band, settings_of, write_band
 
 HERE, RUNS = Path(__file__).parent, Path("runs/reference")
 DEMO = Path("runs/demo")
@@ -53,10 +53,10 @@ def main() -> None:
             "settings": settings_of(RUNS / f"{experiment}-{SEEDS[0]}"),
         }
         write_band(HERE / f"{experiment}.csv", band(runs), facts)
-        verdicts = judge(curves_of(experiment, HELD_OUT), read_band(HERE / f"{experiment}.csv"))
-        out = {verdict.metric: round(verdict.share_inside, 2) for verdict in verdicts if not verdict.is_normal}
+        comparisons = compare_to_bands(curves_of(experiment, HELD_OUT), read_band(HERE / f"{experiment}.csv"))
+        out = {comparison.metric: round(comparison.share_inside, 2) for comparison in comparisons if not comparison.is_normal}
         print(
-            f"{experiment}: seed {HELD_OUT} lies in the band in {len(verdicts) - len(out)} of {len(verdicts)} metrics; outside: {out}"
+            f"{experiment}: seed {HELD_OUT} lies in the band in {len(comparisons) - len(out)} of {len(comparisons)} metrics; outside: {out}"
         )
 
 

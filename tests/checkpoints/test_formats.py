@@ -87,7 +87,9 @@ def test_a_tokenizers_run_continues_with_the_losses_it_would_have_had(tmp_path):
 def test_a_vars_run_continues_with_the_losses_it_would_have_had(tmp_path):
     losses = continued(tmp_path, "var.ckpt", *VAR_RUN)
     assert losses == pytest.approx({step: EXPECTED["var_losses"][step - 1] for step in (4, 5, 6)}, rel=1e-5)
-    assert json.loads((tmp_path / "run/run.json").read_text())["val_loss"] == pytest.approx(EXPECTED["val_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "run/run.json").read_text())["val_loss"] == pytest.approx(
+        EXPECTED["val_loss"], rel=1e-5
+    )
 
 
 def test_a_sharded_run_continues_sharded(tmp_path):

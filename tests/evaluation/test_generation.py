@@ -127,7 +127,8 @@ def model(tmp_path, tokenizer_run):
 
     tokenizer = load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
     var = make_var(
-        num_classes=10, **{key: tokenizer.sizes[key] for key in ("patch_nums", "codebook_size", "codebook_dim")}
+        num_classes=10,
+        **{key: getattr(tokenizer.quantizer, key) for key in ("patch_nums", "codebook_size", "codebook_dim")},
     )
     save_pretrained(tmp_path / "model", tokenizer, var.eval(), [str(digit) for digit in range(10)], {})
     return tmp_path / "model"
@@ -187,7 +188,7 @@ def test_an_adm_reference_with_stored_statistics(tmp_path, monkeypatch):
     monkeypatch.setenv("VARLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("varlab.models.inception.locate", lambda *_: tmp_path / "weights.pth")
     torch.manual_seed(0)
-    torch.save(Inception(is_random=True).state_dict(), tmp_path / "weights.pth")
+    torch.save(dict(Inception(is_random=True).named_buffers()), tmp_path / "weights.pth")
     images = RANDOM.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples.npz", arr_0=images)
     stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
@@ -245,14 +246,14 @@ def test_a_var_is_evaluated_on_images_and_on_tokens_alike(
         (["samples={out}", "reference={digits}"], "features=... is missing: inception"),
         (
             ["samples=nowhere", "reference={digits}", "features=efficientnet_lite0"],
-            "nowhere is neither a folder of pictures",
+            "nowhere is neither a folder of images",
         ),
         (["checkpoint=x"], "give checkpoint=FILE shards=FOLDER"),
         (
             ["samples={out}", "reference={digits}", "features=efficientnet_lite0", "preset=var_d99"],
             "preset='var_d99': choose one of",
         ),
-        (["samples={mixed}", "reference={digits}", "features=efficientnet_lite0"], "scores want images of one size"),
+        (["samples={mixed}", "reference={digits}", "features=efficientnet_lite0"], "scores need images of one size"),
     ],
 )
 def test_wrong_settings_are_named(settings, message, tmp_path, digits_folder, monkeypatch):

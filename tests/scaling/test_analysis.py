@@ -125,7 +125,7 @@ def test_raster_networks_are_fitted_by_themselves(tmp_path):
         ("form=round", "form='round'"),
         ("unfinished=guess", "unfinished='guess'"),
         ("report=fax", "report='fax'"),
-        ("ask=why", "'why' is no question"),
+        ("ask=why", "'why': choose"),
         ("ask=predict", "needs depth=..."),
         ("ask=optimal", "needs compute=..."),
     ],
@@ -214,7 +214,7 @@ def test_parabolas_find_the_best_size_and_its_power_of_compute():
 
 def test_a_minimum_at_the_edge_is_refused():
     found = isoflop(iso_rows(100.0), bootstraps=0)
-    assert not found.parabolas and "the minimum lies at the largest of 7 sizes" in found.refused[0]
+    assert not found.parabolas and "the minimum is at the largest of 7 sizes" in found.refused[0]
 
 
 def test_the_published_lines_are_those_of_the_paper(tmp_path):
@@ -253,5 +253,5 @@ def test_the_spread_of_seeds_is_told_apart_from_that_of_the_law():
     assert seed_noise(rows) == pytest.approx(np.log(1.01) / np.sqrt(2))
     assert seed_noise(rows[::2]) is None
     law = ParametricLaw(CHINCHILLA, 0.3, 1.0, 0.3, 1.0, 0.0, noise=0.1, objective=0.0)
-    assert "14 times as far" in lack_of_fit(rows, law)[0]
+    assert "14 times that" in lack_of_fit(rows, law)[0]
     assert lack_of_fit(rows, replace(law, noise=0.02)) == [] == lack_of_fit(rows[::2], law)

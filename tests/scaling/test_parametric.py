@@ -126,7 +126,7 @@ def test_the_best_depth_for_a_budget_is_that_of_the_truth():
     }
     best = min(losses, key=losses.get)
     assert abs(int(lines[0].split("depth ")[1].split()[0]) - best) <= 1
-    with pytest.raises(ValueError, match="does not pay for one image"):
+    with pytest.raises(ValueError, match="is less than one image"):
         optimal(analysis(), 1.0)
 
 
@@ -150,7 +150,7 @@ def test_where_all_saw_equal_images_a_run_is_compared_by_size_alone():
     rows[4]["val_loss"] *= 1.1
     found = analyse(Runs(rows, [], []), FitSettings(floor=2.0, bootstraps=50))
     line = compare(found, rows[4]["name"])[0]
-    assert "L(N) of the others says" in line and "not as expected" in line
+    assert "L(N) of the others predicts" in line and "not as expected" in line
     with pytest.raises(ValueError, match="needs more than 5 runs"):
         optimal(found, 1e15)
 
@@ -185,7 +185,7 @@ def test_the_verb_answers(tmp_path, capsys):
     for ask, given, expected in [
         ("predict", ["depth=8", "images=1e5"], "depth 8"),
         ("optimal", ["compute=1e15"], "95 % of bootstraps"),
-        ("compare", ["run=d3-20000"], "L(N, D) of the others says"),
+        ("compare", ["run=d3-20000"], "L(N, D) of the others predicts"),
         ("next", [], "as wide as now"),
     ]:
         scale(tmp_path, tmp_path / "sweep", f"ask={ask}", *quick, *given)

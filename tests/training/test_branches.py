@@ -16,7 +16,7 @@ from varlab.models import scales
 from varlab.sampling.generate import KeptTokens, generate, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
 from varlab.training.optimizers import is_hidden_matrix
-from varlab.training.schedules import Schedule
+from varlab.training.schedules import WSD
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_branch_equals_a_run_of_its_length(tmp_path, study):
     fit(tmp_path / "trunk", *study, f"trunk={tmp_path / 'trunk'}")
     saved = sorted(file.name for file in (tmp_path / "trunk/checkpoints").glob("branch-*"))
     assert [name.split("-")[1] for name in saved] == ["0.125", "0.25", "0.5"]
-    assert int(saved[2].split("-")[2].removesuffix(".ckpt")) == Schedule("wsd", 2.0).cooldown_start(20)
+    assert int(saved[2].split("-")[2].removesuffix(".ckpt")) == WSD(2.0).branch_step(20)
     for name, trunk in [("branched", tmp_path / "trunk"), ("alone", tmp_path / "nowhere")]:
         fit(tmp_path / name, *study, f"trunk={trunk}", "branch=0.5", "ckpt_path=last")
     for (name, a), b in zip(weights(tmp_path / "branched").items(), weights(tmp_path / "alone").values(), strict=True):
@@ -59,13 +59,13 @@ def test_a_branch_that_would_not_share_its_first_steps_is_refused(tmp_path, stud
 
 
 def test_the_warm_up_follows_the_size_up_to_a_twentieth():
-    schedule = Schedule("wsd", 3.0, final_ratio=0.0)
-    shares = [schedule.lr_multiplier(step, 103) for step in range(103)]
+    schedule = WSD(3.0, final_ratio=0.0)
+    shares = [schedule(step, 103) for step in range(103)]
     assert shares[0] < shares[1] < shares[2] < 1 and shares[3] == 1
-    start = schedule.cooldown_start(103)
+    start = schedule.branch_step(103)
     assert all(share == 1 for share in shares[3:start]) and shares[start + 1] < 1
     assert shares[-1] == pytest.approx(0)
-    longer = [schedule.lr_multiplier(step, 400) for step in range(start)]
+    longer = [schedule(step, 400) for step in range(start)]
     assert longer == shares[:start]
 
 
@@ -73,7 +73,7 @@ def test_compute_buys_steps(tmp_path, study):
     cfg = config(tmp_path, *study, "compute=2e9")
     train.set_steps(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    var = make_var(codebook_size=tokenizer.sizes["codebook_size"], patch_nums=tokenizer.patch_nums, num_classes=10)
+    var = make_var(codebook_size=tokenizer.quantizer.codebook_size, patch_nums=tokenizer.patch_nums, num_classes=10)
     flops = training_flops(var.sizes) * cfg.data.global_batch_size
     assert cfg.steps == round(2e9 / flops) > 2
     with pytest.raises(ValueError, match="less than one step"):
@@ -83,10 +83,12 @@ def test_compute_buys_steps(tmp_path, study):
 def test_a_planned_sweep_says_what_all_its_jobs_cost(tmp_path, study):
     answer = command(tmp_path, *study, "plan=true", "branch=1,0.5", "seed=0,1", "planned_flops=1e9", "--multirun")
     assert answer.returncode == 0, answer.stderr
-    assert "all 4 jobs together:" in answer.stdout
-    var = json.loads(json.dumps(answer.stdout.split("all 4 jobs together: ")[1].split(" FLOP")[0]))
+    assert "all 4 jobs:" in answer.stdout
+    var = json.loads(json.dumps(answer.stdout.split("all 4 jobs: ")[1].split(" FLOP")[0]))
     single = [
-        float(line.split(" FLOP in all")[0].split()[-1]) for line in answer.stdout.splitlines() if "FLOP in all" in line
+        float(line.split(" FLOP in total")[0].split()[-1])
+        for line in answer.stdout.splitlines()
+        if "FLOP in total" in line
     ]
     assert float(var) == pytest.approx(sum(single), rel=0.01) and len(single) == 4
     assert min(single) == pytest.approx(max(single) * 4 / 40, rel=0.01)  # a branch costs its cooldown alone

@@ -138,18 +138,18 @@ def test_remedies_choose_alike_on_all_ranks(tmp_path, digits_folder):
 
 def test_the_alarm_rings_once_for_a_scale_and_says_when_it_is_over():
     alarm, good, bad = CollapseAlarm(factor=4.0, minimum=2.0), torch.tensor([3.0, 12.0]), torch.tensor([3.0, 2.5])
-    assert alarm.judge(good, 200, [1, 2]) == []
-    (message,) = alarm.judge(bad, 300, [1, 2])
+    assert alarm.check(good, 200, [1, 2]) == []
+    (message,) = alarm.check(bad, 300, [1, 2])
     assert message.startswith(
         "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, 12.0 at best. Remedies: callb"
     )
-    assert alarm.judge(bad, 400, [1, 2]) == []
+    assert alarm.check(bad, 400, [1, 2]) == []
     again = CollapseAlarm()
     again.load_state_dict(alarm.state_dict())
-    assert again.judge(bad, 500, [1, 2]) == []
-    assert again.judge(good, 600, [1, 2]) == ["step 600: scale 1 (2) has recovered: 12.0 codes in use"]
+    assert again.check(bad, 500, [1, 2]) == []
+    assert again.check(good, 600, [1, 2]) == ["step 600: scale 1 (2) has recovered: 12.0 codes in use"]
     assert (
-        len(again.judge(torch.tensor([1.5, 12.0]), 700, [1, 2])) == 1
+        len(again.check(torch.tensor([1.5, 12.0]), 700, [1, 2])) == 1
     )  # fewer than two codes, though once there were three
 
 
@@ -160,8 +160,8 @@ def test_a_run_whose_codes_collapse_says_so(tmp_path, digits_folder, caplog):
     assert set(logged(tmp_path, "train/collapsed_scales")) == {4}
 
 
-def test_rows_are_drawn_as_often_as_asked_for():
-    rows = codebook_callbacks.drawn_rows(torch.arange(4.0)[:, None], 10, seed=0)
+def test_random_rows_repeat_only_where_there_are_too_few():
+    rows = codebook_callbacks.random_rows(torch.arange(4.0)[:, None], 10, seed=0)
     assert rows.shape == (10, 1) and set(rows.flatten().tolist()) == {0, 1, 2, 3}
 
 

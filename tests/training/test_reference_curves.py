@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from support.runs import fit
 
+from varlab.commands.doctor import main
 from varlab.training.reference_curves import (
     band,
-    judge,
-    main,
+    compare_to_bands,
     read_band,
     reason,
     references,
@@ -37,26 +37,26 @@ def bands():
 
 def test_most_runs_of_the_same_kind_lie_in_the_band():
     """Five fresh runs for each of 30 bands of three runs, both metrics."""
-    verdicts = []
+    comparisons = []
     for first in range(0, 240, 8):
         bands = band([run(first + i) for i in range(3)])
-        verdicts += [verdict for i in range(3, 8) for verdict in judge(run(first + i), bands)]
-    assert sum(verdict.is_normal for verdict in verdicts) / len(verdicts) > 0.9
+        comparisons += [comparison for i in range(3, 8) for comparison in compare_to_bands(run(first + i), bands)]
+    assert sum(comparison.is_normal for comparison in comparisons) / len(comparisons) > 0.9
 
 
 def test_a_run_that_leaves_the_band_is_named_with_side_step_and_reason(bands):
-    (loss,) = [v for v in judge(run(7, offset=0.5, from_step=1000), bands) if not v.is_normal]
+    (loss,) = [v for v in compare_to_bands(run(7, offset=0.5, from_step=1000), bands) if not v.is_normal]
     assert (loss.metric, loss.side) == ("train/loss", "above")
     assert loss.first_outside == pytest.approx(1000, abs=60) and 0.4 < loss.share_inside < 0.6
     assert "learning rate" in reason(loss)
-    (loss,) = [v for v in judge(run(8, offset=-0.5), bands) if v.metric == "train/loss"]
+    (loss,) = [v for v in compare_to_bands(run(8, offset=-0.5), bands) if v.metric == "train/loss"]
     assert loss.side == "below" and loss.share_inside < 0.05 and "easier task" in reason(loss)
 
 
 def test_a_loss_that_is_not_a_number_is_out_of_band(bands):
     broken = run(3)
     broken["train/loss"] = {step: value if step < 500 else np.nan for step, value in broken["train/loss"].items()}
-    assert [v.metric for v in judge(broken, bands) if not v.is_normal] == ["train/loss"]
+    assert [v.metric for v in compare_to_bands(broken, bands) if not v.is_normal] == ["train/loss"]
 
 
 def test_smoothing_keeps_a_straight_line():
@@ -84,8 +84,8 @@ def test_the_shipped_references_are_whole():
             assert (np.diff(lies.steps) > 0).all() or len(lies.steps) == 1
 
 
-def test_a_run_is_judged_from_its_folder(tmp_path, var_overrides, capsys, monkeypatch):
-    """A tiny run is no run of the demo: the reference is given, the differing settings are named."""
+def test_a_run_is_compared_from_its_folder(tmp_path, var_overrides, capsys, monkeypatch):
+    """A tiny run is not a run of the demo: the reference is given, the differing settings are named."""
     fit(tmp_path / "run", *var_overrides)
     (tmp_path / "run/.hydra").mkdir()
     (tmp_path / "run/.hydra/config.yaml").write_text("steps: 9\nmodule: {base_lr: 0.5}\n")
@@ -107,5 +107,5 @@ def test_an_imagenet_run_is_held_against_published_facts_marked_as_such(tmp_path
         writer = csv.writer(file)
         writer.writerows([["step", "val/loss", "val/err"], [1000, 6.0, 95.0], [2000, 5.5, 80.0]])
     said = report(tmp_path)
-    assert "no run of ours to compare with; published" in said and "issue 143" in said
+    assert "there is no reference run; published" in said and "issue 143" in said
     assert "out of band: val/err, below from step 2000" in said and "in band: 1 of 2" in said

@@ -17,7 +17,7 @@ from support.runs import command, config, fit, kill_at, log_to, logged_losses, w
 
 from varlab.checkpoints.load import load, read_checkpoint
 from varlab.commands import export
-from varlab.training.schedules import Progressive, Schedule
+from varlab.training.schedules import Cosine, Progressive, TwoSlopes
 
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
@@ -280,7 +280,7 @@ def test_scales_enter_one_by_one_as_released():
 
 
 def test_progressive_training_takes_the_released_schedule():
-    assert PROGRESSIVE.schedule(Schedule("cos")).shape == "lin0.5"
+    assert PROGRESSIVE.schedule(Cosine(warmup=0.1)) == TwoSlopes(warmup=0.1, knee=0.5)
     with pytest.raises(ValueError, match=r"progressive.share=1.5: give a share of the run between 0 and 1"):
         Progressive(share=1.5)
 
@@ -320,7 +320,7 @@ def test_a_loss_scale_that_vanishes_ends_the_run(tmp_path, still, monkeypatch):
     monkeypatch.setattr(Precision, "scaler", SimpleNamespace(get_scale=lambda: scale[0]), raising=False)
     fit(tmp_path / "fine", *still)
     rows = list(csv.DictReader((tmp_path / "fine/metrics.csv").open()))
-    assert {row["train/loss_scale"] for row in rows} - {""} == {"1024.0"}
+    assert {row["train/grad_scaler_scale"] for row in rows} - {""} == {"1024.0"}
     scale[0] = 1e-6
-    with pytest.raises(ValueError, match="the loss scale of 16-mixed fell to 1e-06"):
+    with pytest.raises(ValueError, match="the scale of 16-mixed's gradient scaler fell to 1e-06"):
         fit(tmp_path / "vanished", *still)

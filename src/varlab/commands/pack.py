@@ -26,11 +26,13 @@ def run(cfg: DictConfig) -> None:
         return
     if cfg.out is None:
         raise ValueError("out=FOLDER says where the shards go")
+    if cfg.source not in cfg.sources:
+        raise ValueError(f"source={cfg.source!r} is unknown: choose one of {', '.join(cfg.sources)}")
     check_types(cfg)
     out = Path(cfg.out)
     num_workers = cfg.num_workers or usable_cores()
     options = PackOptions(cfg.shard_images, cfg.shard_size, cfg.seed, num_workers, cfg.short_side, cfg.quality)
-    manifest = instantiate(cfg.source, _convert_="all").write(out, options)
+    manifest = instantiate(cfg.sources[cfg.source], _convert_="all").write(out, options)
     write_card(out, storage)
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(f"{out}: {counts} images of {len(manifest['class_names'])} classes; README.md describes them")

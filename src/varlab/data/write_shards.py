@@ -74,7 +74,7 @@ class PackOptions:
 class Source:
     """All images of a data set. `splits` maps train and val to items; class i has name class_names[i].
 
-    A source of your own is a function that returns one: `varlab pack source=custom source._target_=my_file.my_source`.
+    A source of your own is a function that returns one: see docs/extend.md.
     """
 
     kind: str
