@@ -1,0 +1,47 @@
+"""The layout that docs/design.md promises: few files at the root, a test for each module, tests that stand alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src/varlab"
+MODULES = sorted(file for file in SRC.rglob("*.py") if file.name not in ("__init__.py", "__main__.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def test_the_root_holds_at_most_eight_files():
+    assert len(list(SRC.glob("*.py"))) <= 8
+
+
+def test_each_module_has_a_test_of_its_name():
+    names = {test.relative_to(ROOT / "tests") for test in TESTS}
+    missing = []
+    for module in MODULES:
+        place = module.relative_to(SRC)
+        if place.parent / f"test_{place.name}" not in names:
+            missing.append(str(place))
+    assert missing == []
+
+
+def test_tests_import_nothing_from_each_other():
+    for test in TESTS:
+        for node in ast.walk(ast.parse(test.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[-1].startswith(("test_", "conftest")) for name in names), test
+
+
+def test_processes_that_tests_start_run_this_checkout():
+    script = "import varlab, support.runs; print(varlab.__file__)"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
+    assert Path(answer.stdout.strip()).is_relative_to(ROOT)
+
+
+def test_every_place_that_contributing_names_exists():
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ") and ".py" in line]
+    assert len(rows) >= 20
+    for row in rows:
+        for name in row.split("|")[2].replace("`", "").replace(";", ",").split(","):
+            assert (SRC / name.strip()).is_file(), name
