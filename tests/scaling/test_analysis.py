@@ -243,7 +243,7 @@ def test_a_run_that_learns_its_images_by_heart_is_told_from_where_on(tmp_path, c
         "d1-38400: validation loss was lowest" in printed
         and "19,200 images (1.92 passes) and ended 5.3 % higher" in printed
     )
-    assert "d1-38400: train and validation part after 38,400 images (3.84 passes)" in printed
+    assert "d1-38400: train and validation loss diverge after 38,400 images (3.84 passes)" in printed
     assert "ends 11.1 % above training loss" in printed
     assert "d2-38400: " not in printed
 

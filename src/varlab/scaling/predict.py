@@ -183,7 +183,7 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
     """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a
     missing figure."""
     if ask not in ("predict", "optimal", "compare", "next"):
-        raise ValueError(f"{ask!r} : choose predict, optimal, compare or next")
+        raise ValueError(f"{ask!r}: choose predict, optimal, compare or next")
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
     if needed is not None and given.get(needed) is None:
         raise ValueError(f"varlab scaling {ask} needs {needed}=...")
