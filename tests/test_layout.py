@@ -29,7 +29,9 @@ def test_processes_that_tests_start_run_this_checkout():
 
 
 def test_every_place_that_contributing_names_exists():
-    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ") and ".py" in line]
+    rows = [
+        line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ") and ".py" in line
+    ]
     assert len(rows) >= 20
     for row in rows:
         for name in row.split("|")[2].replace("`", "").replace(";", ",").split(","):

@@ -15,7 +15,8 @@ def test_packages_that_break_a_cpu_torch_are_absent(name):
 
 
 def test_the_command_line_starts_without_torch():
-    script = "import sys, varlab.cli, varlab.commands.train, varlab.commands.pack; print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    script = "import sys, varlab.cli, varlab.commands.train, varlab.commands.pack"
+    script += "; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 

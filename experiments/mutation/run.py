@@ -109,7 +109,11 @@ def changes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tuple]:
             body = getattr(parent, name, None)
             if isinstance(body, list) and node in body:
                 i = body.index(node)
-                yield ("removed", lambda b=body, i=i: b.__setitem__(i, ast.Pass()), lambda b=body, i=i, n=node: b.__setitem__(i, n))
+                yield (
+                    "removed",
+                    lambda b=body, i=i: b.__setitem__(i, ast.Pass()),
+                    lambda b=body, i=i, n=node: b.__setitem__(i, n),
+                )
 
 
 def run_tests(module: str, source: str | None, tests: list[str], limit: float | None) -> tuple[str, float]:
@@ -135,7 +139,17 @@ def run_tests(module: str, source: str | None, tests: list[str], limit: float | 
             os.chdir(folder)
             import pytest
 
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu", f"--rootdir={folder}"]
+            options = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "-m",
+                "not slow and not gpu",
+                f"--rootdir={folder}",
+            ]
             code = int(pytest.main([*options, *tests]))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

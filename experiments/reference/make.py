@@ -54,7 +54,11 @@ def main() -> None:
         }
         write_band(HERE / f"{experiment}.csv", band(runs), facts)
         comparisons = compare_to_bands(curves_of(experiment, HELD_OUT), read_band(HERE / f"{experiment}.csv"))
-        out = {comparison.metric: round(comparison.share_inside, 2) for comparison in comparisons if not comparison.is_normal}
+        out = {
+            comparison.metric: round(comparison.share_inside, 2)
+            for comparison in comparisons
+            if not comparison.is_normal
+        }
         print(
             f"{experiment}: seed {HELD_OUT} lies in the band in {len(comparisons) - len(out)} of {len(comparisons)} metrics; outside: {out}"
         )

@@ -13,7 +13,8 @@ from varlab.commands import train
 from varlab.config import conf_dir
 
 TOKENIZER = [
-    "experiment=tokenizer_tiny", "model.channels=8", "model.num_groups=4", "model.quantizer.codebook_size=12", "model.quantizer.codebook_dim=6",
+    "experiment=tokenizer_tiny", "model.channels=8", "model.num_groups=4", "model.quantizer.codebook_size=12",
+    "model.quantizer.codebook_dim=6",
     "model.num_blocks=1",
 ]  # fmt: skip
 VAR = ["experiment=var_digits", "model.depth=2", "+model.width=32", "+model.num_heads=2", "model.drop_path=0.2"]

@@ -137,7 +137,8 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             )
         spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others predicts {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
+            f"{row['name']}: loss {row['val_loss']:.4f},"
+            f" {name} of the others predicts {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines
 

@@ -98,7 +98,8 @@ class Health(Callback):
             pl_module.log("train/grad_scaler_scale", scale)
         if scale < self.SMALLEST_SCALE:
             raise ValueError(
-                f"the scale of 16-mixed's gradient scaler fell to {scale:.3g}: gradients overflow at any scale; use trainer.precision=bf16-mixed"
+                f"the scale of 16-mixed's gradient scaler fell to {scale:.3g}:"
+                " gradients overflow at any scale; use trainer.precision=bf16-mixed"
             )
 
 

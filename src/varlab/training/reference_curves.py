@@ -234,7 +234,8 @@ def report(folder: Path, reference: Path | None = None) -> str:
     lines.append(f"  in band: {len(normal)} of {len(comparisons)} metrics")
     for comparison in (comparison for comparison in comparisons if not comparison.is_normal):
         lines.append(
-            f"  out of band: {comparison.metric}, {comparison.side} from step {comparison.first_outside}, {comparison.share_inside:.0%} inside"
+            f"  out of band: {comparison.metric}, {comparison.side} from step {comparison.first_outside},"
+            f" {comparison.share_inside:.0%} inside"
         )
     whys = dict.fromkeys(why for comparison in comparisons if not comparison.is_normal and (why := reason(comparison)))
     lines += [f"  possible cause: {why}" for why in whys]
