@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
-from varlab.checkpoints.released_layout import to_released, tokenizer_from_released, var_from_released
+from varlab.checkpoints.released_layout import load_released, to_released, tokenizer_from_released, var_from_released
+from varlab.models.custom_classes import describe
 
 
 @pytest.mark.parametrize("num_phis", [4, 1, None])
@@ -60,3 +62,9 @@ def test_usage_counts_of_another_pyramid_are_ignored_and_the_given_state_is_left
     state["quantize.ema_vocab_hit_SV"] = torch.ones(9, 12)
     tokenizer_from_released(state, PATCH_NUMS, num_groups=4)
     assert state["quantize.ema_vocab_hit_SV"].shape == (9, 12)
+
+
+def test_patch_nums_of_a_config_are_recorded_as_plain_numbers():
+    tokenizer = make_tokenizer(channels=32, channel_mult=(1, 2, 2), num_groups=32, num_blocks=1)
+    patch_nums = OmegaConf.create(list(PATCH_NUMS))
+    assert describe(load_released(to_released(tokenizer), patch_nums))["patch_nums"] == list(PATCH_NUMS)
