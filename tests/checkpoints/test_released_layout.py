@@ -67,4 +67,4 @@ def test_usage_counts_of_another_pyramid_are_ignored_and_the_given_state_is_left
 def test_patch_nums_of_a_config_are_recorded_as_plain_numbers():
     tokenizer = make_tokenizer(channels=32, channel_mult=(1, 2, 2), num_groups=32, num_blocks=1)
     patch_nums = OmegaConf.create(list(PATCH_NUMS))
-    assert describe(load_released(to_released(tokenizer), patch_nums))["patch_nums"] == list(PATCH_NUMS)
+    assert describe(load_released(to_released(tokenizer), patch_nums))["quantizer"]["patch_nums"] == list(PATCH_NUMS)

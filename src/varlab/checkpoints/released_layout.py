@@ -164,6 +164,7 @@ def load_released(
     code in a file is executed.
     """
     state = state_dict_or_file
+    patch_nums = tuple(patch_nums)  # a config's list is of a type of its own
     if isinstance(state, str | Path):
         state = read_state_dict(Path(state))
     if "trainer" in state:  # a checkpoint of the released trainer
