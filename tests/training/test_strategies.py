@@ -59,7 +59,7 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
         var.head.weight, read_checkpoint(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
     )
     (folder / "meta.pt").unlink()
-    with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint: meta.pt is missing"):
+    with pytest.raises(ValueError, match=r"last.ckpt is not a checkpoint: meta.pt is missing"):
         load(folder)
 
 

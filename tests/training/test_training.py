@@ -302,7 +302,7 @@ def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
     fit(tmp_path / "tuned", *tuned)
     assert not torch.equal(weights(tmp_path / "tuned")["net.decoder.conv_out.weight"], released.decoder.conv_out.weight)
     with pytest.raises(
-        Exception, match=r"released.pth holds a tokenizer with codebook_size=12, this run has codebook_size=16"
+        Exception, match=r"released.pth holds a tokenizer with codebook_size=12, but this run has codebook_size=16"
     ):
         fit(tmp_path / "other", *tuned, "model.quantizer.codebook_size=16")
 
@@ -354,7 +354,7 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides)
     fit(tmp_path, *var_overrides)
     with pytest.raises(ValueError, match="already holds checkpoints: continue that run with ckpt_path=last"):
         fit(tmp_path, *var_overrides)
-    with pytest.raises(ValueError, match="holds a VAR with depth=2, this run has depth=3"):
+    with pytest.raises(ValueError, match="holds a VAR with depth=2, but this run has depth=3"):
         fit(tmp_path, *var_overrides, "model.depth=3", "steps=12", "ckpt_path=last")
     with pytest.raises(ValueError, match="other data, seed, lanes, window or global batch size"):
         fit(tmp_path, *var_overrides, "data.global_batch_size=4", "steps=12", "ckpt_path=last")
