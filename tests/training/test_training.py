@@ -337,7 +337,7 @@ def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
         ("module.recompute=some", "module.recompute='some': choose one of none, selective, all"),
         ("module.loss_chunks=0", "module.loss_chunks=0: give 1 or more"),
         ("module.attention=dense", "module.attention='dense': choose one of masked, split, flex"),
-        ("accumulate=3", "global_batch_size=8 does not divide into 1 devices x 3"),
+        ("accumulate=3", "global_batch_size=8 is not divisible by 1 devices x 3"),
         ("tokenizer=nowhere.ckpt", "checkpoint nowhere.ckpt does not exist"),
         ("data.path=nowhere", r"nowhere/manifest.json does not exist: make it with `varlab tokenize`"),
         ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt does not exist"),
