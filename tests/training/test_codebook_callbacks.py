@@ -141,7 +141,7 @@ def test_the_alarm_rings_once_for_a_scale_and_says_when_it_is_over():
     assert alarm.check(good, 200, [1, 2]) == []
     (message,) = alarm.check(bad, 300, [1, 2])
     assert message.startswith(
-        "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, 12.0 at best. Remedies: callb"
+        "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, at most 12.0 before. Remedies: callb"
     )
     assert alarm.check(bad, 400, [1, 2]) == []
     again = CollapseAlarm()

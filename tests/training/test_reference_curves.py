@@ -71,7 +71,7 @@ def test_a_reference_survives_its_file(tmp_path, bands):
     assert read.keys() == bands.keys()
     np.testing.assert_allclose(read["train/loss"].high, bands["train/loss"].high, rtol=1e-4)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"other.csv is no reference: its columns are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"other.csv is not a reference: its columns are \['a', 'b'\]"):
         read_band(tmp_path / "other.csv")
 
 
