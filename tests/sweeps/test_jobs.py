@@ -56,7 +56,7 @@ def test_two_jobs_of_two_ranks_each_and_again_without_repeating(tmp_path, sweep)
     assert [job["value"] for job in jobs.values()] == [row["val_loss"] for row in rows]
     assert "sweep runs/sweep: 2 finished" in said
     code, said = sweep(*settings)
-    assert code == 0 and said.count("finished before, kept") == 2
+    assert code == 0 and said.count("already finished") == 2
     assert ledger(tmp_path) == jobs
     code, said = sweep(*settings, "module.base_lr=1e-5")
     assert code == 1 and "holds a job with other settings (module.base_lr: 0.002 -> 1e-05)" in said
@@ -72,7 +72,7 @@ def test_one_failing_job_does_not_sink_the_others(tmp_path, sweep):
     assert code == 0 and "2 finished, 1 failed" in told
     assert re.search(r"failed +model.num_heads=3 .*width 32 is not divisible.*\(log: runs/sweep/.*/output.log\)", told)
     code, said = sweep("resume", "runs/sweep", verb="sweep")
-    assert "left for `varlab sweep retry-failed`" in said and said.count("finished before, kept") == 2
+    assert "failed before, skipped: run `varlab sweep retry-failed`" in said and said.count("already finished") == 2
     before = {name: job["ended"] for name, job in ledger(tmp_path).items()}
     code, said = sweep("retry-failed", "runs/sweep", verb="sweep")
     after = {name: job["ended"] for name, job in ledger(tmp_path).items()}
