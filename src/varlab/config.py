@@ -107,7 +107,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def one_sentence(error: BaseException) -> str:
-    """An error's message in one line: the last line of a data worker's traceback, OmegaConf's errors with the full key."""
+    """An error's message in one line: of a data worker's traceback the last, of OmegaConf's errors with the full key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, RuntimeError):

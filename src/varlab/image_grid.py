@@ -15,7 +15,7 @@ from varlab.files import atomic_write
 
 
 def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap: int = 2) -> Image.Image:
-    """Images in [0, 1] row by row on white; small ones are enlarged by an integer factor to at least `min_side` pixels."""
+    """Images in [0, 1] row by row on white; small ones are scaled by an integer factor to at least `min_side` pixels."""
     factor = max(1, -(-min_side // images.shape[-1]))
     images = F.interpolate(images.float().cpu().clamp(0, 1), scale_factor=factor, mode="nearest")
     num_rows = -(-len(images) // columns)
@@ -28,7 +28,7 @@ def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap
 
 
 def columns_of(*columns: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "N 3 H W"]:
-    """Interleaves batches of the same size, so that row i of a grid with `columns=len(columns)` shows image i of each."""
+    """Interleaves batches of the same size: row i of a grid with `columns=len(columns)` shows image i of each."""
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 

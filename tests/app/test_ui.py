@@ -153,7 +153,7 @@ def test_a_painted_mask_edits_a_sample(page):
     page.wait_for_function("document.querySelector('#editor canvas').offsetHeight > 100")
     page.wait_for_timeout(1500)  # the editor draws the image on its own time
     page.click("#edit-button")
-    page.get_by_text("nothing is marked yet").wait_for()
+    page.get_by_text("there is nothing to generate").wait_for()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

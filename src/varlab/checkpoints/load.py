@@ -33,7 +33,7 @@ META_FILE = "meta.pt"  # of a sharded checkpoint, Lightning's name for it
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
-    """The `varlab` entry of a training checkpoint. Raises ValueError for a network that could not be rebuilt from it."""
+    """The `varlab` entry of a training checkpoint. Raises ValueError for a network that cannot be rebuilt from it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "tokenizer": describe(tokenizer),

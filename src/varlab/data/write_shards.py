@@ -169,7 +169,7 @@ def in_processes(function: Callable[[T], R], jobs: Sequence[T], num_workers: int
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Records the settings of a packing run in `out`; raises ValueError if one with other settings was started there."""
+    """Records the settings of a packing run in `out`. Raises ValueError if it was started with other settings."""
     file = out / "packing.json"
     if file.is_file() and (begun := json.loads(file.read_text())) != settings:
         changed = [key for key in settings if begun.get(key) != settings[key]]

@@ -13,7 +13,7 @@ from varlab.evaluation.frechet import frechet_distance, statistics
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images: pooled, and, if the network has them, spatial features (for sFID) and class probabilities."""
+    """Features of N images: pooled, and, if available, spatial features (for sFID) and class probabilities."""
 
     pooled: Float[np.ndarray, "N c"]
     spatial: Float[np.ndarray, "N s"] | None = None

@@ -20,7 +20,7 @@ def curve_by_scale(scores: dict[str, list[float]], labels: list[str], path: Path
 
 
 def curves_of_grid(rows: list[dict], score: str, path: Path) -> None:
-    """Plots a score against guidance, one line per pair of filters, as PNG; the score of other real images is dashed."""
+    """Plots a score against guidance, one line per pair of filters, as PNG; that of other real images is dashed."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for top_k, top_p in dict.fromkeys((row["top_k"], row["top_p"]) for row in rows):

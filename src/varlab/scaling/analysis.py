@@ -174,7 +174,7 @@ def power_law(x: Values, y: Values, floor: float | None, settings: FitSettings) 
 def parametric_laws(
     rows: Sequence[Row], settings: FitSettings, missing: list[str]
 ) -> tuple[ParametricLaw | None, ParametricLaw | None, list[HeldOut]]:
-    """(L(N, D) in the given form or the one that extrapolates best, the same with the other loss, all forms compared)."""
+    """(L(N, D) in the given or the best extrapolating form, the same with the other loss, all forms compared)."""
     size = np.array([row[SIZE] for row in rows], dtype=float)
     images = np.array([images_of(row, settings.repeated) for row in rows])
     loss, groups = np.array([row["val_loss"] for row in rows]), [run_of(row) for row in rows]

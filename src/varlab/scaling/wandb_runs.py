@@ -67,7 +67,7 @@ def plain(summary: Any) -> dict[str, Any]:
 
 
 def offline_runs(folder: Path, known: set[Any]) -> list[tuple[dict[str, Any], Logged]]:
-    """Runs in W&B's files (`run-ID.wandb`) below a folder, except those in `known`; parts of a resumed run are merged."""
+    """Runs in W&B's files (`run-ID.wandb`) below a folder, except `known` ones; parts of a resumed run are merged."""
     found: dict[str, tuple[dict[str, Any], Logged]] = {}
     for file in sorted(folder.rglob("run-*.wandb"), key=lambda file: file.parent.name):  # by time, as W&B names them
         run_id = file.stem.removeprefix("run-")

@@ -113,7 +113,7 @@ class Mirror(Callback):
         self.send_row(trainer)
 
     def send_row(self, trainer: Trainer) -> None:
-        """Sends `run.json` as the run's summary, so that `varlab scaling` reads the same from W&B as from the folder."""
+        """Sends `run.json` as the run's summary, so that `varlab scaling` can read it from W&B as well."""
         file = self.folder / "run.json"
         for logger in self.loggers(trainer):
             if file.is_file():

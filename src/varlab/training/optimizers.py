@@ -81,7 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.share_state()
 
     def share_state(self) -> None:
-        """Lets both parts use this optimizer's groups and state, so that they are saved, scheduled and resumed as one."""
+        """Makes both parts use this optimizer's groups and state, so that they are saved and scheduled as one."""
         for is_muon, part in self.parts:
             part.param_groups = [group for group in self.param_groups if group["is_muon"] == is_muon]
             part.state = self.state
