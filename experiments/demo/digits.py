@@ -1,4 +1,4 @@
-"""A classifier of 16x16 digits, trained on the real ones, that says how many samples show the digit asked for."""
+"""A classifier of 16x16 digits, trained on real ones, that measures how many samples show the requested digit."""
 
 import io
 from collections.abc import Sequence
@@ -51,5 +51,5 @@ def train(shards: str, epochs: int = 15) -> tuple[nn.Sequential, float]:
 
 @torch.no_grad()
 def agreement(net: nn.Module, images: Tensor, labels: Tensor | Sequence[int]) -> float:
-    """Percent of images (N, 1, 16, 16) in [0, 1] that the classifier takes for the digit in `labels`."""
+    """Percent of images (N, 1, 16, 16) in [0, 1] that the classifier assigns to the digit in `labels`."""
     return 100 * (net(images).argmax(dim=1) == torch.as_tensor(labels)).float().mean().item()

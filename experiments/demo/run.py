@@ -1,7 +1,7 @@
-"""The whole flow on 5,000 real digits, on a laptop: shards -> tokens -> transformer -> samples -> scores -> curves.
+"""The whole workflow on 5,000 real digits, on a laptop: shards -> tokens -> transformer -> samples -> scores -> curves.
 
-Each step is one `varlab` command, printed before it runs. A step that is done is not repeated, so a demo that was
-stopped continues where it was.
+Each step is one `varlab` command, printed before it runs. Finished steps are skipped, so an interrupted demo continues
+where it stopped.
 """
 
 import json
@@ -25,17 +25,17 @@ NUM_SAMPLES = 500
 
 
 def step(title: str, done: bool, *command: str) -> None:
-    """Says what happens and why, then runs a verb unless its result is there."""
+    """Prints the title of a step, then runs its command unless its result exists."""
     print(f"\n== {title}", flush=True)
     if done:
-        print("   done before, kept", flush=True)
+        print("   already done", flush=True)
         return
     print(f"   varlab {' '.join(command)}", flush=True)
     start = time.perf_counter()
     answer = subprocess.run([sys.executable, "-m", "varlab", *command], check=False)
     if answer.returncode:
         sys.exit(
-            f"the demo stopped at: varlab {' '.join(command)}\nMend what it says above and run `make demo` again; finished steps are kept."
+            f"the demo stopped at: varlab {' '.join(command)}\nFix the error above and run `make demo` again; finished steps are kept."
         )
     print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -68,7 +68,7 @@ def main() -> None:
         "tokenize", f"tokenizer={TOKENIZER}", f"shards={SHARDS}", f"out={TOKENS}", "resize_ratio=1.0",
     )  # fmt: skip
     step(
-        f"4/7 Sweep the depth {DEPTHS}: the same data and steps, larger and larger transformers",
+        f"4/7 Sweep the depth {DEPTHS}: the same data and steps, increasingly large transformers",
         all(finished(OUT / f"sweep/d{depth}-seed0") for depth in DEPTHS),
         "train", "--multirun", "experiment=depth_digits", "name=demo/sweep", f"tokenizer={TOKENIZER}", f"data.path={TOKENS}",
         f"model.depth={','.join(map(str, DEPTHS))}", "ckpt_path=last",
@@ -79,16 +79,16 @@ def main() -> None:
         "scaling", f"source={OUT / 'sweep'}", f"out={OUT / 'scaling'}", "floor=none",
     )  # fmt: skip
     step(
-        "6/7 Train a VAR of depth 3 for longer, to draw digits with",
+        "6/7 Train a VAR of depth 3 for longer, to sample digits from",
         finished(OUT / "var"),
         "train", "experiment=var_digits", "name=demo/var", f"tokenizer={TOKENIZER}", f"data.path={TOKENS}", "ckpt_path=last",
     )  # fmt: skip
     step(
-        f"7/7 Draw {NUM_SAMPLES} digits, scale by scale, class by class",
+        f"7/7 Sample {NUM_SAMPLES} digits, scale by scale, class by class",
         (OUT / "samples/samples.json").is_file(),
         "sample", f"checkpoint={VAR}", f"out={OUT / 'samples'}", f"num={NUM_SAMPLES}", "batch_size=100", "cfg_scale=1.5",
     )  # fmt: skip
-    print("\n== Score: does a classifier trained on the real digits see the digit that was asked for?", flush=True)
+    print("\n== Score: does a classifier trained on real digits recognize the requested digit?", flush=True)
     net, accuracy = train(str(SHARDS))
     labels = json.loads((OUT / "samples/samples.json").read_text())["labels"]
     files = sorted((OUT / "samples/images").glob("*.png"))
@@ -112,19 +112,19 @@ def main() -> None:
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     interval = "" if law["alpha_interval"] is None else " (95 %: {:.3f} to {:.3f})".format(*law["alpha_interval"])
     print(f"""
-   {summary["class_agreement_percent"]:.1f} % of {len(labels)} samples show the digit that was asked for
-        (the classifier that says so gets {accuracy:.1f} % of real digits right)
-   {summary["reconstruction_psnr_db"]:.1f} dB PSNR of reconstructed held-out digits (from 22 on, strokes keep their shape)
-   loss falls as N^-{law["alpha"]:.3f}{interval} over depths {DEPTHS}; four sizes cannot tell a floor, so none is fitted
+   {summary["class_agreement_percent"]:.1f} % of {len(labels)} samples show the requested digit
+        (the classifier gets {accuracy:.1f} % of real digits right)
+   {summary["reconstruction_psnr_db"]:.1f} dB PSNR of reconstructed held-out digits (from 22 dB on, strokes keep their shape)
+   loss falls as N^-{law["alpha"]:.3f}{interval} over depths {DEPTHS}; four sizes do not determine a floor, so none is fitted
 
-   Look at them:
+   Files:
    {newest(OUT / "tokenizer/pictures", "reconstructions")}  original | what each scale adds
    {OUT / "samples/filmstrip.png"}   digits emerging scale by scale
-   {OUT / "samples/grid.png"}        a column for each class
+   {OUT / "samples/grid.png"}        one column per class
    {OUT / "scaling/scaling.png"}     the scaling law
    {OUT / "summary.json"}
 
-   {time.perf_counter() - start:.0f} s this time""")
+   total time: {time.perf_counter() - start:.0f} s""")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction? Scenes made
-fresh (study `scenes`), and emoji64, where data are few (study `emoji`). Steps that are done are not repeated; a killed run continues.
+"""Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction?
+Newly generated scenes (study `scenes`), and emoji64, a small data set (study `emoji`). Finished steps are skipped; an
+interrupted run continues.
 
     python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
     python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
-    python experiments/depth_scaling/run.py scenes --plan   (FLOP and time of all jobs, starts none)
+    python experiments/depth_scaling/run.py scenes --plan   (prints FLOP and time of all jobs, starts none)
     python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 3 million scenes, depths 2 to 10)
 """
 
@@ -23,7 +24,7 @@ SHARES = "1,0.5,0.25,0.125"
 
 
 def varlab(*command: str) -> None:
-    """Runs one verb, printed before."""
+    """Prints and runs one command."""
     print("varlab", " ".join(command), flush=True)
     subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
 
@@ -45,7 +46,7 @@ class Study:
         self.plans: list[str] = []
 
     def tokens(self, name: str = "tokens", *patch_nums: str) -> list[str]:
-        """Trains a tokenizer and caches tokens, unless that is done; the settings that name both."""
+        """Trains a tokenizer and caches tokens, unless finished; returns the settings that name both."""
         run, cache = self.runs / f"{name}-tokenizer", self.runs / name
         if not finished(run):
             training = [f"name={self.name}/{run.name}", f"data.path={self.shards}", "ckpt_path=last", "logger=csv"]
@@ -56,14 +57,14 @@ class Study:
         return [f"tokenizer={checkpoint}", f"data.path={cache}"]
 
     def sweep(self, name: str, tokens: list[str], *settings: str) -> Path:
-        """A sweep over depth and whatever else; jobs that are finished are kept."""
+        """Runs a sweep over depth and other settings; finished jobs are kept."""
         own = [f"name={self.name}/{name}", f"steps={self.steps}", *tokens, *self.settings, *self.plans]
         quiet = ["logger=csv", "callbacks.pictures=null", "callbacks.best=null"]
         varlab("train", "--multirun", "experiment=depth_scaling", *own, *quiet, *settings)
         return self.runs / name
 
     def fit(self, name: str, *settings: str) -> None:
-        """The scaling law of a sweep; its tables and figures are copied beside this script."""
+        """Fits the scaling law of a sweep and copies its tables and figures next to this script."""
         out = self.runs / f"{name}-fit"
         varlab("scaling", f"source={self.runs / name}", f"out={out}", f"title={self.name}: {name}", *settings)
         target = HERE / f"{self.name}-{name}"
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("study", choices=["scenes", "emoji"])
     parser.add_argument("--full", action="store_true", help="the size for a GPU")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plan", action="store_true", help="print what the sweep costs, start nothing")
+    parser.add_argument("--plan", action="store_true", help="print the cost of the sweep, start nothing")
     given = parser.parse_args()
     shared = [f"trainer={given.device}", "trainer.precision=bf16-mixed", "module.lr_reference_depth=3"]
     name = f"{given.study}-full" if given.full else given.study
@@ -111,7 +112,7 @@ def main() -> None:
         settings += [f"val_every={steps // 8}"]
         study = Study(name, Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
     tokens = study.tokens()
-    if given.study == "emoji" and not given.full:  # so few that two cores can see them often
+    if given.study == "emoji" and not given.full:  # few enough for many epochs on two cores
         tokens[1] = f"data.path={first_images(study.runs / 'tokens', 400)}"
     if given.plan:
         study.plans = ["plan=true", "planned_flops=1.5e11"]

@@ -1,10 +1,11 @@
-"""Fresh data without end: scenes of 32 pixels composed from emoji sprites, packed into shards.
+"""Unlimited synthetic data: scenes of 32 pixels composed from emoji sprites, packed into shards.
 
     python experiments/depth_scaling/scenes.py FOLDER --train 24000 --val 4000
 
-A scene is a pure function of (split, number): a ground of two colors, up to two small sprites, and one large sprite at a random
-place, size, angle and tint, whose category is the label. Train and val share sprites, not scenes. The sprites are fetched from npm
-as for the tokenizer study (Noto Emoji, Apache-2.0; Twemoji, CC BY 4.0); no image is part of this repository.
+A scene is a pure function of (split, number): a two-color gradient, up to two small sprites, and one large sprite at a
+random position, size, angle and tint, whose category is the label. Train and val share sprites, not scenes. The sprites
+are downloaded from npm as in the tokenizer study (Noto Emoji, Apache-2.0; Twemoji, CC BY 4.0); no image is part of this
+repository.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def sprites_of(file: Path) -> tuple[list[Image.Image], list[int], list[str]]:
 
 
 def collect(downloads: Path, file: Path) -> None:
-    """The bitmaps of both sets, without skin tones and flags of their own, as one array."""
+    """Collects the bitmaps of both sets, without skin-tone variants, in one array."""
     archives = {name: fetch(package, downloads) for name, package in BITMAPS.items()}
     by_concept = categories(in_package(archives["google"], "emoji"))
     names = sorted(set(by_concept.values()))

@@ -1,5 +1,6 @@
-"""Next scale against next token, with the same blocks on scenes: VAR, the same tokens one by one, and the classical raster scan of a
-tokenizer with one scale. Loss, samples, Frechet distance, speed of sampling. Steps that are done are not repeated.
+"""Next-scale against next-token prediction, with the same blocks on scenes: VAR, the same tokens one by one, and the
+classical raster scan of a tokenizer with one scale. Loss, samples, Frechet distance, sampling speed. Finished steps are
+skipped.
 
     python experiments/depth_scaling/run.py scenes && python experiments/depth_scaling/var_vs_raster.py     (about half an hour)
 """
@@ -32,7 +33,7 @@ COLUMNS = [
 
 
 def seconds(networks: dict[str, tuple], batch: int) -> dict[str, float]:
-    """Median time of one image, the networks taking turns."""
+    """Median seconds per image; the networks are timed in turn."""
     found: dict[str, list[float]] = {name: [] for name in networks}
     for repeat in range(REPEATS + 1):
         for name, (tokenizer, var) in networks.items():

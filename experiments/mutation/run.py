@@ -1,13 +1,14 @@
-"""Mutation testing: small faults are put into a module one at a time; a test of that module must fail for each.
+"""Mutation testing: inserts small faults into a module one at a time; a test of that module must fail for each.
 
-    python experiments/mutation/run.py                      all targets -> results.csv, survivors on the screen
+    python experiments/mutation/run.py                      all targets -> results.csv, prints survivors
     python experiments/mutation/run.py models/quantizer     one of them
-    python experiments/mutation/run.py --sample 40          at most so many mutants per module, chosen at random (seed 0)
+    python experiments/mutation/run.py --sample 40          at most 40 mutants per module, chosen at random (seed 0)
 
 Mutants: an arithmetic, comparison or boolean operator replaced, a number changed, a condition negated, a call of a
-function with one argument replaced by the argument, an assignment or expression removed. Each runs in a forked process on a copy of
-src/, with the tests that TARGETS names, until the first failure; what takes longer than five times the tests' own time counts as
-killed. Survivors that cannot change any result are listed with their reason in equivalent.csv.
+function with one argument replaced by the argument, an assignment or expression removed. Each runs in a forked process
+on a copy of src/, with the tests that TARGETS names, until the first failure; a mutant that takes longer than five
+times the tests' usual time counts as killed. Survivors that cannot change any result are listed with the reason in
+equivalent.csv.
 """
 
 import argparse
@@ -50,7 +51,7 @@ SWAPS: dict[type, list[type]] = {
 
 
 def is_annotation_or_doc(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a node is part of a type annotation, a docstring, a decorator, an error message or a pragma of types."""
+    """Whether a node is part of a type annotation, a docstring, a decorator, or an error message."""
     while node in parents:
         parent = parents[node]
         if isinstance(parent, ast.AnnAssign) and node is parent.annotation:
@@ -167,7 +168,7 @@ def run_tests(module: str, source: str | None, tests: list[str], limit: float | 
 
 
 def main() -> None:
-    """Runs the mutants of the chosen modules; two processes of this script may share the modules out."""
+    """Runs the mutants of the chosen modules; several processes may run different modules."""
     parser = argparse.ArgumentParser()
     parser.add_argument("modules", nargs="*", default=list(TARGETS))
     parser.add_argument("--sample", type=int, default=0)

@@ -1,10 +1,12 @@
-"""What bf16 changes: the tokens of a trained tokenizer, and the loss of a network over 500 steps beside the spread of seeds.
+"""The effect of bf16: on the tokens of a trained tokenizer, and on the loss of a network over 500 steps compared with
+the spread of seeds.
 
     python experiments/performance/agreement.py tokens TOKENIZER SHARDS [FILE.csv] [--resolution 64] [--device cuda]
     python experiments/performance/agreement.py loss TOKENIZER TOKEN_CACHE OUT [--depth 4] [--trainer gpu]
 
-`tokens` codes the validation images in fp32 and under autocast, and decodes both. `loss` trains each seed twice, same weights and batches,
-in 32-true and bf16-mixed; finished runs are kept. Writes agreement_tokens.csv and agreement_loss.csv beside this file.
+`tokens` encodes the validation images in fp32 and under autocast, and decodes both. `loss` trains each seed twice, with
+the same weights and batches, in 32-true and bf16-mixed; finished runs are kept. Writes agreement_tokens.csv and
+agreement_loss.csv next to this file.
 """
 
 import argparse
@@ -29,7 +31,7 @@ HERE = Path(__file__).parent
 
 @torch.no_grad()
 def tokens(given: argparse.Namespace) -> None:
-    """Share of tokens that are the same, by scale, and what reconstructions lose by it."""
+    """Percentage of identical tokens per scale, and the resulting loss of reconstruction quality."""
     tokenizer = load_tokenizer(given.tokenizer).to(given.device).eval()
     reader = ShardReader(given.shards, "val")
     images = ImageDataset(reader, given.resolution, 1.0, random_crop=False, random_flip=False)
@@ -56,7 +58,7 @@ def tokens(given: argparse.Namespace) -> None:
 
 
 def loss(given: argparse.Namespace) -> None:
-    """Validation loss along the run: the difference that bf16 makes at the same seed, and the spread of seeds."""
+    """Validation loss during training: the effect of bf16 at the same seed, and the spread of seeds."""
     curves: dict[tuple[int, str], dict[int, float]] = {}
     for seed in range(given.seeds):
         for precision in ("32-true", "bf16-mixed"):

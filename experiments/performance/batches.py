@@ -1,9 +1,10 @@
-"""The largest batch of each depth on 80 and 141 GB as `plan=true` counts memory: 256 px, cached tokens, bf16-mixed, one GPU.
+"""The largest batch of each depth on 80 and 141 GB as estimated by `plan=true`: 256 px, cached tokens, bf16-mixed, one
+GPU.
 
 python experiments/performance/batches.py        (any machine, about two minutes)
 
-Estimates, within 5 % of all tensors counted one by one on CPU (tests/test_planning.py); not measured on a GPU. Writes batches.csv and
-prints a table.
+Estimates, within 5 % of the sum over all tensors on a CPU (tests/test_planning.py); not measured on a GPU. Writes
+batches.csv and prints a table.
 """
 
 import csv
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def total(sizes: dict, setup: Setup, batch: int) -> float:
-    """GB at the peak of a step, without tokenizer: the tokens are cached, its codebook is small."""
+    """GB at the peak of a step, without the tokenizer: the tokens are cached and its codebook is small."""
     cfg = OmegaConf.create({"trainer": {"precision": PRECISION}, "data": {"global_batch_size": batch}, "callbacks": {}})
     return sum(memory(cfg, Facts(sizes, 1, 0, []), setup).values())
 

@@ -1,16 +1,17 @@
-"""How fast varlab trains, codes, samples and reads, beside the released code where it is at hand, and how far that is from what this
-device can do.
+"""How fast varlab trains, encodes, samples and reads, compared with the released code if available, and with the limits
+of this device.
 
     make bench                                                                   (2 CPU cores, about ten minutes)
-    make bench ARGS="--released FOLDER_OF_THE_RELEASED_CODE"                     with the released code beside it
+    make bench ARGS="--released FOLDER_OF_THE_RELEASED_CODE"                     compared with the released code
     make bench ARGS="--released FOLDER --device cuda"                            on a GPU: d12, d16, d24, bf16, larger batches
     make bench ARGS="--only sampling --sampled d16 --released FOLDER --device cuda"
 
-Each part runs in a process of its own, as a user's would: memory that an earlier part left behind would help the slower code. In each
-comparison both codes have the same weights, the same batch and take turns; outputs are compared first. Every row: the median of 7 repeats,
-their spread, the ratio to the released code in fp32 (on a GPU: as it runs by default, under autocast), the share of the rate of a large
-matrix product and of a large copy measured in the same process, the peak of memory that one call adds.
-Writes results.csv (results_cuda.csv), a figure of the ratios, and the table in README.md. The released code is no part of this project.
+Each part runs in its own process: memory cached by an earlier part would favor the slower code. In each comparison both
+codes have the same weights and the same batch and run in turn; outputs are compared first. Every row: the median of 7
+repeats, their spread, the ratio to the released code in fp32 (on a GPU: as it runs by default, under autocast), the
+fraction of the rate of a large matrix product and of a large copy measured in the same process, the peak memory that
+one call adds. Writes results.csv (results_cuda.csv), a figure of the ratios, and the table in README.md. The released
+code is not part of this project.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SETTINGS: dict[str, Any] = {"cfg_scale": 1.5, "top_k": 900, "top_p": 0.96}
 
 
 class Bench:
-    """What is compared on one device."""
+    """The comparisons on one device."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.device, self.released = given, given.device, given.released
@@ -74,21 +75,21 @@ class Bench:
         return cast_run
 
     def tokenizer(self, patch_nums: tuple[int, ...], channels: int) -> MSVQVAE:
-        """A tokenizer with weights by chance, whose codes are as far apart as features."""
+        """A tokenizer with random weights, whose codes are as far apart as features."""
         torch.manual_seed(0)
         tokenizer = MSVQVAE(patch_nums, channels=channels)
         torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
         return tokenizer.eval().requires_grad_(False)
 
     def training(self) -> Iterator[list[Contender]]:
-        """A step from cached tokens: forward, loss, backward, clip, AdamW; and once from images."""
+        """A training step from cached tokens (forward, loss, backward, clip, AdamW), and one from images."""
         for name in self.given.trained:
             yield self.training_of(int(name[1:]), self.given.batch, from_images=False)
         name = self.given.trained[0]
         yield self.training_of(int(name[1:]), self.given.batch, from_images=True)
 
     def training_of(self, depth: int, batch: int, from_images: bool) -> list[Contender]:
-        """Contenders of one network; the learning rate is 0, so that all do the same work in every step."""
+        """Contenders for one network; the learning rate is 0, so that all do the same work in every step."""
         tokenizer = self.tokenizer(FULL, 160)
         first = VAR(depth, FULL, 4096, 32, 1000, drop_path=0.0, label_dropout=0.0, init_adaln_gamma=0.5, init_head=1.0)
         their_vae, theirs = None, None
@@ -162,7 +163,7 @@ class Bench:
         return found
 
     def memory(self) -> Iterator[list[Contender]]:
-        """The same step while less of it is kept for the backward pass."""
+        """The same step with fewer activations kept for the backward pass."""
         name, batch, precision = self.given.trained[-1], self.given.batch, self.base
         labels = torch.arange(batch, device=self.device)
         length = scales.num_tokens(FULL)
@@ -194,7 +195,7 @@ class Bench:
 
     @torch.no_grad()
     def tokenizing(self) -> Iterator[list[Contender]]:
-        """256 px images to tokens and back, 109M parameters."""
+        """Encoding and decoding 256 px images, 109M parameters."""
         batch = self.given.coded
         ours = self.tokenizer(FULL, 160)
         theirs = released_tokenizer(self.released, ours).to(self.device) if self.released else None
@@ -216,7 +217,9 @@ class Bench:
         with torch.autocast(self.device, torch.bfloat16):
             rounded = ours.encode(images)
         agreeing = torch.cat([(a == b).float() for a, b in zip(token_maps, rounded, strict=True)], dim=1).mean()
-        print(f"tokenizer: {agreeing:.2%} of tokens by chance are the same in bf16 (real ones: agreement.py)")
+        print(
+            f"tokenizer: {agreeing:.2%} of tokens of random weights are the same in bf16 (trained weights: agreement.py)"
+        )
         flops = tokenizer_flops(ours.sizes)
         for what, by_code in runs.items():
             yield [
@@ -232,11 +235,11 @@ class Bench:
                 )
                 for precision in ("fp32", "bf16")
                 for code, run in by_code.items()
-                if (what, code, precision) != ("encode", "released", "bf16")  # it adds bf16 to fp32 and stops
+                if (what, code, precision) != ("encode", "released", "bf16")  # it fails when it adds bf16 to fp32
             ]
 
     def sampling(self) -> Iterator[list[Contender]]:
-        """Classes to images with guidance, decoder included."""
+        """Sampling images of classes with guidance, including the decoder."""
         for name in self.given.sampled:
             depth, patch_nums, channels = (2, (1, 2, 3, 4), 32) if name == "tiny" else (int(name[1:]), FULL, 160)
             tokenizer = self.tokenizer(patch_nums, channels)
@@ -253,7 +256,7 @@ class Bench:
 
     @torch.no_grad()
     def sampling_of(self, name: str, var: VAR, compiled: VAR, tokenizer: MSVQVAE, theirs: Any, batch: int):
-        """Contenders of one network and batch; greedy tokens are compared first."""
+        """Contenders for one network and batch size; greedy tokens are compared first."""
         labels = torch.arange(batch, device=self.device)
         tokens = [
             torch.cat(generate_tokens(net, tokenizer, labels, SamplingSettings(1.5, top_k=1))[1], dim=1)
@@ -272,7 +275,7 @@ class Bench:
             runs["released"] = lambda: theirs.autoregressive_infer_cfg(
                 batch, labels, g_seed=0, cfg=1.5, top_k=900, top_p=0.96
             )
-        # guidance takes two forward passes, each a third of a training step: with a cache each token is computed once
+        # guidance takes two forward passes, each a third of a training step; with a cache, each token is computed once
         network_flops = 2 * training_flops(var.sizes) / 3
         flops = network_flops + tokenizer_flops(tokenizer.sizes)["decode"]
         return [
@@ -291,7 +294,7 @@ class Bench:
         ]
 
     def data(self) -> Iterator[list[Contender]]:
-        """Images from shards and token batches, one process."""
+        """Reading images from shards and token batches, in one process."""
         with tempfile.TemporaryDirectory() as folder:
             counts, runs = decoding_contenders(Path(folder))
             yield [
@@ -304,7 +307,7 @@ class Bench:
         yield [Contender("read tokens", "680 tokens", "varlab, from memory", "fp32", run, count, "sequences")]
 
     def start(self) -> list[dict[str, Any]]:
-        """Seconds from the shell to help, and to the end of a run of one training step, each in a process of its own."""
+        """Seconds of the help commands and of a run of one training step, each in its own process."""
         rows = []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -328,7 +331,7 @@ class Bench:
 
 
 def measure_part(given: argparse.Namespace, part: str) -> list[dict[str, Any]]:
-    """Rows of one part, after those of the ceilings."""
+    """The rows of the ceilings, then those of one part."""
     bench = Bench(given)
     if bench.is_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -358,11 +361,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--trained", nargs="+", help="networks trained, as d16")
     parser.add_argument("--batch", type=int, help="images of a training step")
-    parser.add_argument("--coded", type=int, help="images that the tokenizer codes at once")
+    parser.add_argument("--coded", type=int, help="images per batch of the tokenizer")
     parser.add_argument("--sampled", nargs="+", help="networks sampled: tiny or as d16")
-    parser.add_argument("--batches", type=int, nargs="+", help="images sampled at once")
+    parser.add_argument("--batches", type=int, nargs="+", help="images sampled per batch")
     parser.add_argument(
-        "--out", type=Path, help="CSV; default, for all parts: results.csv or results_cuda.csv beside this file"
+        "--out", type=Path, help="CSV; default for all parts: results.csv or results_cuda.csv next to this file"
     )
     given = parser.parse_args()
     is_gpu = given.device == "cuda"
@@ -383,7 +386,7 @@ def main() -> None:
         save(file, rows, given.device)
         show(file)
     else:
-        print("not saved, for only some parts were measured: give --out FILE to keep them")
+        print("not saved, since only some parts were measured: give --out FILE to save the results")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How fast data flows, as ratios in one run on one core: decoding from shards against a plain folder and against the
-webdataset library, token batches from memory, the first batch after a resume, and how well neighbors are mixed.
+"""Data loading speed in one run on one core: decoding from shards against a plain folder and against the webdataset
+library, token batches from memory, the first batch after a resume, and how well neighbors are shuffled.
 
-`make bench-data` writes experiments/performance/data.csv. The JPEG files are crops of the two photographs that
-scikit-learn carries (427 x 640), at ImageNet's usual size.
+`make bench-data` writes experiments/performance/data.csv. The JPEG files are crops of the two photographs in
+scikit-learn (427 x 640), at ImageNet's typical size.
 """
 
 import csv
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).with_name("data.csv")
 
 
 def make_photos(folder: Path) -> None:
-    """JPEG files of 500 x 375 in two class folders."""
+    """Writes JPEG files of 500 x 375 pixels into two class folders."""
     rng = np.random.default_rng(0)
     for label, photo in enumerate(load_sample_images().images):
         (folder / f"class{label}").mkdir(parents=True)
@@ -46,7 +46,7 @@ def make_photos(folder: Path) -> None:
 
 
 def recipe(image: Image.Image) -> torch.Tensor:
-    """The recipe as transforms libraries do it: resize the whole image, cut, to a tensor, normalize."""
+    """The recipe as in transform libraries: resize the whole image, crop, convert to a tensor, normalize."""
     scale = round(1.125 * RESOLUTION) / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     left, top = (image.width - RESOLUTION) // 2, (image.height - RESOLUTION) // 2
@@ -55,7 +55,7 @@ def recipe(image: Image.Image) -> torch.Tensor:
 
 
 class PlainFolder(Dataset):
-    """What most training scripts do: open the file, convert, resize, crop."""
+    """The data set of most training scripts: open the file, convert, resize, crop."""
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.rglob("*.jpg"))
@@ -68,7 +68,7 @@ class PlainFolder(Dataset):
 
 
 def decoding_contenders(folder: Path) -> tuple[dict[str, int], dict[str, Callable[[], object]]]:
-    """Images read and the reading itself, by code: decode and preprocess in one process."""
+    """(number of images, function that reads them) by code: decode and preprocess in one process."""
     make_photos(folder / "photos")
     pack(folder_source(folder / "photos", 0.05, 0), folder / "shards", shard_images=100, seed=0)
     reader = ShardReader(folder / "shards", "train")
@@ -98,7 +98,7 @@ def decoding_contenders(folder: Path) -> tuple[dict[str, int], dict[str, Callabl
 
 
 def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
-    """Images a second through decode and preprocess, one process."""
+    """Images per second of decoding and preprocessing in one process."""
     counts, runs = decoding_contenders(folder)
     return [
         (f"decode 500x375 to 256: {name}", counts[name] / statistics.median(s), "images/s")
@@ -107,7 +107,7 @@ def measure_decoding(folder: Path) -> list[tuple[str, float, str]]:
 
 
 def measure_agreement(folder: Path) -> list[tuple[str, float, str]]:
-    """How far our pixels are from resizing the whole image with Pillow and cutting it, in levels of 255."""
+    """Difference of our pixels from resizing the whole image with Pillow and cropping it, in levels of 255."""
     reader = ShardReader(folder / "shards", "train")
     ours = ImageDataset(reader, RESOLUTION, 1.125, random_crop=False, random_flip=False)
     differences = []
@@ -135,7 +135,7 @@ def token_contender() -> tuple[Callable[[], object], int]:
 
 
 def measure_tokens() -> list[tuple[str, float, str]]:
-    """Sequences of 680 tokens a second."""
+    """Sequences of 680 tokens per second."""
     read, count = token_contender()
     seconds = interleaved({"tokens": read}, repeats=REPEATS)["tokens"]
     return [("token sequences from memory, 680 tokens", count / statistics.median(seconds), "sequences/s")]
@@ -168,7 +168,7 @@ def measure_resume(folder: Path) -> list[tuple[str, float, str]]:
 
 
 def measure_mixing() -> list[tuple[str, float, str]]:
-    """Of neighbors in the order: share from the same shard, at ImageNet's size (1,281 shards of 1,000)."""
+    """Percentage of neighbors in the order from the same shard, at ImageNet's size (1,281 shards of 1,000)."""
     rows = []
     for lanes, window in [(64, 1024), (64, 4096), (64, 16384), (1, 4096), (64, None)]:
         order = Order([1000] * 1281, lanes=lanes, window=window).epoch(0)
@@ -187,7 +187,8 @@ def measure_mixing() -> list[tuple[str, float, str]]:
 
 
 def measure_classes() -> list[tuple[str, float, str]]:
-    """Of neighbors in the order: share of the same class, where others packed the shards class by class, and where we did."""
+    """Percentage of neighbors in the order of the same class, for shards sorted by class and for those of `varlab
+    pack`."""
     label = np.repeat(np.arange(1000), 1281)
     mixed = np.random.default_rng(0).permutation(label)
     rows = []

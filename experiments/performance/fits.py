@@ -1,4 +1,4 @@
-"""How long a parametric fit and its bootstrap take: made-up runs of ten sizes.
+"""How long a parametric fit and its bootstrap take, on synthetic runs of ten sizes.
 
 python experiments/performance/fits.py        (two CPU cores: about half a minute)
 """

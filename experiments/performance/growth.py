@@ -1,10 +1,12 @@
-"""Does cost grow as counted? Seconds an image of a training step and of sampling against depth, tokens, codes and batch.
+"""Does cost grow as counted? Seconds per image of a training step and of sampling against depth, tokens, codes and
+batch.
 
     python experiments/performance/growth.py                    (2 CPU cores, about five minutes)
     python experiments/performance/growth.py --device cuda --depth 16 --batch 32 --bf16
 
-One quantity varies at a time around d4 on 256 px, batch 2. Writes growth.csv and growth.png: points are measured, lines the FLOPs counted
-by varlab.cost.flops at the rate of the middle point; a slope of time over FLOPs above 1 says that something grows faster than its count.
+One quantity varies at a time around d4 on 256 px, batch 2. Writes growth.csv and growth.png: points are measured; lines
+are the FLOPs counted by varlab.cost.flops at the rate of the middle point. A slope of time against FLOPs above 1 means
+that something grows faster than counted.
 """
 
 import argparse
@@ -28,11 +30,11 @@ from varlab.training.optimizers import parameter_groups
 
 RESULTS = Path(__file__).with_name("growth.csv")
 LONG = (*FULL, 20, 25)  # 1,705 tokens
-QUANTITIES = {"depth": "depth", "tokens": "tokens an image", "codes": "codes", "batch": "images at once"}
+QUANTITIES = {"depth": "depth", "tokens": "tokens per image", "codes": "codes", "batch": "images per batch"}
 
 
 def setups(base: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What is measured: base with one quantity changed."""
+    """The measured configurations: base with one quantity changed."""
     depth = base["depth"]
     depths = sorted({max(1, round(depth * share)) for share in (0.25, 0.5, 0.75, 1, 1.5, 2)})
     batch = base["batch"]
@@ -46,7 +48,7 @@ def setups(base: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, float]:
-    """Seconds an image of a training step and of sampling (transformer and drawing, no decoder)."""
+    """Seconds per image of a training step and of sampling (transformer and token sampling, no decoder)."""
     torch.manual_seed(0)
     patch_nums, codes, batch = setup["patch_nums"], setup["codes"], setup["batch"]
     tokenizer = MSVQVAE(patch_nums, channels=32, codebook_size=codes).to(device).eval()
@@ -74,7 +76,7 @@ def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, floa
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Time beside count, a column a quantity."""
+    """Plots measured time and counted FLOPs, one column per quantity."""
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharey="row")
     for line, work in zip(axes, ("training", "sampling"), strict=True):
         for panel, (quantity, label) in zip(line, QUANTITIES.items(), strict=True):
@@ -88,7 +90,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             panel.set_xticks([], minor=True)
             panel.set_title(f"{work}: slope {own[0]['slope']}" if own[0]["slope"] else work, fontsize=10)
             panel.spines[["top", "right"]].set_visible(False)
-        line[0].set_ylabel("seconds an image")
+        line[0].set_ylabel("seconds per image")
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)
 
@@ -114,7 +116,7 @@ def main() -> None:
         for work, share in [("training", 1.0), ("sampling", 2 / 3)]:  # guidance: two forward passes
             flops = np.array([f for _, f, _ in found], dtype=float) * share
             times = np.array([s[work] for _, _, s in found])
-            upper = slice(len(found) // 2, None)  # where the fixed cost of a call no longer counts
+            upper = slice(len(found) // 2, None)  # where the fixed cost of a call is negligible
             is_flat = np.ptp(flops) == 0
             slope = "" if is_flat else f"{np.polyfit(np.log(flops[upper]), np.log(times[upper]), 1)[0]:.2f}"
             rows += [

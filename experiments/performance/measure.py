@@ -1,4 +1,4 @@
-"""What every benchmark here shares: contenders that take turns, memory, bytes moved, and what the device can do at most."""
+"""Shared by all benchmarks here: interleaved timing, memory, bytes moved, and the limits of the device."""
 
 import csv
 import os
@@ -20,8 +20,8 @@ GB = 1e9
 
 @dataclass
 class Contender:
-    """One way of doing some work. `run` does it once, for `count` units at `flops` FLOPs; ratios are against the contender of the
-    same work and network that is marked `is_reference`."""
+    """One implementation of a task. `run` does it once, for `count` units at `flops` FLOPs; ratios are relative to the
+    contender for the same task and network that is marked `is_reference`."""
 
     what: str
     network: str
@@ -53,7 +53,7 @@ def timed(run: Callable[[], object], device: str) -> float:
 def interleaved(
     runs: dict[Any, Callable[[], object]], device: str = "cpu", repeats: int = REPEATS
 ) -> dict[Any, list[float]]:
-    """Seconds of each, taking turns, after one warm-up each."""
+    """Seconds of each call, run in turn, after one warm-up each."""
     for run in runs.values():
         run()
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
@@ -64,7 +64,7 @@ def interleaved(
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float:
-    """GB that one call takes beyond what lay there before: allocated on a GPU, resident in the process on a CPU (Linux)."""
+    """GB that one call adds at its peak: allocated on a GPU, resident in the process on a CPU (Linux)."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -83,7 +83,7 @@ def resident(field: str) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the bytes that operators read and write, each tensor once an operator; views are free."""
+    """Adds up the bytes that operators read and write, each tensor once per operator; views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def traffic(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of a large matrix product by precision, and bytes/s of a large copy (read and written), on this device now."""
+    """Measured FLOP/s of a large matrix product by precision, and bytes/s of a large copy (read and written)."""
 
     flops: dict[str, float]
     bytes: float
@@ -126,7 +126,7 @@ class Ceilings:
 
 
 def compete(contenders: list[Contender], device: str, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """Times contenders in turns; a row each."""
+    """Times contenders in turn; returns one row each."""
     seconds = interleaved({i: contender.run for i, contender in enumerate(contenders)}, device)
     medians = {i: statistics.median(values) for i, values in seconds.items()}
     reference = next((medians[i] for i, contender in enumerate(contenders) if contender.is_reference), None)
@@ -161,12 +161,12 @@ def compete(contenders: list[Contender], device: str, ceilings: Ceilings) -> lis
 
 
 def machine(device: str) -> str:
-    """The device in words."""
+    """Description of the device."""
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def save(file: Path, rows: Iterable[dict[str, Any]], device: str) -> None:
-    """Rows as CSV, each with machine, date and version of torch; written under another name first."""
+    """Writes rows as CSV atomically, each with machine, date and torch version."""
     stamp = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     rows = [{**row, **stamp} for row in rows]
     unfinished = file.with_suffix(".part")

@@ -1,4 +1,5 @@
-"""The released VAR code beside ours: its networks with our weights. The code lies where the user says; it is not part of this project."""
+"""The released VAR code for comparison: its networks with our weights. The user gives its folder; it is not part of
+this project."""
 
 import sys
 from types import ModuleType
@@ -12,7 +13,7 @@ from varlab.models.var import VAR
 
 
 def make_importable(folder: str) -> None:
-    """Puts the released `models` on the path, without what its __init__ imports and the hub class that it only names."""
+    """Makes the released `models` importable, without the imports of its __init__ and with a stub of the hub class."""
     if folder not in sys.path:
         sys.path.insert(0, folder)
     sys.modules.setdefault("models", ModuleType("models")).__path__ = [f"{folder}/models"]

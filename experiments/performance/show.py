@@ -1,4 +1,4 @@
-"""results.csv as a figure and as the table in README.md, between its two marks.
+"""results.csv as a figure and as the table in README.md, between its two markers.
 
 python experiments/performance/show.py [FILE.csv]
 """
@@ -24,7 +24,7 @@ def percent(share: str) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown; the ceilings in words above it."""
+    """The rows as a Markdown table, below a sentence about the ceilings."""
     ceilings = {row["network"]: float(row["per_second"]) for row in rows if row["what"] == "ceiling"}
     products = ", ".join(
         f"{name.removeprefix('matrix product, ')} {rate / 1e9:,.0f} GFLOP/s"
@@ -48,7 +48,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def draw(rows: list[dict[str, str]], file: Path) -> None:
-    """Bars of the ratios to the reference, and the share of the matmul rate that each reaches."""
+    """Plots bars of the ratios to the reference, and the percentage of the matmul rate that each reaches."""
     shown = [row for row in rows if row["ratio"] and row["code"] in COLOURS]
     works = list(dict.fromkeys((row["what"], row["network"]) for row in shown))
     figure, (left, right) = plt.subplots(
@@ -82,7 +82,7 @@ def draw(rows: list[dict[str, str]], file: Path) -> None:
 
 
 def show(file: Path) -> None:
-    """Figure beside the CSV; the table into README.md if the CSV is the one that it shows."""
+    """Writes a figure next to the CSV, and the table: into README.md for results.csv, else to stdout."""
     with open(file, newline="") as lines:
         rows = list(csv.DictReader(lines))
     draw(rows, file.with_suffix(".png"))

@@ -1,5 +1,5 @@
-"""Makes the curves that `varlab doctor` compares a run to: each experiment of the demo with four seeds, three of which give the
-band; the fourth shows whether the band holds what it should.
+"""Makes the reference curves of `varlab doctor`: trains each experiment of the demo with four seeds, three of which
+give the band; the fourth tests it.
 
     make demo && python experiments/reference/make.py      (about a quarter of an hour on two CPU cores)
 """
@@ -26,7 +26,7 @@ EXPERIMENTS = {
 
 
 def curves_of(experiment: str, seed: int) -> dict[str, dict[int, float]]:
-    """Trains, unless that is done."""
+    """The curves of a run, trained unless it is already finished."""
     folder = RUNS / f"{experiment}-{seed}"
     row = folder / "run.json"
     if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
@@ -60,7 +60,7 @@ def main() -> None:
             if not comparison.is_normal
         }
         print(
-            f"{experiment}: seed {HELD_OUT} lies in the band in {len(comparisons) - len(out)} of {len(comparisons)} metrics; outside: {out}"
+            f"{experiment}: seed {HELD_OUT} is in the band for {len(comparisons) - len(out)} of {len(comparisons)} metrics; outside: {out}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Does a tokenizer trained with scale dropout make the next-scale model's work easier? Trains the same small VAR on the tokens
-of two tokenizers of run.py, draws as many samples as there are validation images, with their labels, and compares.
+"""Does a tokenizer trained with scale dropout make tokens easier to predict? Trains the same small VAR on the tokens of
+two tokenizers of run.py, samples as many images as the validation set has, with the same labels, and compares.
 
     python experiments/tokenizer/next_scale.py        (after run.py; ten minutes on two CPU cores)
 
-Losses over different tokens do not compare; distances of images do.
+Losses on different tokens are not comparable; distances of images are.
 """
 
 import csv
@@ -26,7 +26,7 @@ DEPTH, STEPS, BATCH, CFG_SCALE = 3, 800, 32, 1.5
 
 
 def distance_of_samples(arm: str) -> dict[str, float]:
-    """Trains if need be, samples, scores."""
+    """Trains if necessary, samples, scores."""
     tokenizer, tokens, run = RUNS / arm / "checkpoints/last.ckpt", RUNS / f"{arm}_tokens", RUNS / f"{arm}_var"
     if not (tokens / "manifest.json").is_file():
         varlab(

@@ -1,9 +1,11 @@
-"""Six freely licensed emoji sets as a data set of 64 pixel images: fetch (npm), draw, composite on white, split, pack.
+"""Six freely licensed emoji sets as a data set of 64 pixel images: download (npm), render, composite on white, split,
+pack.
 
     python experiments/tokenizer/prepare.py [FOLDER]      (default data/emoji64; about two minutes, 150 MB of downloads)
 
-Labels are the nine categories of Unicode. Train and val part by codepoint: all vendors and skin tones of one emoji are on one
-side. Images are not part of this repository; their licences are in LICENCES below and in FOLDER/LICENCES.txt.
+Labels are the nine Unicode categories. Train and val are split by codepoint: all vendors and skin tones of an emoji are
+in the same split. Images are not part of this repository; their licenses are in LICENCES below and in
+FOLDER/LICENCES.txt.
 """
 
 import hashlib
@@ -47,7 +49,7 @@ SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """The package's archive, fetched once."""
+    """The package's archive, downloaded once."""
     done = folder / f"{re.sub(r'[^a-z0-9.]+', '-', package).strip('-')}.tgz"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def concept(codepoints: str) -> str:
-    """What a sequence of codepoints shows, whatever its skin tones and presentation."""
+    """A sequence of codepoints without skin tones and presentation selectors."""
     return "-".join(part for part in codepoints.lower().split("-") if part not in SKIN_TONES | {"fe0f"})
 
 
@@ -72,7 +74,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def bitmaps(archive: Path) -> Iterator[tuple[str, Image.Image]]:
-    """(codepoints, image) of a set that comes as PNG."""
+    """(codepoints, image) of a set distributed as PNG."""
     with tarfile.open(archive) as tar:
         for info in tar:
             if re.search(r"/img/\w+/64/[^/]+\.png$", info.name):
@@ -90,7 +92,7 @@ def in_package(archive: Path, name: str) -> Any:
 
 
 def vectors(archive: Path, by_name: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
-    """(codepoints, image) of a set that comes as SVG; icons whose name is no emoji's are left out."""
+    """(codepoints, image) of a set distributed as SVG; icons whose name is not that of an emoji are left out."""
     import resvg_py
 
     icons = in_package(archive, "icons")
@@ -115,7 +117,7 @@ def categories(entries: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def names(entries: list[dict[str, Any]], chars: dict[str, str]) -> dict[str, str]:
-    """Codepoints by every name that an emoji goes by: Unicode's, the short ones, and those of the Fluent set."""
+    """Codepoints by every name of an emoji: Unicode's, the short names, and those of the Fluent set."""
     found = {}
     for entry in entries:
         for name in [entry["name"] or "", *entry["short_names"]]:

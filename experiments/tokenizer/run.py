@@ -1,5 +1,5 @@
-"""What does each loss of a tokenizer buy, and what do remedies for the codebook do? Trains and scores one tokenizer an arm on
-emoji64, at a size for two CPU cores. Steps that are done are not repeated; a killed run continues.
+"""What does each tokenizer loss contribute, and what do the codebook remedies do? Trains and scores one tokenizer per
+arm on emoji64, at a size for two CPU cores. Finished steps are skipped; an interrupted run continues.
 
     python experiments/tokenizer/prepare.py && python experiments/tokenizer/run.py        (about two hours)
     python experiments/tokenizer/run.py plain perceptual                                   (these arms only)
@@ -47,13 +47,13 @@ FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"
 
 
 def varlab(*command: str) -> None:
-    """Runs one verb, printed before."""
+    """Prints and runs one command."""
     print("varlab", " ".join(command), flush=True)
     subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
 
 
 def train_and_score(arm: str) -> dict:
-    """The arm's scores on the validation images."""
+    """Trains and evaluates an arm unless finished; returns its scores on the validation images."""
     folder = RUNS / arm
     row = folder / "run.json"
     if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
@@ -75,7 +75,7 @@ def logged(arm: str, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_curves(arms: list[str]) -> None:
-    """PSNR and codes in use while training."""
+    """Plots PSNR and codes in use during training."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {
         "val/psnr": "PSNR of validation images (dB)",
@@ -94,7 +94,7 @@ def plot_curves(arms: list[str]) -> None:
 
 @torch.no_grad()
 def draw_reconstructions(arms: list[str]) -> Image.Image:
-    """Validation images, a row each: the original, then its reconstruction by each arm."""
+    """A grid with one row per validation image: the original, then its reconstruction by each arm."""
     dataset = ImageDataset(ShardReader(SHARDS, "val"), 64, 1.0, random_crop=False, random_flip=False)
     chosen = np.linspace(0, len(dataset) - 1, 8).astype(int)
     images = to_tensor([dataset.readable(SampleRequest(int(i), 0, True), Crop())[0] for i in chosen])
@@ -108,9 +108,9 @@ def draw_reconstructions(arms: list[str]) -> Image.Image:
 def main() -> None:
     arms = sys.argv[1:] or list(ARMS)
     if unknown := [arm for arm in arms if arm not in ARMS]:
-        sys.exit(f"no such arm: {', '.join(unknown)}; there are {', '.join(ARMS)}")
+        sys.exit(f"no such arm: {', '.join(unknown)}; choose among {', '.join(ARMS)}")
     if not (SHARDS / "manifest.json").is_file():
-        sys.exit(f"{SHARDS} is not there: run experiments/tokenizer/prepare.py first")
+        sys.exit(f"{SHARDS} does not exist: run experiments/tokenizer/prepare.py first")
     found = {arm: train_and_score(arm) for arm in arms}
     with open(HERE / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)

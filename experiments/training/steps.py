@@ -1,11 +1,11 @@
-"""How fast does a VAR of each depth train here, what does it keep in memory, and does `plan=true` foretell it?
+"""How fast does a VAR of each depth train here, how much memory does it need, and does `plan=true` predict it?
 
     python experiments/training/steps.py                                             (two CPU cores, about ten minutes)
     python experiments/training/steps.py --device cuda --depths 12 16 20 24 30       (largest batch that fits, bf16, compiled)
 
-Each line is a process of its own: steps of forward, backward, clip and AdamW on cached tokens of 256 px images, and the same
-with the tokenizer encoding the images first. MFU is exact FLOPs a second over the rate of a large matrix product measured in the
-same process.
+Each line is measured in a separate process: steps of forward, backward, clip and AdamW on cached tokens of 256 px
+images, and the same with the tokenizer encoding the images first. MFU is exact FLOPs per second divided by the rate of
+a large matrix product measured in the same process.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
 
 
 def planned(sizes: dict, batch: int, arguments: argparse.Namespace) -> float:
-    """What `plan=true` would say."""
+    """Memory in GB as `plan=true` estimates it."""
     from omegaconf import OmegaConf
 
     from varlab.cost.plan import RELEASED_PARAMS, Facts, Setup, memory
@@ -127,7 +127,7 @@ def planned(sizes: dict, batch: int, arguments: argparse.Namespace) -> float:
 
 
 def in_own_process(depth: int, batch: int, road: str, argv: list[str]) -> dict | None:
-    """The line, or None when memory did not suffice."""
+    """The line, or None if it ran out of memory."""
     command = [sys.executable, __file__, "--one", str(depth), str(batch), road, *argv]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", help="tried in turn; the last that fits counts")
+    parser.add_argument("--batches", type=int, nargs="+", help="tried in order; the last one that fits is reported")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     is_gpu = arguments.device != "cpu"

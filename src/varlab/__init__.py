@@ -30,7 +30,7 @@ PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported now."""
+    """Imports a public name on first use."""
     if name not in PUBLIC:
         raise AttributeError(f"module 'varlab' has no attribute {name!r}")
     value = getattr(import_module(f"varlab.{PUBLIC[name]}"), name)

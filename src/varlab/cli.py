@@ -1,4 +1,4 @@
-"""`varlab COMMAND [overrides]`: finds the command, nothing else."""
+"""`varlab COMMAND [overrides]`: dispatches to the command."""
 
 import runpy
 import sys
@@ -11,10 +11,10 @@ COMMANDS = {
     "sample": "checkpoint -> PNG images, class grid, filmstrip of scales",
     "doctor": "compare a run's curves with the reference curves of its experiment",
     "export": "checkpoint -> safetensors folder, released layout, one file, ONNX",
-    "import": "the authors' weights -> folder for use anywhere",
+    "import": "the authors' weights -> export folder",
     "sync": "upload runs that were logged offline to W&B",
-    "edit": "in-painting, out-painting, class-conditional editing of an image",
-    "app": "web page: sample, edit, look inside the tokenizer, watch a sweep",
+    "edit": "inpainting, outpainting, class-conditional editing of an image",
+    "app": "web page: sample, edit, inspect the tokenizer, monitor a sweep",
     "sweep": "status, resume, retry-failed, table of a multirun",
     "scaling": "runs -> table, power laws with intervals, figures",
 }

@@ -1,4 +1,4 @@
-"""From yaml to objects: the config folder, types checked against constructors, user errors in one sentence."""
+"""From yaml to objects: the config folder, type checks against constructors, user errors in one sentence."""
 
 import inspect
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def conf_dir() -> str:
-    """`conf/` inside the installed package, or at the root of the checkout."""
+    """The folder `conf/`, in the installed package or at the root of the checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parents[1] / "conf"):
         if folder.is_dir():
@@ -61,8 +61,8 @@ def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable
 
 
 def argument_command(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Turns a function of plain arguments into a command, for those that take files and no settings. Without arguments
-    it prints `usage`; a user error is one line and exit code 1."""
+    """Turns a function of plain arguments into a command without Hydra settings. Without arguments it prints `usage`; a
+    user error is one line and exit code 1."""
 
     def main() -> None:
         arguments = sys.argv[1:]
@@ -87,7 +87,7 @@ def report_user_errors(name: str) -> Iterator[None]:
     """Reports user errors in one sentence."""
     try:
         yield
-    except BrokenPipeError:  # the reader of the output closed it: `varlab ... | head`
+    except BrokenPipeError:  # the reader closed the pipe: `varlab ... | head`
         raise SystemExit(1) from None
     except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_user_error(error):
@@ -102,13 +102,12 @@ def report_user_errors(name: str) -> Iterator[None]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error is the user's to fix. Of the RuntimeErrors, those of a data worker that died or hangs are."""
+    """Whether an error is a user error. Of RuntimeErrors, only those of a dead or hanging data worker are."""
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader")
 
 
 def one_sentence(error: BaseException) -> str:
-    """An error's message in one line: of a data worker's traceback the last one, of OmegaConf's errors with the full
-    key."""
+    """An error's message in one line: of a data worker's traceback the last, of OmegaConf's errors with the full key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, RuntimeError):
@@ -120,15 +119,15 @@ def one_sentence(error: BaseException) -> str:
 
 
 def examples(name: str) -> str:
-    """The comment at the head of a command's yaml: what it does and how it is called."""
+    """The comment at the top of a command's yaml: what it does and how to call it."""
     lines = (Path(conf_dir()) / f"{name}.yaml").read_text().splitlines()
     return "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines)) + "\n"
 
 
 def check_types(cfg: DictConfig) -> None:
-    """Raises ValueError for a value whose type does not match its constructor's, or a key that it does not have.
+    """Raises ValueError for a value whose type does not match the constructor's annotation, or for an unknown key.
 
-    Hydra itself passes `lr=1e-3x` on as text. Every node with a `_target_` is checked.
+    Hydra itself would pass `lr=1e-3x` as a string. Every node with a `_target_` is checked.
     """
     check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), key_path="")
 
@@ -152,7 +151,7 @@ def check_node(node: Any, key_path: str) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     try:
         hints = get_type_hints(constructor)
-    except (NameError, TypeError):  # annotations of foreign code that only exist for its type checker
+    except (NameError, TypeError):  # annotations in third-party code that exist only for a type checker
         hints = {}
     for key, value in node.items():
         if key.startswith("_") and key.endswith("_"):
@@ -170,7 +169,7 @@ def check_node(node: Any, key_path: str) -> None:
                 raise ValueError(f"{key_path}.{key}={value!r}: choose one of {choices}")
             expected = getattr(hints[key], "__name__", None) or str(hints[key])
             raise ValueError(
-                f"{key_path}.{key}={value!r} has type {type(value).__name__}, {node['_target_']} expects {expected}"
+                f"{key_path}.{key}={value!r} has type {type(value).__name__}, but {node['_target_']} expects {expected}"
             )
 
 

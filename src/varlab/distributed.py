@@ -1,4 +1,4 @@
-"""Who does which part of the work, among processes that torchrun started; the default device."""
+"""Splitting work over the processes of torchrun; the default device."""
 
 import logging
 import os
@@ -12,14 +12,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """The parts of the work that this process does: those whose number is `rank` modulo `num_ranks`."""
+    """This process's part of the work: the items whose number is `rank` modulo `num_ranks`."""
 
     rank: int = 0
     num_ranks: int = 1
 
     @classmethod
     def of_environment(cls) -> "WorkSplit":
-        """From the variables that torchrun sets; all of the work without them."""
+        """From the environment variables of torchrun; all of the work without them."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -1,4 +1,4 @@
-"""Files: atomic writes, hashes, JSON, the log of a run."""
+"""File utilities: atomic writes, hashes, JSON, the log of a run."""
 
 import csv
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that is renamed to it when the block succeeds, and removed when it fails."""
+    """A temporary path in the same folder that is renamed to `path` if the block succeeds, and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -28,7 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that is renamed to it when the block succeeds. Raises ValueError when `path`
+    """A temporary folder next to `path` that is renamed to it if the block succeeds. Raises ValueError if `path`
     exists."""
     if path.exists():
         raise ValueError(f"{path} already exists: remove it, or choose another out=...")
@@ -57,7 +57,7 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A manifest. Raises ValueError naming the file when it is missing or not JSON, and the command that makes it."""
+    """Reads a JSON file. If it is missing or invalid, raises ValueError naming it and the command that makes it."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: make it with `{made_by}`")
     try:
@@ -72,7 +72,7 @@ def json_hash(value: Any) -> str:
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
+    """A nested mapping as a flat one with dotted keys."""
     if not isinstance(node, dict):
         return {prefix: node}
     found: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_curves(file: Path) -> dict[str, dict[int, float]]:
-    """metrics.csv as {name: {step: value}}. Of a step that was repeated after a restart, the last row counts."""
+    """metrics.csv as {name: {step: value}}. For a step that was repeated after a restart, the last row counts."""
     curves: dict[str, dict[int, float]] = {}
     if file.is_file():
         with open(file, newline="") as lines:

@@ -1,4 +1,4 @@
-"""Grids of images, strips of scales, and their files."""
+"""Grids and strips of images, and their files."""
 
 import zipfile
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from varlab.files import atomic_write
 
 
 def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap: int = 2) -> Image.Image:
-    """Images in [0, 1] row by row on white; small ones enlarged by an integer factor to at least `min_side` pixels."""
+    """Images in [0, 1] row by row on white; small ones are scaled by an integer factor to at least `min_side` pixels."""
     factor = max(1, -(-min_side // images.shape[-1]))
     images = F.interpolate(images.float().cpu().clamp(0, 1), scale_factor=factor, mode="nearest")
     num_rows = -(-len(images) // columns)
@@ -28,7 +28,7 @@ def grid(images: Float[Tensor, "B 3 H W"], columns: int, min_side: int = 64, gap
 
 
 def columns_of(*columns: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "N 3 H W"]:
-    """Batches of the same size side by side: row i of the grid shows image i of each. Use with `columns=len(columns)`."""
+    """Interleaves batches of the same size: row i of a grid with `columns=len(columns)` shows image i of each."""
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 
@@ -49,8 +49,8 @@ def read(path: Path) -> Float[Tensor, "3 H W"]:
 
 
 def save_npz(files: Sequence[Path], path: Path) -> None:
-    """Image files of one size as `arr_0`, uint8 (N, H, W, 3), the form that the ADM evaluator reads; written image by
-    image."""
+    """Writes image files of one size as `arr_0`, uint8 (N, H, W, 3), the format of the ADM evaluator, one image at a
+    time."""
     height, width = np.asarray(Image.open(files[0])).shape[:2]
     shape = (len(files), height, width, 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
@@ -64,6 +64,6 @@ def save_npz(files: Sequence[Path], path: Path) -> None:
             pixels = np.asarray(Image.open(file).convert("RGB"))
             if pixels.shape != shape[1:]:
                 raise ValueError(
-                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first one {width}x{height}"
+                    f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but the first image is {width}x{height}"
                 )
             array.write(np.ascontiguousarray(pixels).tobytes())

@@ -18,7 +18,7 @@ from varlab.sampling.generate import generate, image_seeds
 
 
 class VARPipeline:
-    """Tokenizer, transformer and the names of the classes.
+    """Tokenizer, transformer and class names.
 
     pipeline = VARPipeline.from_pretrained("folder")
     images = pipeline(labels=["golden retriever", 207], cfg_scale=4.0, seed=0)
@@ -29,8 +29,8 @@ class VARPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "VARPipeline":
-        """From an export folder or a training checkpoint, on `device` (default: a GPU if there is one). Raises
-        ValueError naming the file for one that is missing, damaged, or holds no VAR. No code in the file is executed.
+        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). Raises
+        ValueError naming the file if it is missing, damaged, or contains no VAR. No code in the file is executed.
         """
         tokenizer, var, class_names = load(path)
         return cls(tokenizer, var, class_names).to(device or default_device(None))
@@ -42,7 +42,7 @@ class VARPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return self.var.head.weight.device
 
     def __call__(
@@ -54,8 +54,8 @@ class VARPipeline:
         batch_size: int = 16,
         **settings: Any,
     ) -> list[Image.Image]:
-        """One PIL image for each of `labels`, numbers or names of classes, or for each row of `condition` where the
-        network takes another kind of condition.
+        """One PIL image per entry of `labels` (class numbers or names), or per row of `condition` if the network takes
+        another kind of condition.
 
         Image i has seed `seed + i` (or `seed[i]`) and does not depend on the others. `batch_size`: images per forward
         pass. `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...).

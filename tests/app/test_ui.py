@@ -147,13 +147,13 @@ def test_a_painted_mask_edits_a_sample(page):
     sample(page)
     open_tab(page, "Edit")
     page.click("#edit-button")
-    page.get_by_text("bring an image first, or take a sample").wait_for()
+    page.get_by_text("upload an image first, or use a sample").wait_for()
     page.click("#take-sample")
     canvas = page.locator("#editor canvas").first
     page.wait_for_function("document.querySelector('#editor canvas').offsetHeight > 100")
     page.wait_for_timeout(1500)  # the editor draws the image on its own time
     page.click("#edit-button")
-    page.get_by_text("nothing is marked yet").wait_for()
+    page.get_by_text("there is nothing to generate").wait_for()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -188,7 +188,7 @@ def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
     page.set_input_files(
         {"Tokenizer": "#drop", "Edit": "#edit-upload"}[tab] + " input[type=file]", tmp_path / "bad.png"
     )
-    page.get_by_text("this file is no image that can be read").first.wait_for()
+    page.get_by_text("this file is not a readable image").first.wait_for()
     assert "Traceback" not in page.content()
 
 
@@ -305,7 +305,7 @@ def test_a_bomb_is_refused(tmp_path):
     buffer = io.BytesIO()
     Image.new("L", (10_000, 6_000)).save(buffer, "png")
     (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match="10000 x 6000 pixels: bring one of 50 million at most"):
+    with pytest.raises(ValueError, match="10000 x 6000 pixels: upload one of at most 50 million"):
         read_upload(tmp_path / "bomb.png", 16)
 
 

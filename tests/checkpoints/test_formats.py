@@ -116,5 +116,5 @@ def test_a_custom_class_of_0_1_keeps_its_name():
     upgraded = upgrade_checkpoint({"varlab": entry, "state_dict": {"net.class_embedding.weight": 1}})
     assert upgraded["state_dict"] == {"net.embedder.embedding.weight": 1}
     assert type(build(MSVQVAE, upgraded["varlab"]["tokenizer"])) is MSVQVAE
-    with pytest.raises(ValueError, match="holds a nowhere.Net, which cannot be imported"):
+    with pytest.raises(ValueError, match="holds nowhere.Net, which cannot be imported"):
         build(VAR, upgraded["varlab"]["var"])

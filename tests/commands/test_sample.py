@@ -107,7 +107,7 @@ def test_classes_by_name_and_settings_by_scale(model, tmp_path):
     [
         ("classes=balanced", "num=7 is not a multiple of 3 classes"),
         ("classes=[fore]", "no class is called 'fore'"),
-        ("top_k=[1,2]", r"top_k=\[1, 2\] has 2 entries, the pyramid 4 scales"),
+        ("top_k=[1,2]", r"top_k=\[1, 2\] has 2 entries, but the pyramid has 4 scales"),
         ("num=0", "num=0 and batch_size=50 must be positive"),
     ],
 )

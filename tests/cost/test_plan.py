@@ -93,7 +93,8 @@ def test_the_plan_counts_with_the_tokenizer_and_data_given(tmp_path, capsys, var
 def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
     alone = ["experiment=var_d30", "trainer=gpu", "plan=true"]
     with pytest.raises(
-        ValueError, match=r"needs [\d.]+ GB of 77.0 on each h100 .*: the cheapest layout that fits is trainer=gpu"
+        ValueError,
+        match=r"needs [\d.]+ GB of the 77.0 GB on each h100 .*: the cheapest layout that fits is trainer=gpu",
     ):
         train.run(config(tmp_path, *alone))
     with pytest.raises(ValueError, match="does not fit 1 x h100 .80 GB. in any layout: use more devices"):

@@ -111,7 +111,7 @@ def test_another_cache_is_not_overwritten_and_the_same_is_kept(token_cache, digi
     before = (copy / "train.tokens.npy").stat().st_mtime_ns
     tokenize.run(settings(copy, digits_folder, tokenizer_run, "flips=true"))
     assert (copy / "train.tokens.npy").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="already holds a token cache with another views"):
+    with pytest.raises(ValueError, match="already holds a token cache with different views"):
         tokenize.run(settings(copy, digits_folder, tokenizer_run, "flips=false"))
 
 

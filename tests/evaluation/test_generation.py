@@ -155,7 +155,7 @@ def test_samples_are_scored_under_honest_names_with_their_protocol(tmp_path, mod
     for part in (
         "not FID",
         "12 samples: fewer than the 50,000",
-        "cfg_scale=2, var_d16_256 has 1.5",
+        "cfg_scale=2, but var_d16_256 uses 1.5",
         "FID 3.55",
         "not comparable",
     ):

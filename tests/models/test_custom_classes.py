@@ -95,11 +95,11 @@ def test_a_custom_embedder_is_rebuilt_and_guides(page, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.Net", "holds a nowhere.Net, which cannot be imported .*add that folder to PYTHONPATH"),
+        ("nowhere.Net", "holds nowhere.Net, which cannot be imported .*add that folder to PYTHONPATH"),
         ("varlab.models.var.Nothing", "cannot be imported"),
         ("Net", "cannot be imported"),
-        ("varlab.models.msvqvae.MSVQVAE", "which is no VAR"),
-        ("os.system", "which is no VAR"),
+        ("varlab.models.msvqvae.MSVQVAE", "which is not a subclass of VAR"),
+        ("os.system", "which is not a subclass of VAR"),
     ],
 )
 def test_what_cannot_be_found_or_is_something_else_is_refused(var, name, message):

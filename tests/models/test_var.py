@@ -46,7 +46,7 @@ def test_cached_logits_equal_the_masked_ones(form, token_maps, labels, tokenizer
 def test_a_shorter_sequence_gives_the_logits_of_its_scales(var, labels):
     inputs = torch.randn(2, 29, 6)
     torch.testing.assert_close(var(inputs[:, :13], labels), var(inputs, labels)[:, :14])
-    with pytest.raises(ValueError, match="ends no scale"):
+    with pytest.raises(ValueError, match="does not end at a scale boundary"):
         var(inputs[:, :12], labels)
 
 

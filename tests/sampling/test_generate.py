@@ -175,7 +175,7 @@ def test_every_number_may_be_given_for_each_scale(var, tokenizer, labels):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": [1, 2]}, r"top_k=\[1, 2\] has 2 entries, the pyramid 4 scales"),
+        ({"top_k": [1, 2]}, r"top_k=\[1, 2\] has 2 entries, but the pyramid has 4 scales"),
         ({"temperature": 0.0}, r"temperature=0.0: must be above 0 \(top_k=1 takes the most likely code\)"),
         ({"min_p": 1.5}, "min_p=1.5: must be between 0 and 1"),
         ({"cfg_schedule": "square"}, "cfg_schedule='square': choose one of linear, cosine, constant"),

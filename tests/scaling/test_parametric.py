@@ -176,7 +176,7 @@ def test_the_verb_answers(tmp_path, capsys):
     make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
     scale(tmp_path, tmp_path / "sweep")
     printed = capsys.readouterr().out
-    assert "L(N, D) = E + A / N^alpha + B / D^beta" in printed and "by the other loss" in printed
+    assert "L(N, D) = E + A / N^alpha + B / D^beta" in printed and "with the other loss" in printed
     for name in ("surface", "scaling", "extrapolation"):
         assert (tmp_path / f"fit/{name}.png").is_file()
     held = json.loads((tmp_path / "fit/fits.json").read_text())["held_out_error_percent"]

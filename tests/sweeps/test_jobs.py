@@ -67,10 +67,10 @@ def test_one_failing_job_does_not_sink_the_others(tmp_path, sweep):
     code, said = sweep(*sweep.settings, "model.num_heads=2,3,1", "hydra.sweep.subdir=${hydra:job.num}")
     assert code == 1
     assert [job["state"] for job in ledger(tmp_path).values()] == ["finished", "failed", "finished"]
-    assert "width 32 does not divide into num_heads=3" in said
+    assert "width 32 is not divisible by num_heads=3" in said
     code, told = sweep("status", "runs/sweep", verb="sweep")
     assert code == 0 and "2 finished, 1 failed" in told
-    assert re.search(r"failed +model.num_heads=3 .*width 32 does not divide.*\(log: runs/sweep/.*/output.log\)", told)
+    assert re.search(r"failed +model.num_heads=3 .*width 32 is not divisible.*\(log: runs/sweep/.*/output.log\)", told)
     code, said = sweep("resume", "runs/sweep", verb="sweep")
     assert "failed before, skipped: run `varlab sweep retry-failed`" in said and said.count("already finished") == 2
     before = {name: job["ended"] for name, job in ledger(tmp_path).items()}

@@ -180,7 +180,7 @@ def test_accumulation_and_two_processes_give_the_same_discriminator(tmp_path, di
 def test_settings_that_do_not_go_together_are_refused(tmp_path, digits_folder):
     overrides = images_overrides(digits_folder)
     fit(tmp_path, *overrides)
-    with pytest.raises(ValueError, match="the checkpoint was made without a discriminator"):
+    with pytest.raises(ValueError, match="the checkpoint has no discriminator"):
         fit(tmp_path, *overrides, *SMALL, "steps=12", "ckpt_path=last")
     with pytest.raises(Exception, match="adversarial_start=0.1: the discriminator must train before its loss is used"):
         fit(tmp_path / "x", *overrides, *SMALL, "adversarial.adversarial_start=0.1")

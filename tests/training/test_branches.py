@@ -54,7 +54,7 @@ def test_a_branch_that_would_not_share_its_first_steps_is_refused(tmp_path, stud
     ):
         with pytest.raises(ValueError, match=r"branch=0.5: a branch shares its first steps|needs the length"):
             fit(tmp_path, *study, "branch=0.5", "epochs=1", wrong)
-    with pytest.raises(ValueError, match=r"branch=1.5: give the share"):
+    with pytest.raises(ValueError, match=r"branch=1.5: give the length"):
         fit(tmp_path, *study, "branch=1.5")
 
 

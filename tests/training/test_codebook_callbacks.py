@@ -52,7 +52,7 @@ def test_scale_dropout_stops_some_images_and_only_while_training():
     torch.testing.assert_close(dropped.f_hat, expected)
     quantizer.eval()
     torch.testing.assert_close(quantizer(f).f_hat, quantizer.partial_sums(quantizer.encode(f))[-1])
-    with pytest.raises(ValueError, match="scale_dropout=2.0: give a share"):
+    with pytest.raises(ValueError, match="scale_dropout=2.0: give a fraction"):
         make_tokenizer(scale_dropout=2.0)
 
 
@@ -141,7 +141,7 @@ def test_the_alarm_rings_once_for_a_scale_and_says_when_it_is_over():
     assert alarm.check(good, 200, [1, 2]) == []
     (message,) = alarm.check(bad, 300, [1, 2])
     assert message.startswith(
-        "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, 12.0 at best. Remedies: callb"
+        "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, at most 12.0 before. Remedies: callb"
     )
     assert alarm.check(bad, 400, [1, 2]) == []
     again = CollapseAlarm()
@@ -182,5 +182,5 @@ def test_images_that_cannot_be_coded_are_refused():
     images[0, 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         tokenizer.encode(images)
-    with pytest.raises(ValueError, match=r"images are \(16, 20\) pixels; patch_nums .* code \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"images are \(16, 20\) pixels; patch_nums .* need \(16, 16\)"):
         tokenizer.encode(torch.zeros(1, 3, 16, 20))

@@ -59,7 +59,7 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
         var.head.weight, read_checkpoint(tmp_path / "moved/checkpoints/last.ckpt")["ema"]["net.head.weight"]
     )
     (folder / "meta.pt").unlink()
-    with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint: meta.pt is missing"):
+    with pytest.raises(ValueError, match=r"last.ckpt is not a checkpoint: meta.pt is missing"):
         load(folder)
 
 
@@ -281,7 +281,7 @@ def test_scales_enter_one_by_one_as_released():
 
 def test_progressive_training_takes_the_released_schedule():
     assert PROGRESSIVE.schedule(Cosine(warmup=0.1)) == TwoSlopes(warmup=0.1, knee=0.5)
-    with pytest.raises(ValueError, match=r"progressive.share=1.5: give a share of the run between 0 and 1"):
+    with pytest.raises(ValueError, match=r"progressive.share=1.5: give a fraction of the run between 0 and 1"):
         Progressive(share=1.5)
 
 
@@ -308,7 +308,7 @@ def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
     spike = "+callbacks.poison={_target_: support.fault_callbacks.Grow, step: 7, factor: 1000.0}"
     fit(tmp_path, *still, spike)
     assert any(
-        "step 7: the gradient's norm is" in record.message and "usually" in record.message for record in caplog.records
+        "step 7: the gradient norm is" in record.message and "usually" in record.message for record in caplog.records
     )
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Health"]
     assert saved["num_spikes"] == 1

@@ -302,7 +302,7 @@ def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
     fit(tmp_path / "tuned", *tuned)
     assert not torch.equal(weights(tmp_path / "tuned")["net.decoder.conv_out.weight"], released.decoder.conv_out.weight)
     with pytest.raises(
-        Exception, match=r"released.pth holds a tokenizer with codebook_size=12, this run has codebook_size=16"
+        Exception, match=r"released.pth holds a tokenizer with codebook_size=12, but this run has codebook_size=16"
     ):
         fit(tmp_path / "other", *tuned, "model.quantizer.codebook_size=16")
 
@@ -332,12 +332,12 @@ def test_fsdp_trains_on_two_processes(tmp_path, var_overrides):
         ("+model.dpeth=3", r"dpeth: varlab.models.var.VAR has no such setting"),
         ("+module.schedule.shape=cosine", r"shape: varlab.training.schedules.Linear has no such setting"),
         ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
-        ("steps=-1", "the run has no end: give epochs=N or steps=N"),
+        ("steps=-1", "the run has no length: give epochs=N or steps=N"),
         ("epochs=null", "epochs=None: give an integer"),
         ("module.recompute=some", "module.recompute='some': choose one of none, selective, all"),
         ("module.loss_chunks=0", "module.loss_chunks=0: give 1 or more"),
         ("module.attention=dense", "module.attention='dense': choose one of masked, split, flex"),
-        ("accumulate=3", "global_batch_size=8 does not divide into 1 devices x 3"),
+        ("accumulate=3", "global_batch_size=8 is not divisible by 1 devices x 3"),
         ("tokenizer=nowhere.ckpt", "checkpoint nowhere.ckpt does not exist"),
         ("data.path=nowhere", r"nowhere/manifest.json does not exist: make it with `varlab tokenize`"),
         ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt does not exist"),
@@ -354,7 +354,7 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides)
     fit(tmp_path, *var_overrides)
     with pytest.raises(ValueError, match="already holds checkpoints: continue that run with ckpt_path=last"):
         fit(tmp_path, *var_overrides)
-    with pytest.raises(ValueError, match="holds a VAR with depth=2, this run has depth=3"):
+    with pytest.raises(ValueError, match="holds a VAR with depth=2, but this run has depth=3"):
         fit(tmp_path, *var_overrides, "model.depth=3", "steps=12", "ckpt_path=last")
     with pytest.raises(ValueError, match="other data, seed, lanes, window or global batch size"):
         fit(tmp_path, *var_overrides, "data.global_batch_size=4", "steps=12", "ckpt_path=last")
@@ -362,10 +362,10 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides)
 
 def test_a_token_cache_of_another_tokenizer_is_refused(tmp_path, digits_folder, var_overrides):
     fit(tmp_path / "other", *images_overrides(digits_folder), "seed=1")
-    with pytest.raises(ValueError, match=r"was made by tokenizer \w+, this one is \w+: run `varlab tokenize`"):
+    with pytest.raises(ValueError, match=r"was made by tokenizer \w+, but this one is \w+: run `varlab tokenize`"):
         fit(tmp_path / "var", *var_overrides, f"tokenizer={tmp_path / 'other/checkpoints/last.ckpt'}")
     fit(tmp_path / "coarse", *images_overrides(digits_folder), "patch_nums=[1,2,4]")
-    with pytest.raises(ValueError, match=r"patch_nums \[1, 2, 3, 4\], the tokenizer has \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"patch_nums \[1, 2, 3, 4\], but the tokenizer has \[1, 2, 4\]"):
         fit(tmp_path / "var", *var_overrides, f"tokenizer={tmp_path / 'coarse/checkpoints/last.ckpt'}")
 
 

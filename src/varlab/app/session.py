@@ -1,5 +1,5 @@
-"""What the page shows, as plain functions: a trained model, images that people bring, a sweep. Knows nothing of the
-browser."""
+"""The computations behind the web page: a trained model, uploaded images, a sweep. Independent of the browser and
+Gradio."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ from varlab.scaling.plot import figures
 from varlab.scaling.report import SHOWN, shown, summary_lines
 from varlab.scaling.runs import Runs, collect
 
-MAX_PIXELS = 50_000_000  # of an image that somebody brings
-SHOWN_SIDE = 256  # pixels to which small images are enlarged by whole factors
+MAX_PIXELS = 50_000_000  # of an uploaded image
+SHOWN_SIDE = 256  # pixels to which small images are enlarged by integer factors
 
 
 def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
@@ -40,24 +40,24 @@ def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
 
 
 def to_images(batch: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
-    """Images in [0, 1] as pictures."""
+    """Images in [0, 1] as PIL images."""
     return [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
 
 
 def read_upload(path: str | Path, side: int) -> Image.Image:
-    """The square of `side` pixels that the model sees of an image file: cut from its middle.
+    """An image file resized and center-cropped to `side` x `side` pixels, the input of the model.
 
-    Raises ValueError, in a sentence without the file's place, for what is no image or a far too large one.
+    Raises ValueError, without the file's path, for a file that is not an image or is too large.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
-                    f"the image has {image.width} x {image.height} pixels: bring one of 50 million at most"
+                    f"the image has {image.width} x {image.height} pixels: upload one of at most 50 million"
                 )
             return Image.fromarray(np.asarray(preprocess(open_rgb(image), side, 1.0, Crop())))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError("this file is no image that can be read: bring a PNG, JPEG or WebP") from error
+        raise ValueError("this file is not a readable image: upload a PNG, JPEG or WebP") from error
 
 
 class Model:
@@ -74,30 +74,31 @@ class Model:
 
     @property
     def scales(self) -> list[str]:
-        """1x1, 2x2, ..."""
+        """Names of the scales: 1x1, 2x2, ..."""
         return [f"{h}x{w}" for h, w in self.tokenizer.quantizer.sides]
 
     @property
     def choices(self) -> list[str]:
-        """Classes by number and name, to be searched through."""
+        """Classes as "number: name"."""
         return [f"{number}: {name}" for number, name in enumerate(self.class_names)]
 
     def label(self, choice: str | None) -> int:
-        """The class that was chosen or typed; none is the null label. Raises ValueError naming the nearest names."""
+        """The label of a selected or typed class; the null label for an empty one. Raises ValueError naming the nearest
+        names."""
         if not choice or not choice.strip():
             return self.var.null_label
         number = choice.split(":")[0]
         return label_of(int(number) if number.isdigit() else choice, self.class_names, self.var.num_classes)
 
     def sample(self, label: int, num: int, seed: int, **drawing: Any) -> Iterator[tuple[list[Image.Image], list[str]]]:
-        """After each scale: the images so far, `num` of them, and the names of the scales done."""
+        """Yields, after each scale, the `num` images so far and the names of the finished scales."""
         labels = torch.full((num,), label, device=self.device)
         loop = generate_scales(self.var, self.tokenizer, labels, SamplingSettings(**drawing), seed=seed)
         for k, (f_hat, _) in enumerate(loop):
             yield to_images(decode(self.tokenizer, f_hat)), self.scales[: k + 1]
 
     def tensor(self, image: Image.Image) -> Float[Tensor, "1 3 H W"]:
-        """One image as the networks want it."""
+        """One image as an input of the networks."""
         return to_tensor([np.asarray(image)]).to(self.device)
 
     def edit(
@@ -110,8 +111,8 @@ class Model:
         is_inverted: bool,
         **settings: Any,
     ) -> tuple[list[Image.Image], str]:
-        """Edits of the square `image` where `region` (H W, of any size) is above 0, or everywhere else; and what came
-        of it in words.
+        """(`num` edits of the square `image`, summary as text). The region where `region` (H W, of any size) is above 0
+        is generated, or with `is_inverted` everything else.
 
         Raises ValueError for an empty region."""
         mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize(
@@ -120,7 +121,7 @@ class Model:
         chosen = torch.from_numpy(np.asarray(mask) > 0).float().to(self.device)
         keep = chosen if is_inverted else 1 - chosen
         if not (keep == 0).any() or not chosen.any():
-            raise ValueError("paint over the part that is to change: nothing is marked yet")
+            raise ValueError("there is nothing to generate: paint over a part of the image")
         original = self.tensor(image).repeat(num, 1, 1, 1)
         labels = torch.full((num,), label, device=self.device)
         kept = latent_mask(keep, self.tokenizer.quantizer.sides[-1])
@@ -128,14 +129,14 @@ class Model:
         pixels = original / 2 + 0.5
         errors = edit_errors(edited, pixels, keep)
         told = (
-            f"{100 * float(1 - keep.mean()):.0f} % of the image was generated. Before the kept pixels were put back the seam was"
+            f"{100 * float(1 - keep.mean()):.0f} % of the image was generated. Before the kept pixels were restored, the seam was"
             f" {errors.seam:.1f} levels of 255 (usual step {errors.usual:.1f})."
         )
         return to_images(composite(edited, pixels, keep)), told
 
     @torch.no_grad()
     def dissect(self, image: Image.Image) -> "Dissection":
-        """What the tokenizer makes of a square image, scale by scale."""
+        """The tokenizer's encoding of a square image, scale by scale."""
         images = self.tensor(image)
         quantizer = self.tokenizer.quantizer
         features = self.tokenizer.features(images).float()
@@ -160,7 +161,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Dissection:
-    """Pictures and figures of each scale, coarse to fine; the columns of `rows` are named by HEAD."""
+    """Images and numbers of each scale, coarse to fine; HEAD names the columns of `rows`."""
 
     HEAD: ClassVar = ("scale", "tokens", "codes", "energy left, %")
     reconstructions: Sequence[Image.Image]
@@ -170,14 +171,14 @@ class Dissection:
 
 
 def heatmap(values: np.ndarray, top: float) -> Image.Image:
-    """A map of values from 0 to `top` in colours, dark to bright."""
+    """A map of values from 0 to `top` as colors, dark to bright."""
     colours = matplotlib.colormaps["magma"](np.clip(values / max(top, 1e-12), 0, 1))[..., :3]
     return enlarged(Image.fromarray((colours * 255).astype(np.uint8)))
 
 
 def indices_picture(indices: np.ndarray, codebook_size: int) -> Image.Image:
-    """Codebook indices as colours: the same code has the same colour at every place and scale."""
-    hue = (np.arange(codebook_size) * 0.61803398875) % 1  # neighbors in the codebook get colours far apart
+    """Codebook indices as colors: a code has the same color at every position and scale."""
+    hue = (np.arange(codebook_size) * 0.61803398875) % 1  # neighbors in the codebook get distinct colors
     value = 0.55 + 0.45 * ((np.arange(codebook_size) * 0.7548776662) % 1)
     palette = hsv_to_rgb(np.stack([hue, np.full(codebook_size, 0.65), value], axis=1))
     return enlarged(Image.fromarray((palette[indices] * 255).astype(np.uint8)))
@@ -185,7 +186,7 @@ def indices_picture(indices: np.ndarray, codebook_size: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class View:
-    """What a sweep looked like when it was read. `number` rises with each change."""
+    """A snapshot of a sweep. `number` increases with each change."""
 
     number: int
     columns: list[str]
@@ -195,7 +196,7 @@ class View:
 
 
 class Sweep:
-    """Runs of a sweep, finished or still going, and their figures; fitted and plotted once for all visitors."""
+    """Runs of a sweep, finished or still running, and their figures; fitted and plotted once for all visitors."""
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source, self.folder = source, folder
@@ -203,7 +204,7 @@ class Sweep:
         self.view = View(0, list(SHOWN), [], [], "")
 
     def look(self) -> View:
-        """The runs as they are now. What cannot be fitted yet is said, not raised."""
+        """The current state of the runs. Failed fits are reported in the text, not raised."""
         with self.lock:
             try:
                 runs = collect([self.source], use_unfinished=True)
@@ -214,7 +215,7 @@ class Sweep:
             return self.view
 
     def view_of(self, runs: Runs, number: int) -> View:
-        """Table, figures and words of these runs."""
+        """Table, figures and text of these runs."""
         columns, told, images = ["state", *SHOWN], list(runs.left_out), []
         rows = [[shown(row.get(column)) for column in columns] for row in runs.rows]
         try:

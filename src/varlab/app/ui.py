@@ -1,4 +1,4 @@
-"""The web page: what can be set, what is shown, which function of the studio fills it. Built on Gradio."""
+"""The web page, built on Gradio: its controls, its outputs, and the functions of `session` that compute them."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ from varlab import image_grid
 from varlab.app.session import Dissection, Model, Sweep, enlarged, read_upload
 
 log = logging.getLogger(__name__)
-NETWORK = "network"  # whatever computes with a network waits in one line, first come, first served
+NETWORK = "network"  # all requests that run a network share one FIFO queue
 CSS = """
 .gradio-container { width: 100%; min-width: 0; max-width: 1200px !important; margin: 0 auto !important }
 footer { display: none !important }
@@ -39,14 +39,14 @@ THEME = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], f
 
 
 def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same handler; what a visitor can mend is shown as a message, anything else as one sentence, never a
-    traceback."""
+    """Wraps a handler: a user error (ValueError) is shown with its message, any other error with a generic sentence,
+    never a traceback."""
 
     def message(error: Exception) -> gr.Error:
         if isinstance(error, ValueError):
             return gr.Error(str(error), title="This did not work", duration=8, print_exception=False)
         log.exception("a request to the page failed")
-        return gr.Error("Something went wrong here; the terminal says what.", title="Error", print_exception=False)
+        return gr.Error("Internal error: see the terminal for details.", title="Error", print_exception=False)
 
     if isgeneratorfunction(run):
 
@@ -70,9 +70,9 @@ def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def number_within(name: str, value: Any, low: float, high: float) -> float:
-    """Raises ValueError for a number outside its bounds: the browser's own bounds bind nobody."""
+    """The number. Raises ValueError if it is out of bounds, since the browser does not enforce its bounds."""
     if value is None or not low <= value <= high:
-        raise ValueError(f"{name} must lie between {low:g} and {high:g}, not {value}")
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value}")
     return value
 
 
@@ -91,11 +91,11 @@ class Controls:
 
     @property
     def inputs(self) -> list[Any]:
-        """In the order that `read` takes."""
+        """The components, in the order of the arguments of `read`."""
         return [self.cfg, self.top_k, self.top_p, self.seed, self.num]
 
     def read(self, cfg: float, top_k: float, top_p: float, seed: float, num: float) -> dict[str, Any]:
-        """What was set, checked."""
+        """The settings, validated."""
         return {
             "cfg_scale": float(number_within("guidance", cfg, 0, 10)),
             "top_k": int(number_within("top-k", top_k, 0, self.codes)),
@@ -106,12 +106,12 @@ class Controls:
 
 
 def class_choice(model: Model, label: str, value: str | None) -> gr.Dropdown:
-    """A class by number or name, searched while typing."""
+    """A dropdown of classes by number and name, with search."""
     return gr.Dropdown(model.choices, value=value, label=label, info="type to search", allow_custom_value=True)
 
 
 def gallery(label: str, name: str, columns: int = 4) -> gr.Gallery:
-    """Pictures side by side, pixels kept sharp."""
+    """Images side by side, enlarged without smoothing."""
     return gr.Gallery(
         label=label,
         columns=columns,
@@ -124,15 +124,15 @@ def gallery(label: str, name: str, columns: int = 4) -> gr.Gallery:
 
 
 def upload_box(label: str, name: str, height: int) -> gr.Image:
-    """Where an image is dropped. Handlers get the place of the file: Gradio would open it first, and show a bare
-    "Error" for a bad one."""
+    """An upload box for images. Handlers get the path of the file, since Gradio would open it itself and show only
+    "Error" for an invalid one."""
     box = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=height, elem_id=name)
     box.preprocess = lambda payload: payload and payload.path
     return box
 
 
 def paced(frames: Iterator[Any], seconds: float = 0.3) -> Iterator[Any]:
-    """The same, with so much time in between that a browser has shown each."""
+    """The same frames, at least `seconds` apart, so that the browser shows each one."""
     last = -seconds
     for frame in frames:
         time.sleep(max(0.0, last + seconds - time.monotonic()))
@@ -141,7 +141,7 @@ def paced(frames: Iterator[Any], seconds: float = 0.3) -> Iterator[Any]:
 
 
 def film(frames: list[list[Image.Image]]) -> Image.Image:
-    """Rows of images, a column for each scale done."""
+    """Rows of images, one column per finished scale."""
     columns = [
         torch.stack([torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float() for image in frame[:4]])
         for frame in frames
@@ -150,7 +150,7 @@ def film(frames: list[list[Image.Image]]) -> Image.Image:
 
 
 def sample_tab(model: Model, max_batch: int) -> gr.State:
-    """Classes to images, scale by scale. Returns the samples made last."""
+    """The tab that samples images of a class, scale by scale. Returns the state with the latest samples."""
     samples = gr.State([])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -179,12 +179,12 @@ def sample_tab(model: Model, max_batch: int) -> gr.State:
 
 
 def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
-    """An image, a painted region, a class: what it becomes."""
+    """The tab that edits an image, given a painted region and a class."""
     current = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            upload = upload_box("an image of your own", "edit-upload", 160)
-            take = gr.Button("or take the first sample", elem_id="take-sample")
+            upload = upload_box("your image", "edit-upload", 160)
+            take = gr.Button("or use the first sample", elem_id="take-sample")
             editor = gr.ImageEditor(
                 label="paint here", type="numpy", sources=[], layers=False, transforms=[], elem_id="editor",
                 brush=gr.Brush(default_size=32, colors=["#ff3b30"], color_mode="fixed"), height=380, format="png",
@@ -192,8 +192,10 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
             )  # fmt: skip
         with gr.Column(scale=1, min_width=300):
             label = class_choice(model, "new class (empty: none)", None)
-            region = gr.Radio(["inside", "outside"], value="inside", label="region to generate: ... the paint")
-            strength = gr.Slider(0.1, 1, 1, step=0.05, label="strength (below 1 the coarse scales stay)")
+            region = gr.Radio(
+                ["inside", "outside"], value="inside", label="region to generate, relative to the painted area"
+            )
+            strength = gr.Slider(0.1, 1, 1, step=0.05, label="strength (below 1, the coarse scales are kept)")
             controls = Controls(model, max_batch, 4, 3.0)
             button = gr.Button("Edit", variant="primary", elem_id="edit-button")
             status = gr.Markdown("", elem_id="edit-status")
@@ -208,7 +210,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
 
     def take_sample(made: list[Image.Image]) -> tuple[Any, Image.Image]:
         if not made:
-            raise ValueError("there is no sample yet: make one in the first tab")
+            raise ValueError("there is no sample yet: create one in the first tab")
         return show(made[0])
 
     def change(
@@ -221,7 +223,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
     ) -> tuple[list[Image.Image], str]:
         settings = controls.read(*given)
         if image is None or not painted:
-            raise ValueError("bring an image first, or take a sample")
+            raise ValueError("upload an image first, or use a sample")
         layers = painted["layers"]
         marked = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
         strong = number_within("strength", strong, 0.1, 1)
@@ -240,7 +242,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
 
 
 def tokenizer_tab(model: Model) -> None:
-    """One image through the tokenizer: what each scale adds."""
+    """The tab that shows what each scale of the tokenizer adds to an image."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             upload = upload_box("drop an image", "drop", 220)
@@ -250,8 +252,8 @@ def tokenizer_tab(model: Model) -> None:
             )  # fmt: skip
         with gr.Column(scale=2, min_width=300):
             reconstructions = gallery("reconstruction after each scale", "reconstructions", 6)
-            residuals = gallery("residual left after each scale (bright: much)", "residuals", 6)
-            indices = gallery("codebook indices (one color, one code)", "indices", 6)
+            residuals = gallery("residual after each scale (bright: large)", "residuals", 6)
+            indices = gallery("codebook indices (one color per code)", "indices", 6)
 
     def dissect(path: str | None) -> tuple[Any, ...]:
         if path is None:
@@ -273,17 +275,17 @@ def tokenizer_tab(model: Model) -> None:
 
 
 def scaling_tab(sweep: Sweep | None, every: float) -> None:
-    """The sweep's runs and figures, read again while it goes on."""
+    """The tab with the sweep's runs and figures, refreshed while it runs."""
     if sweep is None:
-        gr.Markdown("Start the page with `runs=FOLDER` to see a sweep here: its table, its figures, while it runs.")
+        gr.Markdown("Start the page with `runs=FOLDER` to see the table and figures of a sweep here while it runs.")
         return
-    gr.Markdown(f"Runs of `{sweep.source}`, read again every {every:g} seconds while this tab is open.")
-    words = gr.Code(label="what they say", language=None, elem_id="words", interactive=False, lines=3, wrap_lines=True)
+    gr.Markdown(f"Runs of `{sweep.source}`, refreshed every {every:g} seconds while this tab is open.")
+    words = gr.Code(label="results", language=None, elem_id="words", interactive=False, lines=3, wrap_lines=True)
     figures = gr.Gallery(
         label="figures", columns=1, height="auto", object_fit="contain", elem_id="figures", format="png"
     )
     table = gr.Dataframe(interactive=False, elem_id="runs", label="runs", buttons=[])
-    known = gr.State(-1)  # which view this visitor sees
+    known = gr.State(-1)  # number of the view that this visitor sees
 
     def look(number: int) -> tuple[Any, ...]:
         view = sweep.look()
@@ -297,7 +299,7 @@ def scaling_tab(sweep: Sweep | None, every: float) -> None:
 
 
 def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
-    """Two checkpoints, same class, same seeds."""
+    """The tab that compares two checkpoints with the same class and seeds."""
     if other is None:
         gr.Markdown("Start the page with `compare=CHECKPOINT` to see two models side by side.")
         return

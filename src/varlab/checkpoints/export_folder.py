@@ -2,8 +2,8 @@
 
 config.json              classes and arguments of both networks, class names, fingerprints
 tokenizer.safetensors    weights
-var.safetensors          weights; absent when a tokenizer was exported alone
-model_card.md            what it is, what it was made from, how to use it
+var.safetensors          weights; absent if only a tokenizer was exported
+model_card.md            description, training facts, usage
 """
 
 import hashlib
@@ -42,13 +42,13 @@ images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, see
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
-    """Identity of what a tokenizer computes: its arguments and weights; loss weights, dropout and usage counts do not
-    matter. 16 hex digits."""
+    """Identity of what a tokenizer computes: its arguments and weights, without loss weights, dropout and usage counts;
+    16 hex digits."""
     return fingerprint(tokenizer)
 
 
 def fingerprint(network: MSVQVAE | VAR) -> str:
-    """Identity of a network's arguments, except changeable ones, and of its weights; 16 hex digits."""
+    """Hash of a network's arguments, except changeable ones, and of its weights; 16 hex digits."""
     digest = hashlib.sha256(repr(sorted(identity(network).items())).encode())
     for name, value in sorted(network.named_parameters()):
         digest.update(name.encode())
@@ -57,7 +57,8 @@ def fingerprint(network: MSVQVAE | VAR) -> str:
 
 
 def identity(network: RecordedModule) -> dict[str, Any]:
-    """The arguments that decide what a network computes, flat: plain classes are not named, as in version 0.1."""
+    """The arguments that determine what a network computes, flattened. Built-in classes are not named, so that
+    fingerprints match those of version 0.1."""
     found: dict[str, Any] = {} if class_of(network) in PLAIN_CLASSES else {"class": class_path(class_of(network))}
     for name, value in {**network.arguments, **network.resolved()}.items():
         if name in network.changeable:
@@ -76,7 +77,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path)
     for key in sorted(expected.keys() | state.keys()):
         if key not in state or key not in expected:
             raise ValueError(
-                f"{path}: tensor {key!r} is {'missing' if key in expected else 'unknown'}: made by another version?"
+                f"{path}: tensor {key!r} is {'missing' if key in expected else 'unknown'}: was it made by another version?"
             )
         if state[key].shape != expected[key].shape:
             raise ValueError(
@@ -93,7 +94,7 @@ def is_pretrained(path: str | Path) -> bool:
 def save_pretrained(
     folder: Path, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
 ) -> None:
-    """Writes an export folder atomically. `facts`: what the model card says about the training."""
+    """Writes an export folder atomically. `facts`: lines of the model card about the training."""
     config = {
         "format": EXPORT_FORMAT,
         "varlab": __version__,
@@ -124,7 +125,7 @@ def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] 
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """An export folder's config.json, in the current format. Raises ValueError for a format that this version does not
+    """An export folder's config.json, in the current format. Raises ValueError for a format that this version cannot
     read."""
     file = Path(folder) / "config.json"
     config = load_json(file, "varlab export")
@@ -138,7 +139,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ValueError naming the file when it is missing or damaged."""
+    """Tensors of a safetensors file. Raises ValueError naming the file if it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: the folder is incomplete")
     try:
@@ -150,7 +151,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def model_card(
     name: str, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
 ) -> str:
-    """What is in the folder, in words."""
+    """The text of model_card.md."""
     networks = {"tokenizer": tokenizer, "transformer": var}
     params = {kind: sum(p.numel() for p in network.parameters()) for kind, network in networks.items() if network}
     quantizer, maps = tokenizer.quantizer, ", ".join(str(pn) for pn in tokenizer.patch_nums)

@@ -1,4 +1,4 @@
-"""Formats of checkpoints and export folders: what version 0.1 wrote, brought into today's form."""
+"""Formats of checkpoints and export folders: converts files of version 0.1 to the current format."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ CONVERTED_CALLBACKS = {"ReviveCodes": "ResetDeadCodes"}
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A training checkpoint of format 1 in the current format; any other as it is."""
+    """Converts a training checkpoint of format 1 to the current format; returns any other unchanged."""
     entry = checkpoint.get("varlab")
     if entry is None or entry.get("format") != 1:
         return checkpoint
@@ -38,7 +38,7 @@ def upgrade_networks(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_optimizer(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state whose groups carry today's name of the learning rate's multiplier."""
+    """An optimizer's state with `lr_share` renamed to `lr_multiplier` in its groups."""
     groups = [
         {("lr_multiplier" if key == "lr_share" else key): value for key, value in group.items()}
         for group in state["param_groups"]
@@ -47,5 +47,5 @@ def upgrade_optimizer(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def renamed(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights under today's names."""
+    """Weights under their current names."""
     return {key.replace("class_embedding.", "embedder.embedding."): value for key, value in weights.items()}

@@ -1,7 +1,7 @@
-"""Networks on disk: training checkpoints, export folders and the released files -> tokenizer, VAR.
+"""Loading networks: training checkpoints, export folders and the released files -> tokenizer, VAR.
 
 A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads
-anywhere with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) leaves a folder: weights, averages
+anywhere with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) writes a folder: weights, averages
 and optimizer in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 """
 
@@ -29,12 +29,11 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
-META_FILE = "meta.pt"  # of a sharded checkpoint, by Lightning's name
+META_FILE = "meta.pt"  # of a sharded checkpoint, Lightning's name for it
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
-    """What a training checkpoint says about its networks. Raises ValueError for a network that could not be rebuilt
-    from it."""
+    """The `varlab` entry of a training checkpoint. Raises ValueError for a network that cannot be rebuilt from it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "tokenizer": describe(tokenizer),
@@ -45,12 +44,12 @@ def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list
 
 
 def swap_paths(path: Path) -> tuple[Path, Path]:
-    """Where a folder is written before it is renamed to `path`, and where its predecessor is kept meanwhile."""
+    """(temporary path of a folder before it is renamed to `path`, backup path of its predecessor during the rename)."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
 
 
 def replace_folder(partial: Path, path: Path, old: Path) -> None:
-    """Renames `partial` to `path`. Between the two renames only `old` exists, which `latest_checkpoint` then finds."""
+    """Renames `partial` to `path`. If interrupted between the two renames, `latest_checkpoint` restores `old`."""
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -59,7 +58,7 @@ def replace_folder(partial: Path, path: Path, old: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run in `folder` continues from; None where there is none."""
+    """The checkpoint that a run in `folder` continues from, or None."""
     path = folder / "last.ckpt"
     _, old = swap_paths(path)
     if not path.exists() and old.exists():
@@ -68,7 +67,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def optimizer_state_by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
-    """An optimizer's state dict with parameters named, as sharded checkpoints hold it, in place of numbered."""
+    """An optimizer's state dict with parameters by name, as in sharded checkpoints, instead of by number."""
     names = [name for group in groups for name in group]
     return {
         "state": {names[i]: value for i, value in state["state"].items()},
@@ -79,7 +78,7 @@ def optimizer_state_by_name(state: dict[str, Any], groups: list[list[str]]) -> d
 
 
 def optimizer_state_by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse: parameters numbered in the order of the groups, as a plain optimizer has them."""
+    """The inverse: parameters numbered in the order of the groups, as in a regular optimizer's state dict."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: i for i, name in enumerate(names)}
     return {
@@ -91,18 +90,18 @@ def optimizer_state_by_number(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def consolidated(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as an unsharded one. Raises ValueError naming the folder when it is incomplete."""
+    """A sharded checkpoint as an unsharded one. Raises ValueError naming the folder if it is incomplete."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     for name in (".metadata", META_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no checkpoint: {name} is missing")
+            raise ValueError(f"{folder} is not a checkpoint: {name} is missing")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as temporary:
         try:
             dcp_to_torch_save(folder, Path(temporary) / "whole.pt")
-        except Exception as error:  # torch wraps what its threads raise in exceptions of its own
+        except Exception as error:  # torch wraps exceptions of its threads in its own types
             raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-        sharded = read_file(Path(temporary) / "whole.pt")  # mapped into memory, so it outlives the file's name
+        sharded = read_file(Path(temporary) / "whole.pt")  # memory-mapped, so it stays valid after the file is deleted
     optimizers = [key for key in sorted(sharded) if key.startswith("optimizer_")]
     return {
         **read_file(folder / META_FILE),
@@ -123,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A file of tensors and plain values, as it is. Raises ValueError naming file and reason."""
+    """A file of tensors and plain values, unconverted. Raises ValueError naming file and reason."""
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
@@ -136,7 +135,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The `varlab` entry of a checkpoint. Raises ValueError when it is missing or of an unknown format."""
+    """The `varlab` entry of a checkpoint. Raises ValueError if it is missing or of an unknown format."""
     entry = checkpoint.get("varlab")
     if entry is None or entry.get("format") != CHECKPOINT_FORMAT:
         found = "no varlab entry" if entry is None else f"format {entry.get('format')}"
@@ -145,7 +144,7 @@ def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str, Tensor]:
-    """Weights of one network; the averaged ones where the run kept them and they are wanted."""
+    """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages."""
     state = dict(checkpoint["state_dict"])
     if use_ema and "ema" in checkpoint:
         state.update(checkpoint["ema"])
@@ -156,7 +155,7 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
     """The tokenizer of a training checkpoint (of either module), of an export folder, or the released
     `vae_ch160v4096z32.pth`.
 
-    `patch_nums` is for the released file, which does not hold them (default: 256 px).
+    `patch_nums`: for the released file, which does not store them (default: 256 px).
     """
     return load_any(path, use_ema, patch_nums, tokenizer_only=True)[0]
 
@@ -164,7 +163,7 @@ def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None,
 def load_any(
     path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None, tokenizer_only: bool = False
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
-    """Tokenizer, transformer and class names of whatever holds them; a tokenizer's checkpoint has the first alone."""
+    """(tokenizer, transformer, class names) of any supported file or folder; None for what it does not contain."""
     if is_pretrained(path):
         return load_pretrained(path)
     checkpoint = read_checkpoint(path)
@@ -183,7 +182,7 @@ def load_any(
 
 
 def contains_var(path: str | Path) -> bool:
-    """Whether a checkpoint or export folder holds a transformer beside its tokenizer."""
+    """Whether a checkpoint or export folder contains a transformer in addition to its tokenizer."""
     if is_pretrained(path):
         return read_config(path)["var"] is not None
     checkpoint = read_checkpoint(path)
@@ -194,8 +193,8 @@ def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str
     """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation
     mode.
 
-    `use_ema`: the averaged weights, where a training checkpoint has them. Raises ValueError naming file and reason for
-    what is missing, damaged, or holds no VAR. No code in the file is executed.
+    `use_ema`: use the averaged weights if a training checkpoint has them. Raises ValueError naming file and reason if
+    it is missing, damaged, or contains no VAR. No code in the file is executed.
     """
     tokenizer, var, class_names = load_any(path, use_ema)
     if var is None:
@@ -206,35 +205,35 @@ def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str
 def check_same_arguments(
     what: str, found: dict[str, Any], network: MSVQVAE | VAR, path: str | Path = "the checkpoint"
 ) -> None:
-    """Raises ValueError naming the first argument in which a described network differs from this one; `changeable` ones
-    may."""
+    """Raises ValueError naming the first argument, other than `changeable` ones, in which a described network differs
+    from this one."""
     base = MSVQVAE if isinstance(network, MSVQVAE) else VAR
     with torch.device("meta"):
-        complete = describe(build(base, found))  # with the defaults of arguments that an older version did not have
+        complete = describe(build(base, found))  # fills in defaults of arguments that an older version did not have
     compare_arguments(what, complete, describe(network), base.changeable | network.changeable, path)
 
 
 def compare_arguments(
     what: str, found: dict[str, Any], expected: dict[str, Any], changeable: frozenset[str], path: str | Path
 ) -> None:
-    """The comparison of two descriptions; of networks within networks as well."""
+    """Compares two descriptions, recursing into nested networks."""
     for key in [*expected, *(found.keys() - expected.keys())]:
         mine, theirs = expected.get(key), found.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict) and key not in changeable:
             compare_arguments(what, theirs, mine, changeable | MultiScaleQuantizer.changeable, path)
         elif key not in changeable and mine != theirs:
-            raise ValueError(f"{path} holds a {what} with {key}={theirs}, this run has {key}={mine}")
+            raise ValueError(f"{path} holds a {what} with {key}={theirs}, but this run has {key}={mine}")
 
 
 def check_same_networks(checkpoint: dict[str, Any], tokenizer: MSVQVAE, var: VAR | None) -> None:
-    """Raises ValueError when a checkpoint to be resumed holds other networks than the run."""
+    """Raises ValueError if the networks of a checkpoint to be resumed differ from those of the run."""
     entry = entry_of(checkpoint, "the checkpoint")
     if (entry["var"] is None) != (var is None):
         raise ValueError(
-            f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, this run trains a {'VAR' if var else 'tokenizer'}"
+            f"the checkpoint holds a {'VAR' if entry['var'] else 'tokenizer'}, but this run trains a {'VAR' if var else 'tokenizer'}"
         )
     check_same_arguments("tokenizer", entry["tokenizer"], tokenizer)
     if var is not None:
         check_same_arguments("VAR", entry["var"], var)
         if entry["tokenizer_fingerprint"] != tokenizer_fingerprint(tokenizer):
-            raise ValueError("the checkpoint was trained on another tokenizer than this run's")
+            raise ValueError("the checkpoint was trained with a different tokenizer than this run")

@@ -1,5 +1,5 @@
-"""Compiled programs of a trained model: the decoder and one step of the next-scale loop (torch.export), the decoder for
-ONNX."""
+"""Exported programs of a trained model: the decoder and one step of the next-scale loop (torch.export), or the decoder
+as ONNX."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class DecoderProgram(nn.Module):
 
 class StepProgram(nn.Module):
     """Inputs of scale k, conditions, keys and values of the coarser scales (depth, B, heads, tokens, head dim) ->
-    logits of scale k, keys and values that hold it too."""
+    logits of scale k, keys and values including scale k."""
 
     def __init__(self, var: VAR, k: int) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
 
 
 def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
-    """Writes the programs into a new folder, for any batch size; returns what to say. Raises ValueError when a package
-    is missing."""
+    """Writes the programs into a new folder, for any batch size; returns a message. Raises ValueError if a package is
+    missing."""
     batch, decoder = torch.export.Dim("batch", min=1), DecoderProgram(tokenizer).eval()
     with atomic_folder(out) as partial:
         if is_onnx:
@@ -95,4 +95,4 @@ def write(out: Path, tokenizer: MSVQVAE, var: VAR | None, is_onnx: bool) -> str:
         shapes = ({0: batch}, {0: batch}, {1: batch}, {1: batch})
         program = torch.export.export(StepProgram(var, k).eval(), step_example(var, k), dynamic_shapes=shapes)
         torch.export.save(program, partial / f"step_{k:02d}.pt2")
-        return f"{out}: decoder.pt2, step_{k:02d}.pt2 (the finest scale; see varlab.checkpoints.programs for what goes in and out)"
+        return f"{out}: decoder.pt2, step_{k:02d}.pt2 (the finest scale; see varlab.checkpoints.programs for inputs and outputs)"

@@ -1,6 +1,6 @@
-"""The layout of the released weights, both ways: `vae_ch160v4096z32.pth` and `var_d{16,20,24,30,36}.pth`.
+"""Conversion from and to the layout of the released weights: `vae_ch160v4096z32.pth`, `var_d{16,20,24,30,36}.pth`.
 
-Strict in both directions: a key too many or too few, or of another shape, is an error that names it.
+Strict in both directions: a missing or unknown key, or one with the wrong shape, is an error that names it.
 """
 
 import math
@@ -64,7 +64,7 @@ VAR_KEYS = [
 
 
 def released_key(key: str, network: MSVQVAE | VAR) -> str:
-    """The released name of one of our parameters or buffers. Raises KeyError for a name without one."""
+    """The released name of one of our parameters or buffers. Raises KeyError if there is none."""
     if isinstance(network, MSVQVAE) and (match := re.fullmatch(r"quantizer\.phis\.(\d+)\.(.*)", key)):
         num_phis = network.quantizer.num_phis
         place = "" if num_phis is None else "qresi." if num_phis == 1 else "qresi_ls."
@@ -80,7 +80,7 @@ def released_key(key: str, network: MSVQVAE | VAR) -> str:
 
 
 def stored_buffers(network: MSVQVAE | VAR) -> dict[str, Tensor]:
-    """Buffers that the released files hold and that ours derives: written on export, checked on import."""
+    """Buffers that the released files store and our networks derive: written on export, checked on import."""
     if isinstance(network, MSVQVAE):
         return {}
     mask = torch.zeros(network.mask.shape).masked_fill(~network.mask.cpu(), -torch.inf)
@@ -96,7 +96,7 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
     """State dict of a tokenizer or a VAR in the released layout, on the CPU; the released code loads it with
     strict=True.
 
-    Raises ValueError for a network that the released code does not have (order=raster, a class of your own).
+    Raises ValueError for a network that the released code does not have (order=raster, a custom class).
     """
     if type(module) not in (MSVQVAE, VAR) or (
         isinstance(module, MSVQVAE) and type(module.quantizer) is not MultiScaleQuantizer
@@ -124,7 +124,7 @@ def fill_from_released(network: Network, state: State) -> Network:
         raise ValueError(f"released weights: {len(missing)} keys are missing, first {missing[0]!r}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise ValueError(f"released weights: {len(unknown)} keys are unknown, first {unknown[0]!r}")
-    hits = "quantize.ema_vocab_hit_SV"  # counts of another pyramid say nothing here
+    hits = "quantize.ema_vocab_hit_SV"  # hit counts of another pyramid are not used
     for key, value in expected.items():
         if key != hits and state[key].shape != value.shape:
             raise ValueError(
@@ -132,9 +132,7 @@ def fill_from_released(network: Network, state: State) -> Network:
             )
     for key, value in stored_buffers(network).items():
         if not torch.equal(state[key].cpu().to(value.dtype), value):
-            raise ValueError(
-                f"released weights: buffer {key!r} belongs to another pyramid than patch_nums {network.patch_nums}"
-            )
+            raise ValueError(f"released weights: buffer {key!r} does not match patch_nums {network.patch_nums}")
     ours = network.state_dict()
     for key, value in ours.items():
         if key == "quantizer.num_updates" or (key == "quantizer.hits" and state[hits].shape != value.shape):
@@ -145,7 +143,7 @@ def fill_from_released(network: Network, state: State) -> Network:
 
 
 def is_released_tokenizer(state: Mapping) -> bool:
-    """Whether these are the keys of a released tokenizer."""
+    """Whether this is the state dict of a released tokenizer."""
     return "quantize.embedding.weight" in state
 
 
@@ -155,13 +153,12 @@ def load_released(
     lookup: Literal["l2", "cosine"] = "l2",
     num_heads: int | None = None,
 ) -> MSVQVAE | VAR:
-    """The tokenizer or the VAR of released weights; which of the two is read off the keys. On the CPU, in training
-    mode.
+    """The tokenizer or VAR of released weights, detected from the keys. On the CPU, in training mode.
 
-    `patch_nums`: the pyramid (default: 256 px), which the released tokenizer does not hold. `lookup`: of the tokenizer
+    `patch_nums`: the pyramid (default: 256 px), which the released tokenizer does not store. `lookup`: of the tokenizer
     ("cosine" is the released code's using_znorm). `num_heads`: of a VAR without QK-norm whose head dim is not 64. Sizes
-    are read off the shapes. Raises ValueError naming the first key that is missing, unknown or of another shape. No
-    code in a file is executed.
+    are inferred from the shapes. Raises ValueError naming the first key that is missing, unknown or has the wrong
+    shape. No code in a file is executed.
     """
     state = state_dict_or_file
     patch_nums = tuple(patch_nums)  # a config's list is of a type of its own
@@ -176,22 +173,22 @@ def load_released(
 
 
 def shape_of(state: State, key: str) -> torch.Size:
-    """Shape of a tensor that every file of this kind holds."""
+    """Shape of a tensor that every file of this kind contains."""
     if key not in state:
         raise ValueError(f"released weights: key {key!r} is missing, so this is not a file of the expected kind")
     return state[key].shape
 
 
 def count(state: State, pattern: str) -> int:
-    """Number of different first groups of `pattern` among the keys: blocks, levels, ..."""
+    """Number of distinct values of the first group of `pattern` among the keys: blocks, levels, ..."""
     return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
 
 
 def tokenizer_from_released(
     state_dict: State, patch_nums: scales.PatchNums, using_znorm: bool = False, num_groups: int = 32
 ) -> MSVQVAE:
-    """The tokenizer of a released state dict. Sizes are read off the shapes; the pyramid and the form of the lookup are
-    not stored there and must be given. The released tokenizer is the same for 256 and 512 px: only patch_nums differ.
+    """The tokenizer of a released state dict. Sizes are inferred from the shapes; the pyramid and the kind of lookup
+    are not stored and must be given. The released tokenizer is the same for 256 and 512 px: only patch_nums differ.
     """
     channels = shape_of(state_dict, "encoder.conv_in.weight")[0]
     num_levels = count(state_dict, r"encoder\.down\.(\d+)\..*")
@@ -220,8 +217,8 @@ def tokenizer_from_released(
 
 
 def var_from_released(state_dict: State, patch_nums: scales.PatchNums, num_heads: int | None = None) -> VAR:
-    """The transformer of a released state dict. `num_heads` is read off the QK-norm's temperatures; without QK-norm it
-    must be given where the head dim is not 64."""
+    """The transformer of a released state dict. `num_heads` is inferred from the QK-norm's temperatures; without
+    QK-norm it must be given if the head dim is not 64."""
     num_rows, width = shape_of(state_dict, "class_emb.weight")
     codebook_dim, codebook_size = shape_of(state_dict, "word_embed.weight")[1], shape_of(state_dict, "head.weight")[0]
     qk_norm = "blocks.0.attn.scale_mul_1H11" in state_dict

@@ -1,4 +1,4 @@
-"""`varlab app`: a page to sample, edit, look inside the tokenizer, watch a sweep, compare two models."""
+"""`varlab app`: a web page to sample, edit, inspect the tokenizer, monitor a sweep, compare two models."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
-    """Serves the page until Ctrl-C or SIGTERM; uploads and pictures are removed then."""
+    """Serves the page until Ctrl-C or SIGTERM, then removes uploads and generated images."""
     from varlab.app.session import Model, Sweep
     from varlab.distributed import default_device
 
@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> None:
         sweep = None if cfg.runs is None else Sweep(str(cfg.runs), Path(folder))
         page = build(model, other, sweep, cfg.max_batch, cfg.refresh_s)
         if cfg.host not in ("127.0.0.1", "localhost"):
-            print(f"anybody who reaches {cfg.host}:{cfg.port} can use this page: there is no password")
+            print(f"warning: anyone who can reach {cfg.host}:{cfg.port} can use this page, since it has no password")
         try:
             _, url, _ = page.launch(
                 server_name=cfg.host,
@@ -46,12 +46,12 @@ def run(cfg: DictConfig) -> None:
         except OSError as error:
             raise ValueError(f"host={cfg.host} port={cfg.port} cannot be used: {error}") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-        print(f"{url}  ({model.name}; Ctrl-C ends it)", flush=True)
+        print(f"{url}  ({model.name}; Ctrl-C to stop)", flush=True)
         page.block_thread()
 
 
 def import_gradio(folder: str) -> ModuleType:
-    """The library, told to keep uploads in `folder` and to talk to nobody; it reads that while it is imported."""
+    """Imports gradio with uploads in `folder` and all network access off; it reads these settings on import."""
     os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

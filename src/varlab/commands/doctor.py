@@ -1,12 +1,12 @@
-"""`varlab doctor RUN`: is this run normal?"""
+"""`varlab doctor RUN`: compares a run with the reference curves of its experiment."""
 
 from pathlib import Path
 
 from varlab.config import argument_command
 
 USAGE = """varlab doctor RUN [REFERENCE.csv]: is this run normal?
-Compares the curves of RUN (metrics.csv) with the reference curves of its experiment: RUN/doctor.png, and as text which metrics are
-out of band and why that might be."""
+Compares the curves of RUN (metrics.csv) with the reference curves of its experiment. Writes RUN/doctor.png and prints the metrics
+that are out of band, with possible causes."""
 
 
 def run(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`varlab edit`: in-painting, out-painting, class-conditional editing of an image."""
+"""`varlab edit`: inpainting, outpainting, class-conditional editing of an image."""
 
 from pathlib import Path
 
@@ -65,12 +65,13 @@ def run(cfg: DictConfig) -> None:
     save_json(out / "edit.json", {**protocol, "fitted": fitted, "errors_in_levels": errors})
     print(f"{out}: {cfg.num} edits, edit.png (original | mask | results), edit.json; image: {fitted}")
     print(
-        f"outside the mask {before.outside:.1f} levels off, seam {before.seam:.1f} (usual step {before.usual:.1f}) before the composite"
+        f"before compositing: mean error outside the mask {before.outside:.1f} levels,"
+        f" seam {before.seam:.1f} (usual step {before.usual:.1f})"
     )
 
 
 def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
-    """1 where the image stays, (side, side), from `mask` (a picture, white where to edit, of the image's size) or
+    """Mask (side, side), 1 where the image is kept, from `mask` (an image of the same size, white where to edit) or
     `box`."""
     import numpy as np
     import torch
@@ -97,7 +98,7 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
         except (OSError, ValueError) as error:
             raise ValueError(f"mask={cfg.mask} cannot be read: {error}") from None
         if mask.size != size:
-            raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, the image {size}")
+            raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, but the image is {size}")
         array = preprocess(mask.convert("RGB"), side, 1.0, Crop())
         region = torch.from_numpy((np.asarray(array)[..., 0] > 127).astype(np.float32))
     if not region.any():

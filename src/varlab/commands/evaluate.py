@@ -10,7 +10,7 @@ from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
-    """Samples where `samples` is given, else what the checkpoint holds: a VAR's likelihood, or a tokenizer's
+    """Scores samples if `samples` is given, otherwise the checkpoint: a VAR's likelihood, or a tokenizer's
     reconstructions."""
     import torch
     from hydra.utils import instantiate
@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def samples_or_grid(cfg: DictConfig) -> None:
-    """Scores of samples against real images, or of a VAR's samples at each point of a grid of sampling settings."""
+    """Scores samples against real images, or a VAR's samples at each point of a grid of sampling settings."""
     import torch
     from hydra.utils import instantiate
 
@@ -115,7 +115,7 @@ def samples_or_grid(cfg: DictConfig) -> None:
 
 
 def print_scores(result: dict[str, Any], footer: str) -> None:
-    """One line per number."""
+    """Prints one line per number."""
     for name, value in result.items():
         if isinstance(value, float | int):
             print(f"{name:60} {value:10.4g}")

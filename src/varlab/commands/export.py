@@ -1,4 +1,4 @@
-"""`varlab export`: checkpoint -> folder for use anywhere, the released layout, one file, or an exported program."""
+"""`varlab export`: checkpoint -> export folder, the released layout, one file, or an exported program."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ FACTS = ("images_seen", "epochs", "val_loss", "val_psnr", "flops_exact", "datase
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes a checkpoint in another form."""
+    """Writes a checkpoint in another format."""
     import torch
 
     from varlab.checkpoints.export_folder import save_pretrained
@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What the run beside a checkpoint recorded, for the model card."""
+    """Facts for the model card, from the run.json of the checkpoint's run."""
     row = checkpoint.parent.parent / "run.json"
     found = json.loads(row.read_text()) if row.is_file() else {}
     return {key: found[key] for key in FACTS if found.get(key) is not None}

@@ -1,4 +1,4 @@
-"""`varlab import`: the authors' weight files -> folder for use anywhere."""
+"""`varlab import`: the authors' weight files -> export folder."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes an export folder from released .pth files; nothing in them but tensors is unpickled."""
+    """Writes an export folder from released .pth files; only tensors in them are unpickled."""
     from varlab.checkpoints.export_folder import save_pretrained
     from varlab.checkpoints.released_layout import load_released
     from varlab.models.msvqvae import MSVQVAE
@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> None:
     names = None if cfg.class_names is None else Path(cfg.class_names).read_text().splitlines()
     if names is not None and var is not None and len(names) != var.num_classes:
         raise ValueError(
-            f"class_names={cfg.class_names} has {len(names)} lines, the transformer {var.num_classes} classes"
+            f"class_names={cfg.class_names} has {len(names)} lines, but the transformer has {var.num_classes} classes"
         )
     save_pretrained(Path(cfg.out), tokenizer, var, names, {"made from": "the weights that the VAR authors released"})
     print(f"{cfg.out}: config.json, tokenizer.safetensors{', var.safetensors' if var else ''}, model_card.md")

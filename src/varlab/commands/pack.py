@@ -22,10 +22,10 @@ def run(cfg: DictConfig) -> None:
         path = cfg.path or cfg.out
         if path is None:
             raise ValueError("verify=true needs path=FOLDER (or URL): the packed set to check")
-        print(f"{path}: {verify(path, storage)} images, all as packed")
+        print(f"{path}: {verify(path, storage)} images verified")
         return
     if cfg.out is None:
-        raise ValueError("out=FOLDER says where the shards go")
+        raise ValueError("out=FOLDER is missing: the folder for the shards")
     if cfg.source not in cfg.sources:
         raise ValueError(f"source={cfg.source!r} is unknown: choose one of {', '.join(cfg.sources)}")
     check_types(cfg)

@@ -11,7 +11,7 @@ SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_from", "temperature", "top_k", "to
 
 
 def run(cfg: DictConfig) -> None:
-    """Generates `num` images; under torchrun the processes split them."""
+    """Generates `num` images, split over the processes of torchrun."""
     from varlab.checkpoints.load import load
     from varlab.distributed import WorkSplit, default_device
     from varlab.sampling.sample_folder import labels_of, read_conditions, write_samples

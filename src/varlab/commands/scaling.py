@@ -18,7 +18,7 @@ PUBLISHED = {
 
 
 def run(cfg: DictConfig) -> None:
-    """Collects, fits, plots, reports; with `ask` answers one question instead."""
+    """Collects runs, fits, plots and reports; with `ask`, answers one question instead."""
     from varlab.files import save_json
     from varlab.scaling.analysis import FitSettings, analyse, parse_floor
     from varlab.scaling.parametric import parse_form
@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> None:
         print("\n".join(answer(analysis, cfg.ask, given)))
         return
     if cfg.out is None:
-        raise ValueError("out=FOLDER says where tables, figures and report go")
+        raise ValueError("out=FOLDER is missing: the folder for tables, figures and report")
     out = Path(cfg.out)
     write_csv(runs.rows, out / "runs.csv")
     write_csv(runs.curves, out / "curves.csv")
@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> None:
         if (y, x) in analysis.laws:
             print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")
     print(
-        "The paper's exponents belong to reducible losses (floors 5 and 4.5 nats) of ImageNet runs; they are no target here."
+        "The paper's exponents are for reducible losses (floors 5 and 4.5 nats) of ImageNet runs; other data gives other exponents."
     )
     print(
         f"{out}: runs.csv, curves.csv, fits.json, report.html, {', '.join(f'{name}.png' for name in plotted)} (svg, pdf)"
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def publish(analysis: Any, cfg: DictConfig, page: Path) -> None:
-    """Saves report and workspace to W&B; without a login, names the page with the same content."""
+    """Saves report and workspace to W&B; without a login, prints the path of the HTML report instead."""
     from varlab.scaling.report import wandb_report, wandb_workspace
     from varlab.training.loggers import has_wandb_login
 
@@ -89,7 +89,7 @@ start = hydra_command("scaling")(run)
 
 
 def main() -> None:
-    """`varlab scaling QUESTION ...` is `varlab scaling ask=QUESTION ...`."""
+    """`varlab scaling QUESTION ...` is short for `varlab scaling ask=QUESTION ...`."""
     if len(sys.argv) > 1 and sys.argv[1] in ASKS:
         sys.argv[1] = f"ask={sys.argv[1]}"
     start()

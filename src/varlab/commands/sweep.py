@@ -1,4 +1,4 @@
-"""`varlab sweep`: states of a multirun, from its ledger; continues it."""
+"""`varlab sweep`: shows the state of a multirun from its ledger, and continues it."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def status(folder: Path) -> None:
 
 
 def rerun(folder: Path, choice: str) -> None:
-    """The sweep's own command, limited to some jobs."""
+    """Reruns the sweep's command for the jobs that `choice` selects, and exits."""
     from varlab.sweeps.ledger import CHOICE
 
     plan = load_json(folder / "sweep.json", "varlab train --multirun")
@@ -33,7 +33,7 @@ def rerun(folder: Path, choice: str) -> None:
 
 
 def table(folder: Path) -> None:
-    """Writes one row per job: its state and its run's row."""
+    """Writes one row per job: its state and its run.json."""
     from varlab.scaling.runs import write_csv
     from varlab.sweeps.ledger import states
 

@@ -1,4 +1,4 @@
-"""`varlab sync`: uploads to W&B what runs logged locally."""
+"""`varlab sync`: uploads locally logged runs to W&B."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from varlab.config import argument_command
 
 USAGE = """varlab sync FOLDER [FOLDER ...]: uploads runs, or all runs below a folder, to W&B
-The local log is the truth: metrics.csv, run.json and pictures/ are uploaded under the run's own id, each step once. Steps that were
-uploaded before, or logged online, are not sent again. Set WANDB_PROJECT, WANDB_ENTITY and `wandb login` to choose the project."""
+The local log is authoritative: metrics.csv, run.json and pictures/ are uploaded under the run's id, each step once. Steps that were
+already uploaded or logged online are not sent again. Set WANDB_PROJECT, WANDB_ENTITY and `wandb login` to choose the project."""
 
 
 def run(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from varlab.config import hydra_command
 
 
 def run(cfg: DictConfig) -> None:
-    """Encodes every image of a packed set once, in each view; under torchrun the processes share the work."""
+    """Encodes every view of every image of a packed set; the work is split over the processes of torchrun."""
     from hydra.utils import instantiate
 
     from varlab.checkpoints.load import load_tokenizer

@@ -12,7 +12,7 @@ from varlab.sweeps.jobs import STOPPED, run_job
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One run, or, as part of a sweep, one run in a process of its own; returns the last validation loss, so that a
+    """Trains one run, in a separate process if it is part of a sweep; returns the last validation loss, so that a
     sweeper can minimize it."""
     if cfg.plan:
         from varlab.cost.plan import print_plan
@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def fit(cfg: DictConfig) -> float | None:
-    """Seed, build, fit."""
+    """Seeds, builds and fits; returns the last validation loss."""
     from hydra.utils import instantiate
     from lightning import seed_everything
 
@@ -58,8 +58,8 @@ def fit(cfg: DictConfig) -> float | None:
         if trainer.global_step % cfg.save_every:
             trainer.save_checkpoint(folder / "last.ckpt")
     finally:
-        if "wandb" in sys.modules:  # the next run in this process starts one of its own
-            has_failed = isinstance(sys.exc_info()[1], Exception)  # a run that was told to stop has not
+        if "wandb" in sys.modules:  # the next run in this process starts its own W&B run
+            has_failed = isinstance(sys.exc_info()[1], Exception)  # a run that was stopped by a signal has not failed
             sys.modules["wandb"].finish(exit_code=int(has_failed))
         if trainer.is_global_zero and (Path(cfg.run_dir) / "run.json").is_file():
             print(summary(Path(cfg.run_dir)))
@@ -82,8 +82,8 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
 
 
 def set_steps(cfg: DictConfig) -> None:
-    """Fills in `steps` where `compute` says how long to train. Raises ValueError for a run without an end, or a branch
-    of a run whose first steps depend on its length."""
+    """Sets `steps` from `compute` if it is given. Raises ValueError for a run without a length, or for a branch of a
+    run whose first steps depend on its length."""
     from hydra.utils import instantiate
 
     from varlab.training.run_setup import check_branch, check_length
@@ -98,7 +98,7 @@ def set_steps(cfg: DictConfig) -> None:
 
 
 def planned(cfg: DictConfig):
-    """The run as far as its cost depends on it. Raises ValueError for a tokenizer, whose cost is not counted."""
+    """The `PlannedRun` of a config. Raises ValueError for a tokenizer, whose cost is not computed."""
     from hydra.utils import get_class, instantiate
 
     from varlab.training.planned_run import planned_run
@@ -106,7 +106,7 @@ def planned(cfg: DictConfig):
 
     if not issubclass(get_class(cfg.module._target_), VARModule):
         raise ValueError(
-            "plan=true and compute=... count VARs only: give a tokenizer's length in steps or epochs; its cost is in"
+            "plan=true and compute=... support VARs only: give a tokenizer's length in steps or epochs; its cost is in"
             " experiments/performance"
         )
     has_data = not OmegaConf.is_missing(cfg.data, "path")
@@ -120,7 +120,7 @@ main = hydra_command("train")(run)
 
 
 def main_of_job(file: str) -> None:
-    """A job of a sweep (see `jobs.run_job`), and each process that it starts, from its composed config."""
+    """Runs a job of a sweep (see `jobs.run_job`) from its composed config, in each of the job's processes."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(levelname)s] %(message)s", stream=sys.stdout)
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)

@@ -1,7 +1,7 @@
-"""What a training step of a VAR keeps in memory, from its sizes alone.
+"""Activation memory of a VAR's training step, from its sizes alone.
 
-Activations are measured on small copies of the network, which run anywhere, and extrapolated linearly: they are
-proportional to images and grow linearly with width and depth.
+Activations are measured on small versions of the network, which run anywhere, and extrapolated linearly: they are
+proportional to the number of images and grow linearly with width and depth.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from varlab.models.var import VAR
 
 
 def linear_weights(sizes: dict[str, Any]) -> int:
-    """Weights of the Linears, of which autocast keeps a copy until the backward pass."""
+    """Number of weights in Linear layers, of which autocast keeps a copy until the backward pass."""
     with torch.device("meta"):
         var = build(VAR, sizes)
     return sum(module.weight.numel() for module in var.modules() if isinstance(module, nn.Linear))
 
 
 def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
-    """Bytes that one image keeps for the backward pass.
+    """Bytes saved per image for the backward pass.
 
-    Measured on networks of one and two blocks, 64 and 128 wide, and a tenth of the codebook, then extrapolated linearly
-    in each of the three: no term per image is a product of width and width.
+    Measured on networks of one and two blocks, widths 64 and 128, and a tenth of the codebook, then extrapolated
+    linearly in each of the three: no term per image is quadratic in the width.
     """
     codes = max(sizes["codebook_size"] // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
@@ -47,7 +47,7 @@ def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss
 
 
 def block_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
-    """Bytes that one more block keeps for one image."""
+    """Bytes saved per image by one additional block."""
     codes = max(sizes["codebook_size"] // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
     narrow, wide = (at(2, heads, codes) - at(1, heads, codes) for heads in (1, 2))
@@ -55,7 +55,7 @@ def block_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chun
 
 
 def kept_sizes(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What the small networks have in common with the large one."""
+    """The arguments that the small networks share with the large one."""
     names = ("codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm", "drop_path")
     return (("patch_nums", tuple(sizes["patch_nums"])), *((name, sizes[name]) for name in names))
 
@@ -70,13 +70,13 @@ def small_network_bytes(
     num_heads: int,
     codebook_size: int,
 ) -> int:
-    """`saved_bytes` of a network whose heads are 64 wide."""
+    """`saved_bytes` of a network with head dim 64."""
     var = VAR(**dict(shared), depth=depth, width=64 * num_heads, num_heads=num_heads, codebook_size=codebook_size)
     return saved_bytes(var, precision, recompute, loss_chunks)
 
 
 def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> int:
-    """Bytes for one more image: two images' less one's."""
+    """Bytes of one additional image: those of two images minus those of one."""
     for block in var.train().blocks:
         assert isinstance(block, AdaLNBlock)
         block.recompute = recompute  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,8 +87,8 @@ def saved_bytes(var: VAR, precision: str, recompute: str, loss_chunks: int) -> i
 
 
 class Products(TorchDispatchMode):
-    """Keeps the outputs of matrix products and attention within blocks, as selective recomputation does without
-    autograd."""
+    """Keeps the outputs of matrix products and attention within blocks, which selective recomputation stores outside of
+    autograd's saved tensors."""
 
     def __init__(self, var: VAR) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Products(TorchDispatchMode):
 
 
 def saved_by(var: VAR, num_images: int, precision: str, loss_chunks: int) -> int:
-    """Bytes of all tensors that a step keeps between forward and backward, parameters apart."""
+    """Bytes of all tensors that a step keeps between forward and backward, except parameters."""
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:

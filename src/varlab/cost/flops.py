@@ -1,8 +1,8 @@
 """Parameters and floating point operations of a VAR from its sizes alone.
 
-"6ND" is wrong for VAR in both directions: AdaLN acts once per image, not once per token, attention is block-causal, and
-the head is a large share at small width. So FLOPs are counted term by term, and 6ND is kept beside them for comparison.
-A multiply-add is two FLOPs; a training step costs three forward passes.
+"6ND" can be too high or too low for VAR: AdaLN acts once per image, not once per token, attention is block-causal, and
+the head dominates at small width. So FLOPs are counted term by term, and 6ND is reported for comparison. A multiply-add
+is two FLOPs; a training step costs three forward passes.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ Sizes = dict[str, Any]
 
 
 def parameter_counts(sizes: Sizes) -> dict[str, int]:
-    """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: what acts
-    on every token, 12 d D^2 and the head."""
+    """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: parameters
+    that act on every token, 12 d D^2 and the head."""
     depth, width, vocabulary = sizes["depth"], sizes["width"], sizes["codebook_size"]
     lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
@@ -47,7 +47,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
 
 
 def step_lengths(sizes: Sizes) -> list[int]:
-    """Tokens that are predicted at once: those of each scale, or 1 for each token in raster order."""
+    """Tokens predicted at each step: those of each scale, or 1 per token in raster order."""
     return [last - first for first, last in scales.step_bounds(sizes["patch_nums"], sizes.get("order", "scales"))]
 
 
@@ -79,9 +79,9 @@ def six_nd(sizes: Sizes) -> int:
 
 
 def tokenizer_flops(tokenizer: "MSVQVAE") -> dict[str, int]:
-    """FLOPs of one image through the convolutional parts of a tokenizer, forward only: `encode` and `decode`.
+    """FLOPs per image of the convolutional parts of a tokenizer, forward only: `encode` and `decode`.
 
-    Counted by torch on the meta device, on a copy; the quantizer's share is below a thousandth and left out.
+    Counted by torch on a copy on the meta device; the quantizer, below a thousandth, is left out.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

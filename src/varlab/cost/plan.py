@@ -1,7 +1,7 @@
-"""What a run will cost, before anything starts.
+"""The cost of a run, before anything starts.
 
-Weights, gradients and moments are counted, activations estimated (activation_memory.py); days follow from FLOPs at an
-assumed MFU.
+Weights, gradients and moments are counted, activations estimated (activation_memory.py); time is computed from FLOPs at
+an assumed MFU.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from varlab.models import scales
 
 GB = 1e9
 RELEASED_PARAMS = 108_948_355  # of the released tokenizer
-RESERVED = 3.0  # GB for the driver, workspaces of kernels and gaps in the allocator
+RESERVED = 3.0  # GB for the driver, kernel workspaces and allocator fragmentation
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB; peak of dense bf16 matrix products in FLOP/s, by the vendor's data sheet."""
+    """Memory in GB; peak of dense bf16 matrix products in FLOP/s, from the vendor's data sheet."""
 
     memory: float
     peak: float
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def overrides(self) -> str:
-        """The settings that ask for it."""
+        """The command-line settings of this layout."""
         trainer = "fsdp" if self.is_sharded else "ddp" if self.num_devices > 1 else "gpu"
         in_chunks = f" module.loss_chunks={self.loss_chunks}" if self.loss_chunks > 1 else ""
         return f"trainer={trainer} module.recompute={self.recompute} accumulate={self.accumulate}{in_chunks}"
@@ -49,7 +49,7 @@ class Layout:
 @dataclass(frozen=True)
 class PlannedRun:
     """What the cost of a VAR's training depends on. `sizes`: of the network, see `VAR.sizes`. `steps`: optimizer steps
-    that this run takes itself. `assumed`: what was assumed because it was not given, in words."""
+    that this run takes itself. `assumed`: descriptions of assumptions about settings that were not given."""
 
     name: str
     sizes: dict[str, Any]
@@ -71,15 +71,15 @@ class PlannedRun:
 
 
 def print_plan(run: PlannedRun, gpu_name: str, mfu: float, measured_flops: float | None = None) -> float:
-    """Prints cost and memory of a run; returns its FLOPs. `mfu`: assumed share of the peak. `measured_flops`: FLOP/s of
-    this machine.
+    """Prints cost and memory of a run; returns its FLOPs. `mfu`: assumed fraction of the peak. `measured_flops`: FLOP/s
+    of this machine.
 
-    Raises ValueError when the run does not fit on the device with its layout.
+    Raises ValueError if the run does not fit on the device with its layout.
     """
     if gpu_name not in GPUS:
         raise ValueError(f"planned_gpu={gpu_name!r}: choose one of {', '.join(GPUS)}")
     if not 0 < mfu < 1:
-        raise ValueError(f"planned_mfu={mfu}: give a share of the peak between 0 and 1")
+        raise ValueError(f"planned_mfu={mfu}: give a fraction of the peak between 0 and 1")
     sizes, images = run.sizes, run.steps * run.batch
     params = parameter_counts(sizes)["params_total"]
     extra = " (tokenizing is not included)" if run.from_images else ""
@@ -99,7 +99,7 @@ def print_plan(run: PlannedRun, gpu_name: str, mfu: float, measured_flops: float
 
 
 def memory(run: PlannedRun) -> dict[str, float]:
-    """GB on each device, by part, at the peak of a step."""
+    """GB on each device, by component, at the peak of a step."""
     sizes, precision, layout = run.sizes, run.precision, run.layout
     params = parameter_counts(sizes)["params_total"]
     weight_bytes = 2 if precision == "bf16-true" else 4
@@ -124,7 +124,7 @@ def memory(run: PlannedRun) -> dict[str, float]:
     recomputed = images * (block_bytes(sizes, precision, "none") - block_bytes(sizes, precision, layout.recompute))
     earlier = (
         gradients if layout.num_devices > 1 or layout.accumulate > 1 else 0
-    )  # else they grow as activations shrink
+    )  # otherwise they grow as activations are freed
     at_the_loss = {
         "gradients": earlier,
         "activations": kept,
@@ -146,7 +146,7 @@ def memory(run: PlannedRun) -> dict[str, float]:
 
 
 def print_memory(parts: dict[str, float], layout: Layout) -> None:
-    """One line per part."""
+    """Prints one line per component."""
     print(f"memory of each of {layout.num_devices} devices, GB ({layout.overrides}):")
     for name, size in parts.items():
         print(f"  {size:8.2f}  {name}")
@@ -154,7 +154,7 @@ def print_memory(parts: dict[str, float], layout: Layout) -> None:
 
 
 def print_time(flops: float, num_devices: int, mfu: float, measured_flops: float | None = None) -> None:
-    """Days and GPU hours at the assumed MFU, hours at the measured speed."""
+    """Prints days and GPU hours at the assumed MFU, and hours at the measured speed."""
     if measured_flops is not None:
         print(f"time at {measured_flops:.3g} FLOP/s, as measured: {flops / measured_flops / 3600:,.3g} hours")
     print(f"time at {mfu:.0%} MFU on {num_devices} devices:")
@@ -164,7 +164,7 @@ def print_time(flops: float, num_devices: int, mfu: float, measured_flops: float
 
 
 def check_fit(run: PlannedRun, gpu_name: str, needed: float) -> None:
-    """Prints the cheapest layout that fits. Raises ValueError when the planned one does not."""
+    """Prints the cheapest layout that fits. Raises ValueError if the planned one does not fit."""
     gpu = GPUS[gpu_name]
     room = gpu.memory - RESERVED
     best = cheapest(run, room)
@@ -174,15 +174,15 @@ def check_fit(run: PlannedRun, gpu_name: str, needed: float) -> None:
         )
     if needed > room:
         raise ValueError(
-            f"{run.name} needs {needed:.1f} GB of {room:.1f} on each {gpu_name} with {run.layout.overrides}: the cheapest layout that"
-            f" fits is {best.overrides}"
+            f"{run.name} needs {needed:.1f} GB of the {room:.1f} GB on each {gpu_name} with {run.layout.overrides}: the cheapest"
+            f" layout that fits is {best.overrides}"
         )
     print(f"fits {gpu_name} ({needed:.1f} of {room:.1f} GB); the cheapest layout that fits: {best.overrides}")
 
 
 def cheapest(run: PlannedRun, room: float) -> Layout | None:
-    """The layout with the least extra work that fits: accumulation costs least, then selective recomputation, then the
-    traffic of sharding, then recomputing all (a third more FLOPs)."""
+    """The layout with the least overhead that fits: accumulation costs least, then selective recomputation, then the
+    communication of sharding, then recomputing all activations (a third more FLOPs)."""
     by_cost = [
         (False, "none"),
         (False, "selective"),

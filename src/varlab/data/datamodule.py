@@ -1,4 +1,4 @@
-"""What both data modules share: batch sizes, order, resume, validation, the count of replaced samples."""
+"""Base class of both data modules: batch sizes, order, resuming, validation, the count of replaced samples."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from varlab.data.order import Order, TrainBatches, ValidationBatches
 
-LONGEST_WAIT = 1800  # seconds for one batch; a worker that hangs longer ends the run
+LONGEST_WAIT = 1800  # timeout for one batch in seconds; a worker that hangs longer ends the run
 
 
 class OrderedDataModule(LightningDataModule):
-    """Training and validation batches of two map-style data sets, in an order that does not change when a run is killed
+    """Training and validation batches of two map-style data sets, in an order that does not change if a run is killed
     and resumed.
 
     `global_batch_size`: images per optimizer step over all devices and accumulated batches. Subclasses set `train_set`,
-    `val_set` and `shard_counts` in `setup`, and give `class_names` and `data_fingerprint`.
+    `val_set`, `shard_counts`, `class_names` and `data_fingerprint` in `setup`.
     """
 
     train_set: Dataset
@@ -49,7 +49,7 @@ class OrderedDataModule(LightningDataModule):
         self.resumed_fingerprint: str | None = None
 
     def declared_size(self) -> tuple[int, int]:
-        """(training images, classes) by the manifest alone, for a plan: nothing else is read."""
+        """(training images, classes) according to the manifest, for `plan=true`; nothing else is read."""
         raise NotImplementedError
 
     @property
@@ -62,13 +62,13 @@ class OrderedDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def batch_size(self) -> int:
-        """Images of one batch on one device. Raises ValueError when the global batch does not divide."""
+        """Images per batch and device. Raises ValueError if the global batch size does not divide evenly."""
         _, num_ranks = self.ranks()
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         per_device, rest = divmod(self.global_batch_size, num_ranks * accumulated)
         if rest or not per_device:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} does not divide into {num_ranks} devices x {accumulated} accumulated batches"
+                f"global_batch_size={self.global_batch_size} is not divisible by {num_ranks} devices x {accumulated} accumulated batches"
             )
         return per_device
 
@@ -77,7 +77,7 @@ class OrderedDataModule(LightningDataModule):
         return Order(self.shard_counts, self.seed, self.lanes, self.window)
 
     def loader(self, dataset: Dataset, batches: TrainBatches | ValidationBatches) -> DataLoader:
-        """Workers only fetch what the batch sampler asks for: they hold no state of the order."""
+        """A data loader whose workers hold no state of the order: they only load what the batch sampler requests."""
         return DataLoader(
             dataset,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
@@ -102,7 +102,7 @@ class OrderedDataModule(LightningDataModule):
         return self.loader(self.val_set, ValidationBatches(self.num_val, self.batch_size(), *self.ranks()))
 
     def run_fingerprint(self) -> str:
-        """What must not change for a position in the run to mean the same samples."""
+        """Identity of order, batch size and data: positions in runs with the same value refer to the same samples."""
         return f"{self.order().fingerprint}-{self.global_batch_size}-{self.data_fingerprint}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,9 +115,9 @@ class OrderedDataModule(LightningDataModule):
         self.skipped, self.seen = state_dict["skipped"], state_dict["seen"]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Counts samples that had to be replaced.
+        """Counts samples that were replaced.
 
-        Raises ValueError when they are more than `max_skipped_share` of the images seen (of one epoch, at the least).
+        Raises ValueError if they exceed `max_skipped_share` of the images seen (of one epoch, at least).
         """
         if hasattr(batch, "skipped") and self.trainer and self.trainer.training:
             self.skipped += int(batch.skipped.sum())
@@ -126,12 +126,12 @@ class OrderedDataModule(LightningDataModule):
             allowed = int(self.max_skipped_share * reference)
             if self.skipped > allowed:
                 raise ValueError(
-                    f"{self.skipped} images could not be read, max_skipped_share={self.max_skipped_share} allows {allowed} of"
+                    f"{self.skipped} images could not be read, but max_skipped_share={self.max_skipped_share} allows {allowed} of"
                     f" {reference}: the log names them; repair or repack the data"
                 )
         return batch
 
 
 def unchanged(batch: Any) -> Any:
-    """The batch as it is: the data sets collate in `__getitems__`."""
+    """Returns the batch unchanged: the data sets collate in `__getitems__`."""
     return batch

@@ -1,4 +1,4 @@
-"""The README beside packed shards: what is in them, with sample images."""
+"""The README of a packed set: a description of its contents, with sample images."""
 
 import io
 from collections import Counter
@@ -14,7 +14,7 @@ from varlab.data.storage import Storage, is_remote
 from varlab.files import atomic_write
 
 MAX_MEASURED = 2000
-MAX_REMOTE = 64  # each may cost the transfer of a shard
+MAX_REMOTE = 64  # each may download a shard
 NUM_SHOWN = 64
 
 

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class ImageBatch(NamedTuple):
-    """Images in [-1, 1] with their conditions: class labels (B), or what the set holds as vectors. `weight` is 0 for
-    padding; `skipped` is 1 for a replaced sample."""
+    """Images in [-1, 1] with their conditions: class labels (B), or the vectors of the set. `weight` is 0 for padding;
+    `skipped` is 1 for a replaced sample."""
 
     images: Float[Tensor, "B 3 H W"]
     condition: Tensor
@@ -58,9 +58,9 @@ def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: C
     """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W,
     3).
 
-    torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by two levels at most. Pillow resizes
-    only what the crop keeps: it is used for older versions, and for images so long that resizing all of them would fill
-    the memory.
+    torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by at most two levels. Pillow resizes
+    only the region of the crop; it is used for older versions, and for images so elongated that resizing all of one
+    would exhaust memory.
     """
     shorter = round(resize_ratio * resolution)
     scale = shorter / min(image.size)
@@ -78,12 +78,12 @@ def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: C
 
 
 def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int, int, int]) -> Image.Image:
-    """The part (left, top, right, bottom) of the image as it would be after resizing all of it to `size`."""
+    """The region (left, top, right, bottom) of the image resized to `size`, computed without resizing the rest."""
     scales = [old / new for old, new in zip(image.size, size, strict=True)] * 2
     box = [edge * scale for edge, scale in zip(part, scales, strict=True)]
     margins = [
         LANCZOS_RADIUS * max(1.0, scale) + 1 for scale in scales
-    ]  # source pixels that the filter sees beyond the part
+    ]  # source pixels that the filter reads beyond the region
     low = [max(0, int(edge - m)) for edge, m in zip(box[:2], margins[:2], strict=True)]
     high = [min(side, math.ceil(edge + m)) for side, edge, m in zip(image.size, box[2:], margins[2:], strict=True)]
     seen = image.crop((low[0], low[1], high[0], high[1]))
@@ -102,7 +102,7 @@ class ImageDataset(Dataset):
     """Decoded, preprocessed images of a split. Random crops and flips are a function of (seed, epoch, sample).
 
     An image that cannot be decoded is replaced by the next one, logged and counted, never silently dropped.
-    `condition`: what the batches carry beside the images, see `ShardReader.conditions`.
+    `condition`: the condition that batches include, see `ShardReader.conditions`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ImageDataset(Dataset):
     ) -> None:
         if resize_ratio < 1:
             raise ValueError(
-                f"resize_ratio={resize_ratio}: the shorter side must not get smaller than the crop, so at least 1"
+                f"resize_ratio={resize_ratio}: must be at least 1, so that the shorter side is not smaller than the crop"
             )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
@@ -134,7 +134,7 @@ class ImageDataset(Dataset):
         )
 
     def image(self, i: int, crop: Crop) -> np.ndarray:
-        """Sample i as uint8 (H, W, 3). Raises ValueError naming it when it cannot be decoded."""
+        """Sample i as uint8 (H, W, 3). Raises ValueError naming it if it cannot be decoded."""
         encoded = self.reader.read(i)
         try:
             return preprocess(open_rgb(Image.open(io.BytesIO(encoded))), self.resolution, self.resize_ratio, crop)
@@ -142,7 +142,7 @@ class ImageDataset(Dataset):
             raise ValueError(f"{self.reader.name_of(i)} cannot be decoded ({error})") from None
 
     def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
-        """(image, its number, whether it replaces another one); cut at `crop`, or at the request's own crop."""
+        """(image, its number, whether it replaces another one), cropped to `crop`, by default the request's crop."""
         for attempt in range(min(10, len(self))):
             i = (request.sample + attempt) % len(self)
             try:
@@ -150,7 +150,7 @@ class ImageDataset(Dataset):
             except ValueError as error:
                 log.warning("%s; the next image replaces it", error)
         raise ValueError(
-            f"ten images in a row from number {request.sample} cannot be read: the shards are damaged, see the log"
+            f"ten images in a row, from number {request.sample} on, cannot be read: the shards are damaged, see the log"
         )
 
     def __getitems__(self, requests: list[SampleRequest]) -> ImageBatch:
@@ -162,9 +162,9 @@ class ImageDataset(Dataset):
 
 
 class CenterCrops:
-    """Center crops of images of a split for scores: batches in [-1, 1] on `device`; can be iterated repeatedly.
+    """Center crops of images of a split, for evaluation: batches in [-1, 1] on `device`; can be iterated repeatedly.
 
-    `num_images`: spread evenly over the split; None takes all.
+    `num_images`: number of images, evenly spaced over the split; None uses all.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class CenterCrops:
             yield self.read(self.samples[first : first + self.batch_size])
 
     def read(self, samples: list[int]) -> Float[Tensor, "B 3 H W"]:
-        """These images."""
+        """The images with these numbers."""
         self.images.reader.prepare(samples)
         return to_tensor([self.images.readable(SampleRequest(i, 0, True), Crop())[0] for i in samples]).to(self.device)
 
@@ -201,9 +201,9 @@ class CenterCrops:
 class ImageDataModule(OrderedDataModule):
     """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
 
-    `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop over the resolution
-    (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`: `label`, or
-    `vector` where the set holds a vector per image.
+    `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop divided by the
+    resolution (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`:
+    `label`, or `vector` if the set holds a vector per image.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class ImageDataModule(OrderedDataModule):
 
 
 def check_room(reader: ShardReader, order: Order, storage: Storage) -> None:
-    """Raises ValueError when the cache is too small for the shards that the order reads at the same time."""
+    """Raises ValueError if the cache is too small for the shards that the order reads at the same time."""
     if not any(is_remote(shard.url) for shard in reader.shards):
         return
     largest = max(shard.num_bytes for shard in reader.shards)
@@ -255,6 +255,6 @@ def check_room(reader: ShardReader, order: Order, storage: Storage) -> None:
     if needed > storage.cache_gb:
         raise ValueError(
             f"storage.cache_gb={storage.cache_gb} is too small for {reader.path}: with lanes={order.lanes} and"
-            f" window={order.window} the order reads {needed:.3g} GB of shards at the same time. Allow as much, or set fewer"
+            f" window={order.window} the order reads {needed:.3g} GB of shards at the same time: increase it, or use fewer"
             " lanes or a smaller window"
         )

@@ -1,9 +1,9 @@
 """The order of training samples: a pure function of (seed, epoch, position).
 
-Shards are shuffled and concatenated; the row is cut into `lanes` equal parts; each part is shuffled within windows;
-position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with p % W == r, so a
-rank stays within its own lanes (and shards) when W divides `lanes`, and the global batches are the same for any number
-of ranks and workers.
+Shards are shuffled and concatenated; the sequence of samples is split into `lanes` equal lanes; each lane is shuffled
+within windows; position p of the epoch is sample p // lanes of lane p % lanes. Rank r of W takes the positions p with
+p % W == r, so a rank stays within its own lanes (and shards) if W divides `lanes`, and the global batches are the same
+for any number of ranks and workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from varlab.files import json_hash
 
 
 class SampleRequest(NamedTuple):
-    """What a worker is asked for: sample number, epoch (for augmentation), whether it counts."""
+    """A request to a worker: sample number, epoch (for augmentation), whether the sample counts."""
 
     sample: int
     epoch: int
@@ -25,8 +25,8 @@ class SampleRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Settings of the order. `window`: samples of a lane that are shuffled together. A set that fits into the windows
-    at once, and any set with window None, is shuffled fully."""
+    """Settings of the order. `window`: samples of a lane that are shuffled together. A set of at most lanes * window
+    samples, and any set with window None, is shuffled fully."""
 
     shard_counts: Sequence[int]
     seed: int = 0
@@ -44,7 +44,7 @@ class Order:
 
     @property
     def fingerprint(self) -> str:
-        """Two runs with the same fingerprint see the same samples at the same positions."""
+        """Identity of the order: runs with the same fingerprint get the same samples at the same positions."""
         return json_hash([list(self.shard_counts), self.seed, self.lanes, self.window])
 
     @property
@@ -53,14 +53,14 @@ class Order:
         return self.window is None or self.num_samples <= self.lanes * self.window
 
     def num_shards_at_once(self) -> int:
-        """Shards from which neighboring positions may come, at most."""
+        """Upper bound on the shards that neighboring positions come from."""
         if self.is_full_shuffle:
             return len(self.shard_counts)
         assert self.window is not None
         return self.lanes * (self.window // min(self.shard_counts) + 2)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Sample numbers of an epoch, each exactly once, by position."""
+        """Sample numbers of an epoch by position, each exactly once."""
         rng = np.random.default_rng([self.seed, epoch])
         if self.is_full_shuffle:
             return rng.permutation(self.num_samples)
@@ -68,7 +68,7 @@ class Order:
         shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_counts)[:-1])
         row = np.concatenate([shards[s] for s in rng.permutation(len(shards))])
         order = np.empty_like(row)
-        parts = np.array_split(row, self.lanes)  # the first ones are longer by one where the row does not divide
+        parts = np.array_split(row, self.lanes)  # the first ones are longer by one if the row does not divide evenly
         for lane, part in enumerate(parts):
             for first in range(0, len(part), self.window):
                 part[first : first + self.window] = rng.permutation(part[first : first + self.window])
@@ -77,7 +77,7 @@ class Order:
 
 
 class TrainBatches:
-    """Batches of one rank, epoch after epoch: `start` sets where the next epoch begins.
+    """Batches of one rank, epoch after epoch; `start` sets the position to continue from.
 
     Every rank gets the same number of full batches; samples that do not fill a global batch are left out, different
     ones in each epoch.
@@ -93,7 +93,7 @@ class TrainBatches:
         self.next_epoch, self.next_batch = 0, 0
 
     def start(self, consumed: int) -> None:
-        """Continues after `consumed` batches counted from the beginning of the run."""
+        """Continues after `consumed` batches, counted from the beginning of the run."""
         self.next_epoch, self.next_batch = divmod(consumed, self.num_batches)
 
     def __len__(self) -> int:

@@ -3,11 +3,11 @@
     manifest.json         name, source, class names; for each split its index and shards with counts, bytes and sha256
     train-000000.tar      00000123.png, 00000123.cls, ...     (readable by any webdataset reader)
     train.index.npy       one row per image: shard, offset, size, label, crc32
-    train.condition.npy   only where shards hold vectors (00000123.npy): one row per image
+    train.condition.npy   only if shards hold vectors (00000123.npy): one row per image
 
-Images are read through the index, not as a stream: a position in the epoch costs one read, so a resumed run starts at
-once, any number of ranks and workers sees the same order, and a damaged byte is detected by its checksum. A folder of
-shards may be a URL: each shard is then fetched when its first image is needed.
+Images are read through the index, not as a stream: any position in the epoch is one read, so a resumed run starts
+immediately, any number of ranks and workers gets the same order, and checksums detect damaged images. A folder of
+shards may be a URL: each shard is then downloaded when its first image is needed.
 """
 
 import io
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     image: bytes  # an encoded file
     extension: str  # without the dot
     label: int
-    condition: np.ndarray | None = None  # a vector, beside the label
+    condition: np.ndarray | None = None  # a vector, in addition to the label
 
     def members(self) -> list[tuple[str, bytes]]:
         """(extension, content) of each file of the sample."""
@@ -65,7 +65,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds: keys, index rows and vectors (if any) of its images, and what is wrong with the keys that are
+    """Contents of a shard: keys, index rows and vectors (if any) of its images, and the problems of the keys that are
     left out."""
 
     keys: list[str]
@@ -75,8 +75,8 @@ class ShardIndex:
 
 
 def index_shard(path: Path, shard: int) -> ShardIndex:
-    """Reads a shard. A key needs one image and a `.cls`; a `.npy` beside them is its vector, of the same shape for all
-    keys. Other files do not matter.
+    """Reads a shard. A key needs one image and a `.cls`; an optional `.npy` is its vector, of the same shape for all
+    keys. Other files are ignored.
 
     Raises ValueError for a tar that is damaged or truncated.
     """
@@ -108,7 +108,7 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
                 if "npy" in files:
                     vector = read_vector(tar.extractfile(files["npy"]).read())  # pyright: ignore[reportOptionalMemberAccess]
                     if vector is None or (vectors and vector.shape != vectors[0].shape):
-                        problems[key] = "a .npy that is no array of numbers of the same shape as the others"
+                        problems[key] = "a .npy that is not an array of numbers of the same shape as the others"
                         continue
                     vectors.append(vector)
                 rows.append((key, (shard, images[0].offset_data, len(image), int(label), zlib.crc32(image))))
@@ -116,7 +116,7 @@ def index_shard(path: Path, shard: int) -> ShardIndex:
         raise ValueError(f"{path} is damaged: {error}") from None
     if vectors and len(vectors) != len(rows):
         raise ValueError(
-            f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): give all of them one, or none"
+            f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): all of them need one, or none"
         )
     return ShardIndex(
         conditions=np.stack(vectors) if vectors else None,
@@ -136,15 +136,15 @@ def read_vector(content: bytes) -> np.ndarray | None:
 
 
 def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
-    """Writes the index of a split, and its vectors if it has some; returns the entries in the manifest.
+    """Writes the index of a split, and its vectors if it has any; returns their entries in the manifest.
 
-    Raises ValueError when only some shards hold vectors, or vectors of different shapes.
+    Raises ValueError if only some shards hold vectors, or vectors of different shapes.
     """
     vectors = [index.conditions for index in indexes if len(index.rows)]
     shapes = {None if array is None else array.shape[1:] for array in vectors}
     if len(shapes) > 1:
         raise ValueError(
-            f"{out}: the shards of {split} hold vectors of different shapes ({shapes}): all images need the same"
+            f"{out}: the shards of {split} hold vectors of different shapes ({shapes}): all images need the same shape"
         )
     found = {"index": save_array(out / f"{split}.index.npy", np.concatenate([index.rows for index in indexes]))}
     if vectors and vectors[0] is not None:
@@ -160,7 +160,7 @@ def save_array(file: Path, array: np.ndarray) -> dict[str, Any]:
 
 
 def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """The manifest of a folder of shards, local or behind a URL."""
+    """The manifest of a folder of shards, local or remote."""
     file = join(path, "manifest.json")
     if is_remote(path):
         content = (storage or Storage()).read(file)
@@ -178,17 +178,17 @@ def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str,
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """Identity of a data set: its content, whatever its name or location."""
+    """Identity of a data set's content, independent of its name and location."""
     return json_hash(
         {name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()}
     )
 
 
 class ShardReader:
-    """The images of one split, by number. Checks at once that every local shard exists and has the length it was
-    written with.
+    """The images of one split, by number. The constructor checks that every local shard exists and has the size that
+    the manifest says.
 
-    `path`: folder or URL of a packed set. Files behind URLs are fetched through `storage`, checked by their content.
+    `path`: folder or URL of a packed set. Remote files are downloaded through `storage` and verified by their checksum.
     """
 
     def __init__(self, path: str | Path, split: str, storage: Storage | None = None) -> None:
@@ -218,8 +218,7 @@ class ShardReader:
         return len(self.index)
 
     def load_array(self, entry: dict[str, Any]) -> np.ndarray:
-        """An array that the manifest describes, one row per image. Raises ValueError when it has another number of
-        rows."""
+        """An array that the manifest lists, one row per image. Raises ValueError if the number of rows differs."""
         file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
         array = np.load(file, mmap_mode=None if is_remote(self.path) else "r")
         if len(array) != self.described["num_images"]:
@@ -229,33 +228,33 @@ class ShardReader:
         return array
 
     def conditions(self, kind: ConditionKind) -> np.ndarray:
-        """What batches carry beside the images: labels (N,), or the vectors (N, ...) that the shards hold.
+        """The conditions of all images: labels (N,), or the vectors (N, ...) that the shards hold.
 
-        Raises ValueError for vectors of a set that has none.
+        Raises ValueError if vectors are requested from a set without them.
         """
         if kind == "label":
             return self.labels
         if "condition" not in self.described:
-            raise ValueError(f"data.condition=vector: {self.path} holds labels only, no vector (.npy) per image")
+            raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector (.npy) per image")
         return np.asarray(self.load_array(self.described["condition"]), dtype=np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors stay in their process
+        return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors are not valid in other processes
 
     def local(self, file: RemoteFile) -> Path:
-        """Where the file can be read now."""
+        """A local path of the file, downloaded if it is remote."""
         return self.storage.fetch(file) if is_remote(file.url) else Path(file.url)
 
     def prepare(self, samples: Sequence[int]) -> None:
-        """Fetches the remote shards of these samples, several at a time."""
+        """Downloads the remote shards of these samples, several at a time."""
         shards = [self.shards[i] for i in np.unique(self.index["shard"][list(samples)])]
         self.storage.fetch_all(shard for shard in shards if is_remote(shard.url))
 
     def read(self, i: int) -> bytes:
         """The encoded image number `i`.
 
-        Raises ValueError naming shard and offset when its bytes changed since packing; OSError when they cannot be
-        fetched.
+        Raises ValueError naming shard and offset if its bytes changed since packing; OSError if they cannot be
+        downloaded.
         """
         row = self.index[i]
         shard = int(row["shard"])
@@ -266,7 +265,7 @@ class ShardReader:
         return image
 
     def place(self, shard: int, row: np.void) -> tuple[int, int, int]:
-        """(file descriptor, size, offset) of an image in a local shard; the last shards used stay open."""
+        """(file descriptor, size, offset) of an image in a local shard; recently used shards stay open."""
         if shard not in self.open_shards:
             self.open_shards[shard] = os.open(self.shards[shard].url, os.O_RDONLY)
             if len(self.open_shards) > MAX_OPEN_SHARDS:
@@ -275,7 +274,7 @@ class ShardReader:
         return self.open_shards[shard], int(row["size"]), int(row["offset"])
 
     def read_fetched(self, shard: int, row: np.void) -> bytes:
-        """Bytes of an image from the cache. No file is kept open: an open one would still use disk space when removed."""
+        """Bytes of an image in the cache. Files are not kept open: an open one would use disk space after removal."""
         while True:
             try:
                 with open(self.local(self.shards[shard]), "rb") as file:
@@ -290,7 +289,7 @@ class ShardReader:
 
 
 def problem_of_length(shard: RemoteFile) -> str | None:
-    """What is wrong with a local shard by its length; None when nothing is, or when it is remote."""
+    """A description of a missing local shard or of its wrong size; None if it is intact or remote."""
     if is_remote(shard.url):
         return None
     size = os.path.getsize(shard.url) if os.path.isfile(shard.url) else None
@@ -301,7 +300,7 @@ def problem_of_length(shard: RemoteFile) -> str | None:
 
 
 def verify(path: str | Path, storage: Storage | None = None) -> int:
-    """Reads every file again; returns the number of images. Raises ValueError naming everything that is broken."""
+    """Verifies the checksum of every file; returns the number of images. Raises ValueError naming all broken files."""
     storage = storage or Storage()
     manifest = load_manifest(path, storage)
     broken = []
@@ -321,7 +320,7 @@ def verify(path: str | Path, storage: Storage | None = None) -> int:
 
 
 def problem_of(file: RemoteFile, storage: Storage) -> str | None:
-    """What is wrong with a file, all of it read; None when nothing is."""
+    """A description of a missing or changed file, verified by checksum; None if it is intact."""
     if problem := problem_of_length(file):
         return problem
     try:

@@ -1,8 +1,7 @@
-"""Shards that lie elsewhere: object stores and web servers through fsspec, whole shards kept on local disk.
+"""Remote shards: object stores and web servers through fsspec, with whole shards cached on local disk.
 
-A file is fetched in ranges, so a connection that breaks costs one range and not the file. Files in the cache are named
-by their content: several processes, runs and data sets of one machine share them, and a half-fetched file has another
-name.
+A file is downloaded in ranges, so a broken connection costs one range, not the file. Files in the cache are named by
+their content hash: processes, runs and data sets on one machine share them. A partial download has a different name.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from varlab.files import sha256
 
 RANGE_BYTES = 8 << 20
 LONGEST_PAUSE = 30.0
-WHOLE = re.compile("[0-9a-f]{64}")  # names in the cache; it removes nothing else
+WHOLE = re.compile("[0-9a-f]{64}")  # names in the cache; no other files are removed
 PARTIAL = re.compile(r"[0-9a-f]{64}\.\d+\.partial")
 TRANSIENT_STATUS = {408, 425, 429}
 log = logging.getLogger(__name__)
@@ -39,14 +38,14 @@ def is_remote(path: str | Path) -> bool:
 
 
 def join(folder: str | Path, name: str) -> str:
-    """Path or URL of a file in a folder; a name that is a URL or an absolute path stands for itself."""
+    """Path or URL of a file in a folder; a name that is a URL or an absolute path is returned unchanged."""
     if is_remote(name) or os.path.isabs(name):
         return name
     return f"{str(folder).rstrip('/')}/{name}"
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again cannot help."""
+    """Whether an error is permanent, so that retrying cannot help."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in TRANSIENT_STATUS
@@ -55,7 +54,7 @@ def is_final(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file elsewhere, by its place and its content."""
+    """A remote file: its URL, size and content hash."""
 
     url: str
     num_bytes: int
@@ -64,11 +63,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Storage:
-    """How files elsewhere are reached and how much of them is kept here.
+    """Access to remote files and their local cache.
 
-    `cache_gb`: bound of the cache in 10^9 bytes; what was used longest ago goes first. `retries`: attempts after the
-    first, with pauses of 0.5 s, 1 s, ... 30 s. `timeout`: seconds without a byte that count as a broken connection.
-    `downloads`: files fetched at a time by one process. `options`: passed to fsspec (key, secret, endpoint_url, ...).
+    `cache_gb`: maximum size of the cache in 10^9 bytes; the least recently used files are evicted first. `retries`:
+    attempts after the first, with pauses of 0.5 s, 1 s, ... 30 s. `timeout`: seconds without data after which a
+    connection counts as broken. `downloads`: concurrent downloads per process. `options`: passed to fsspec (key,
+    secret, endpoint_url, ...).
     """
 
     cache_dir: str = "~/.cache/varlab/shards"
@@ -80,7 +80,7 @@ class Storage:
 
     @property
     def folder(self) -> Path:
-        """The cache."""
+        """The cache folder."""
         return Path(self.cache_dir).expanduser()
 
     def open(self, url: str) -> tuple[Any, str]:
@@ -102,11 +102,11 @@ class Storage:
             raise ValueError(f"{url} cannot be opened{hint}") from None
 
     def attempt(self, what: str, call: Callable[[], Any]) -> Any:
-        """The result of `call`, tried again with longer and longer pauses. Raises OSError naming what failed."""
+        """The result of `call`, retried with exponential backoff. Raises OSError naming what failed."""
         for attempt in range(self.retries + 1):
             try:
                 return call()
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # every file system raises its own exceptions
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if is_final(error) or attempt == self.retries:
                     tries = f" after {attempt + 1} attempts" if attempt else ""
@@ -116,20 +116,20 @@ class Storage:
                 time.sleep(pause)
 
     def read(self, url: str) -> bytes:
-        """A small file, whole."""
+        """The content of a small file."""
         fs, path = self.open(url)
         return self.attempt(url, lambda: fs.cat_file(path))
 
     def size(self, url: str) -> int:
-        """Bytes of a file elsewhere."""
+        """Size of a remote file in bytes."""
         fs, path = self.open(url)
         size = self.attempt(url, lambda: fs.info(path))["size"]
         if size is None:
-            raise OSError(f"{url}: the server does not tell the file's size")
+            raise OSError(f"{url}: the server does not report the file's size")
         return size
 
     def expand(self, pattern: str) -> list[str]:
-        """Files that a path, glob, brace pattern or URL stands for, sorted. Raises ValueError when there is none."""
+        """Files that match a path, glob, brace pattern or URL, sorted. Raises ValueError if there are none."""
         found: list[str] = []
         for name in braceexpand(pattern):
             if not any(sign in name for sign in "*?["):
@@ -146,7 +146,8 @@ class Storage:
         return sorted(set(found))
 
     def fetch(self, file: RemoteFile) -> Path:
-        """The local copy of a file, fetched if it is not here. Raises OSError when it cannot be had or is another one."""
+        """The local copy of a file, downloaded if missing. Raises OSError if it is not available or its checksum
+        differs."""
         local = self.folder / file.sha256
         if not touch_if_exists(local):
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,7 @@ class Storage:
         return local
 
     def fetch_new(self, url: str) -> tuple[RemoteFile, Path]:
-        """A file elsewhere of which nothing is known yet, and its local copy."""
+        """Downloads a remote file of unknown content; returns its description and its local copy."""
         num_bytes = self.size(url)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(url.encode()).hexdigest()
@@ -175,7 +176,7 @@ class Storage:
         return file, self.folder / file.sha256
 
     def fetch_all(self, files: Iterable[RemoteFile]) -> None:
-        """Fetches what is not here, several at a time."""
+        """Downloads the files that are not cached, several at a time."""
         missing = [file for file in files if not (self.folder / file.sha256).is_file()]
         if missing:
             with ThreadPoolExecutor(self.downloads) as pool:
@@ -194,15 +195,15 @@ class Storage:
                 stream.write(content)
 
     def make_room(self, num_bytes: int, own: Path) -> None:
-        """Removes what was used longest ago until the cache can take `num_bytes` more.
+        """Evicts the least recently used files until the cache has room for `num_bytes` more.
 
-        Files that other processes are fetching count with their full size; what a killed process left of one is
+        Files that other processes are downloading count with their full size; partial files of killed processes are
         removed.
         """
         allowed = int(self.cache_gb * 1e9)
         if num_bytes > allowed:
             raise OSError(
-                f"cache_gb={self.cache_gb} cannot hold a single shard of {num_bytes / 1e9:.3g} GB: allow more"
+                f"cache_gb={self.cache_gb} cannot hold a single shard of {num_bytes / 1e9:.3g} GB: increase it"
             )
         while True:
             with FileLock(self.folder / "room.lock"):
@@ -218,15 +219,15 @@ class Storage:
                     path.unlink(missing_ok=True)
                     total -= sizes[path].st_size
                 if total <= allowed:
-                    own.touch()  # from now on it counts for others
+                    own.touch()  # from now on other processes count it
                     return
                 removed = [path for path in others if remove_if_left(path)]
             if not removed:
-                time.sleep(0.2)  # until another process has fetched its file
+                time.sleep(0.2)  # wait for another process to finish its download
 
 
 def touch_if_exists(file: Path) -> bool:
-    """Whether the file is there; if so it counts as used now."""
+    """Whether the file exists; if so, marks it as used now."""
     try:
         os.utime(file)
     except FileNotFoundError:
@@ -235,7 +236,7 @@ def touch_if_exists(file: Path) -> bool:
 
 
 def stat_of(path: Path) -> os.stat_result | None:
-    """The file's status, or None when it went away meanwhile."""
+    """The file's status, or None if it no longer exists."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -243,7 +244,7 @@ def stat_of(path: Path) -> os.stat_result | None:
 
 
 def remove_if_left(partial: Path) -> bool:
-    """Removes a partial file that nobody is fetching any more; whether it did."""
+    """Removes a partial file unless a process is still downloading it; returns whether it was removed."""
     lock = FileLock(partial.with_name(partial.name.split(".")[0] + ".lock"))
     try:
         with lock.acquire(blocking=False):
@@ -254,11 +255,11 @@ def remove_if_left(partial: Path) -> bool:
 
 
 def exact_range(fs: Any, path: str, start: int, stop: int, num_bytes: int) -> bytes:
-    """Bytes start to stop of a file. Raises OSError when the answer is shorter; a server that knows no ranges sends
-    all."""
+    """Bytes start to stop of a file; a server without range support sends the whole file. Raises OSError if the
+    response has the wrong length."""
     content = fs.cat_file(path, start=start, end=stop)
     if len(content) == num_bytes:
         return content[start:stop]
     if len(content) != stop - start:
-        raise OSError(f"the answer has {len(content)} bytes, asked for {stop - start}")
+        raise OSError(f"the response has {len(content)} bytes, expected {stop - start}")
     return content

@@ -1,9 +1,9 @@
-"""The token cache: images encoded once, read by every transformer that is trained on them.
+"""The token cache: images encoded once and read by every transformer that is trained on them.
 
 manifest.json                 tokenizer fingerprint, patch_nums, data set, views
-train.tokens.npy              (N, views, L) in the smallest integer type that holds the codebook
+train.tokens.npy              (N, views, L) in the smallest integer dtype that fits the codebook
 train.labels.npy              (N,)
-train.condition.npy           (N, ...) where the shards hold a vector per image
+train.condition.npy           (N, ...) if the shards hold a vector per image
 """
 
 import logging
@@ -60,9 +60,9 @@ def write_cache(
 ) -> dict[str, Any]:
     """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
 
-    Work is done in parts of `part_images`, each written atomically: a killed call continues with the missing parts, and
-    several processes split the parts. An existing cache of the same tokenizer, data and views is kept; one of others is
-    an error.
+    Work is done in parts of `part_images`, each written atomically: an interrupted call continues with the missing
+    parts, and several processes share the parts. An existing cache of the same tokenizer, data and views is kept.
+    Raises ValueError if they differ.
     """
     work = work or WorkSplit()
     shard_manifest = load_manifest(shards, storage)
@@ -108,14 +108,14 @@ def write_cache(
 
 
 def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
-    """Raises ValueError when the existing (or begun) cache belongs to something else."""
+    """Raises ValueError if an existing (or unfinished) cache was made with other settings."""
     if not file.is_file():
         return
     found = load_json(file, "varlab tokenize")
     changed = [key for key in manifest if key != "splits" and found.get(key) != manifest[key]]
     if changed:
         raise ValueError(
-            f"{file.parent} already holds a token cache with another {', '.join(changed)}: choose another folder or remove it"
+            f"{file.parent} already holds a token cache with different {', '.join(changed)}: choose another folder or remove it"
         )
 
 
@@ -130,7 +130,7 @@ def write_part(
     device: str,
 ) -> None:
     """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), and
-    vectors (n, ...) where the shards hold some."""
+    vectors (n, ...) if the shards hold them."""
     tokens: list[np.ndarray] = []
     numbers: list[int] = []
     skipped: list[bool] = []
@@ -151,7 +151,7 @@ def write_part(
 
 
 def smallest_type(tokenizer: MSVQVAE) -> np.dtype:
-    """The smallest integer type that holds every token."""
+    """The smallest integer dtype that fits every token."""
     return np.min_scalar_type(tokenizer.quantizer.codebook_size - 1)
 
 

@@ -18,8 +18,8 @@ from varlab.models import scales
 
 
 class TokenBatch(NamedTuple):
-    """Flattened token maps with their conditions: class labels (B), or what the cache holds as vectors. `weight` is 0
-    for padding."""
+    """Flattened token maps with their conditions: class labels (B), or the vectors of the cache. `weight` is 0 for
+    padding."""
 
     sequence: Int[Tensor, "B L"]
     condition: Tensor
@@ -27,7 +27,7 @@ class TokenBatch(NamedTuple):
 
 
 class TokenDataset(Dataset):
-    """Rows of the cache. Views alternate: sample i shows view (i + epoch) % views."""
+    """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views."""
 
     def __init__(self, tokens: np.ndarray | Tensor, conditions: np.ndarray | Tensor) -> None:
         self.tokens, self.conditions = tokens, conditions
@@ -36,7 +36,7 @@ class TokenDataset(Dataset):
         return len(self.tokens)
 
     def on_device(self, device: torch.device) -> "TokenDataset":
-        """The same rows in the memory of a device, in the smallest type that torch can index."""
+        """The same rows in the memory of a device, in the smallest integer dtype that torch supports and that fits."""
         assert isinstance(self.tokens, np.ndarray)
         kind = next(kind for kind in (np.uint8, np.int16, np.int32) if self.tokens.max() <= np.iinfo(kind).max)
         arrays = self.tokens.astype(kind), np.asarray(self.conditions)
@@ -60,11 +60,11 @@ class TokenDataset(Dataset):
 class TokenDataModule(OrderedDataModule):
     """Training from a token cache (`varlab tokenize`).
 
-    `keep`: where the tokens are kept while training: `memory` (read at once), `disk` (memory-mapped) or `device` (a
-    copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet at 256 px; batches then cost no transfer).
-    `condition`: `label`, or `vector` where the cache holds a vector per image. Raises ValueError for a cache that is
-    missing, shorter than its manifest says, or of another format. Whether it belongs to the tokenizer is checked by the
-    VARModule.
+    `keep`: where the tokens are kept during training: `memory` (loaded at the start), `disk` (memory-mapped) or
+    `device` (a copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet at 256 px; batches then need no
+    transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises ValueError for a cache
+    that is missing, shorter than its manifest says, or of another format. The VARModule checks that it matches the
+    tokenizer.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TokenDataModule(OrderedDataModule):
         super().__init__(global_batch_size, num_workers, seed, lanes, window)
         if keep == "device" and num_workers:
             raise ValueError(
-                f"data.keep=device needs data.num_workers=0, not {num_workers}: rows are already on the device"
+                f"data.keep=device needs data.num_workers=0, not {num_workers}: the rows are already on the device"
             )
         self.path = Path(path)
         self.keep = keep
@@ -106,8 +106,8 @@ class TokenDataModule(OrderedDataModule):
         self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
 
     def marginal_entropies(self, codebook_size: int) -> dict[str, float]:
-        """Entropy of the codes of each scale over the validation set, in nats: the loss of a model that knows only how
-        often each code occurs."""
+        """Entropy of the codes of each scale over the validation set, in nats: the loss of a model that predicts only
+        the marginal frequency of each code."""
         tokens, found = np.asarray(torch.as_tensor(self.val_set.tokens).cpu()), {}  # pyright: ignore[reportAttributeAccessIssue]
         for k, (first, last) in enumerate(scales.scale_bounds(self.manifest["patch_nums"])):
             counts = np.bincount(tokens[:, 0, first:last].ravel().astype(np.int64), minlength=codebook_size)
@@ -121,7 +121,7 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(f"{self.path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
         name = "labels" if self.condition == "label" else "condition"
         if name == "condition" and not (self.path / f"{split}.condition.npy").is_file():
-            raise ValueError(f"data.condition=vector: {self.path} holds labels only, no vector per image")
+            raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector per image")
         try:
             tokens, conditions = (
                 np.load(self.path / f"{split}.{part}.npy", mmap_mode="r" if self.keep == "disk" else None)
@@ -133,9 +133,9 @@ class TokenDataModule(OrderedDataModule):
             ) from None
         if len(tokens) != len(conditions) or len(tokens) != self.manifest["splits"][split]["num_images"]:
             raise ValueError(
-                f"{self.path}: {split} holds {len(tokens)} rows and {len(conditions)} {name}, not what its manifest says"
+                f"{self.path}: {split} holds {len(tokens)} rows and {len(conditions)} {name}, which differs from its manifest"
             )
         rows = TokenDataset(
             tokens if split == "train" else tokens[:, :1], conditions
-        )  # validation sees no augmentation
+        )  # validation uses no augmentation
         return rows.on_device(self.trainer.strategy.root_device) if self.keep == "device" and self.trainer else rows

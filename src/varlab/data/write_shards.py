@@ -1,7 +1,7 @@
 """Image sources -> shards + manifest.
 
-Which image goes into which shard follows from the seed alone, so a killed run continues with the missing shards, and
-several processes can write at once.
+The assignment of images to shards depends on the seed alone, so an interrupted run continues with the missing shards,
+and several processes can write at once.
 """
 
 import json
@@ -36,7 +36,7 @@ class Job:
     quality: int
 
     def samples(self) -> Iterator[Sample]:
-        """The images as they go into the shard."""
+        """The images as they are written into the shard."""
         for key, item in zip(self.keys, self.items, strict=True):
             image, extension = item.load(), ""
             if self.short_side is not None:
@@ -45,7 +45,7 @@ class Job:
 
 
 def write(job: Job) -> tuple[dict[str, Any], ShardIndex]:
-    """The shard's entry in the manifest and its part of the index; a shard that an earlier run finished is kept."""
+    """Writes a shard unless an earlier run finished it; returns its entry in the manifest and its part of the index."""
     if not (job.file.is_file() and index_shard(job.file, job.number).keys == job.keys):
         write_shard(job.file, job.samples())
     index = index_shard(job.file, job.number)
@@ -59,8 +59,8 @@ def entry_of(name: str, file: Path, num_images: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a source is packed. `shard_images`: images per shard, or, with `shard_size` (MB), as many as make a shard of
-    that size. Larger images are re-encoded to `short_side` as JPEG of `quality`, if it is given."""
+    """How a source is packed. `shard_images`: images per shard; `shard_size`: approximate size of a shard in MB, which
+    overrides it. If `short_side` is given, larger images are re-encoded to it as JPEG of `quality`."""
 
     shard_images: int = 1000
     shard_size: float | None = None
@@ -74,7 +74,7 @@ class PackOptions:
 class Source:
     """All images of a data set. `splits` maps train and val to items; class i has name class_names[i].
 
-    A source of your own is a function that returns one: see docs/extend.md.
+    A custom source is a function that returns a `Source`: see docs/extend.md.
     """
 
     kind: str
@@ -101,9 +101,9 @@ def pack(
 ) -> dict[str, Any]:
     """Writes shards, index and manifest of a source into `out`; returns the manifest.
 
-    Images are mixed over the shards of their split by `seed`. The manifest comes last, so a folder without one is not a
-    data set yet. Raises OSError naming the file when the disk is full; finished shards are kept and used next time.
-    Raises ValueError when `out` holds shards of another source or other settings.
+    Images are shuffled over the shards of their split by `seed`. The manifest is written last, so a folder without one
+    is incomplete. Raises OSError naming the file if the disk is full; finished shards are kept and reused next time.
+    Raises ValueError if `out` holds shards of another source or other settings.
     """
     if shard_images < 1 or num_workers < 1:
         raise ValueError(f"shard_images={shard_images} and num_workers={num_workers} must be positive")
@@ -125,7 +125,7 @@ def pack(
     }
     for split, items in source.splits.items():
         if not items:
-            raise ValueError(f"{source.name} has no images for split {split!r}: give more images or another val_share")
+            raise ValueError(f"{source.name} has no images for split {split!r}: add images or change val_share")
         order = np.random.default_rng([seed, len(split)]).permutation(len(items))
         jobs = [
             Job(
@@ -147,7 +147,7 @@ def pack(
 
 
 def images_per_shard(source: Source, megabytes: float, short_side: int | None, quality: int) -> int:
-    """How many images make a shard of about this size, estimated from 64 of them as they would be written."""
+    """Number of images in a shard of about this size, estimated from 64 of them, re-encoded if required."""
     items = source.splits["train"]
     chosen = [items[i].load() for i in np.linspace(0, len(items) - 1, min(64, len(items))).astype(int)]
     written = [image if short_side is None else reencode(image, short_side, quality)[0] for image in chosen]
@@ -156,7 +156,7 @@ def images_per_shard(source: Source, megabytes: float, short_side: int | None, q
 
 
 def in_processes(function: Callable[[T], R], jobs: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Results in order, from this process or from several."""
+    """Results in order, computed in this process or in `num_workers` processes."""
     if num_workers == 1 or len(jobs) == 1:
         yield from map(function, jobs)
         return
@@ -169,11 +169,11 @@ def in_processes(function: Callable[[T], R], jobs: Sequence[T], num_workers: int
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Records what is being packed in `out`; raises ValueError when something else was begun there."""
+    """Records the settings of a packing run in `out`. Raises ValueError if it was started with other settings."""
     file = out / "packing.json"
     if file.is_file() and (begun := json.loads(file.read_text())) != settings:
         changed = [key for key in settings if begun.get(key) != settings[key]]
         raise ValueError(
-            f"{out} holds shards packed with another {', '.join(changed)}: choose another folder or remove it"
+            f"{out} holds shards packed with different {', '.join(changed)}: choose another folder or remove it"
         )
     save_json(file, settings)

@@ -1,7 +1,7 @@
-"""Frechet distance between two sets of images by the features of a frozen network (Heusel et al. 2017).
+"""Frechet distance between two sets of images in the feature space of a frozen network (Heusel et al. 2017).
 
-It is called FID (or rFID, for reconstructions) with the Inception of 2015 alone; with other networks it bears their
-name.
+It is called FID (or rFID, for reconstructions) only with the Inception of 2015; with other networks it is named after
+them.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ def statistics(features: Float[np.ndarray, "N c"]) -> FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), by eigenvalues of symmetric matrices only."""
+    """|mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)), using only eigenvalues of symmetric matrices."""
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()

@@ -1,6 +1,5 @@
 """Scores of generated images from the features of a frozen network: Frechet distances, Inception score, kernel
-distance, precision and recall. The mathematics alone: which network, which images, how many, is the caller's to say
-beside each number.
+distance, precision and recall. Pure math: the caller reports the network, the images and their number with each score.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from varlab.evaluation.frechet import frechet_distance, statistics
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images: pooled; of places (for sFID), and class probabilities, where the network has them."""
+    """Features of N images: pooled, and, if available, spatial features (for sFID) and class probabilities."""
 
     pooled: Float[np.ndarray, "N c"]
     spatial: Float[np.ndarray, "N s"] | None = None
@@ -22,8 +21,8 @@ class Features:
 
 
 def inception_score(probabilities: Float[np.ndarray, "N k"], split: int = 5000) -> tuple[float, float]:
-    """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits of `split` images,
-    in their order, as the ADM evaluator takes them; a rest shorter than a split counts as one."""
+    """exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over consecutive splits of
+    `split` images, as in the ADM evaluator; a shorter remainder counts as a split."""
     scores = []
     for first in range(0, len(probabilities), split):
         part = probabilities[first : first + split].astype(np.float64)
@@ -37,7 +36,7 @@ def kernel_distance(
     a: Float[np.ndarray, "N c"], b: Float[np.ndarray, "M c"], subset: int = 1000, num_subsets: int = 100, seed: int = 0
 ) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / c + 1)^3, mean and standard deviation
-    over random subsets. Sets smaller than `subset` are taken whole, then the subsets differ in nothing but their order.
+    over random subsets of the size of the smaller set, at most `subset`.
     """
     random = np.random.default_rng(seed)
     size = min(subset, len(a), len(b))
@@ -56,11 +55,11 @@ def kernel_distance(
 def precision_recall(
     real: Float[np.ndarray, "N c"], made: Float[np.ndarray, "M c"], k: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), shares in [0, 1]: how many made images lie within the
-    radius of a real one, and the other way round; the radius of an image reaches to its k-th nearest neighbor of its
-    own kind."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019), in [0, 1]: the fraction of generated images within the
+    radius of a real one, and vice versa. The radius of an image is the distance to its k-th nearest neighbor in its own
+    set."""
     if min(len(real), len(made)) <= k:
-        raise ValueError(f"precision and recall with k={k} need more than {k} images of each kind")
+        raise ValueError(f"precision and recall with k={k} need more than {k} images in each set")
     a, b = torch.from_numpy(real.astype(np.float32)), torch.from_numpy(made.astype(np.float32))
     return share_within(b, a, radii(a, k, chunk), chunk), share_within(a, b, radii(b, k, chunk), chunk)
 
@@ -72,7 +71,7 @@ def radii(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
 
 
 def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, chunk: int) -> float:
-    """Share of rows of x that lie within the reach of some center."""
+    """Fraction of the rows of x that are within the radius `reach` of some center."""
     hits = [
         (torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist") <= reach).any(dim=1)
         for rows in x.split(chunk)
@@ -82,7 +81,7 @@ def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, ch
 
 def scores(made: Features, real: Features, seed: int = 0) -> dict[str, float]:
     """All scores that the features allow: `frechet_distance`, `spatial_frechet_distance`, `inception_score`,
-    `kernel_distance`, `precision`, `recall`, and spreads as `.../std`."""
+    `kernel_distance`, `precision`, `recall`, and standard deviations as `.../std`."""
     found = {"frechet_distance": frechet_distance(statistics(made.pooled), statistics(real.pooled))}
     if made.spatial is not None and real.spatial is not None:
         found["spatial_frechet_distance"] = frechet_distance(statistics(made.spatial), statistics(real.spatial))

@@ -1,4 +1,4 @@
-"""Sets of images to be scored: folders, ADM-format .npz files, stored statistics; their features, cached by content."""
+"""Image sets for scores: folders, ADM-format .npz files, stored statistics; their features, cached by content."""
 
 import hashlib
 import os
@@ -21,9 +21,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ImageSet:
-    """Images of one size: the files of a folder in the order of their names, or `arr_0` of an .npz (uint8, N H W 3).
+    """Images of one size: the files of a folder, sorted by name, or `arr_0` of an .npz (uint8, N H W 3).
 
-    `identity`: hash of their content. Raises ValueError naming what is wrong.
+    `identity`: hash of their content. Raises ValueError naming the problem.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,13 +62,13 @@ class ImageSet:
         return self.array[i] if self.array is not None else np.asarray(Image.open(self.files[i]).convert("RGB"))
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1]. Raises ValueError naming one of another size."""
+        """Images in [-1, 1]. Raises ValueError naming the first image of a different size."""
         images = [self.pixels(i) for i in indices]
         for i, image in zip(indices, images, strict=True):
             if image.shape != images[0].shape:
                 name = self.files[i] if self.files else f"image {i}"
                 raise ValueError(
-                    f"{name} has shape {image.shape}, others {images[0].shape}: scores need images of one size"
+                    f"{name} has shape {image.shape}, but others have {images[0].shape}: scores need images of one size"
                 )
         return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -82,10 +82,10 @@ def extract(
     desc: str,
     work: WorkSplit | None = None,
 ) -> Features:
-    """Features of images 0 .. num_images - 1, which `read(indices)` gives as batches in [-1, 1]; kept in the file
+    """Features of images 0 .. num_images - 1, which `read(indices)` returns as batches in [-1, 1]; cached in the file
     `cache`.
 
-    Processes split the images; each but the first returns only its own.
+    The images are split over processes; all but the first return only their own.
     """
     work = work or WorkSplit()
     if cache.is_file():
@@ -120,7 +120,7 @@ def extract(
 
 @torch.no_grad()
 def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
-    """The network's outputs for a batch: everything it has (Inception), or pooled features."""
+    """The network's outputs for a batch: all of `everything` (Inception), or only pooled features."""
     if hasattr(network, "everything"):
         values = network.everything(images)  # pyright: ignore[reportCallIssue]
         return {
@@ -143,7 +143,7 @@ def load_features(path: Path) -> Features:
 
 
 def cache_file(*parts: str) -> Path:
-    """The cache file of features with these ingredients, in VARLAB_CACHE or the user's cache folder."""
+    """The cache file of features with this key, in VARLAB_CACHE or the user's cache folder."""
     folder = Path(os.environ.get("VARLAB_CACHE", "~/.cache/varlab")).expanduser() / "features"
     return folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.npz"
 
@@ -159,7 +159,7 @@ def stored_statistics(path: Path) -> dict[str, FeatureStatistics]:
 
 
 def score_name(network: nn.Module) -> str:
-    """What scores by a network are called: its `score_name`, or its class in lower case."""
+    """The name of a network in scores: its `score_name`, or its class name in lower case."""
     return getattr(network, "score_name", type(network).__name__.lower())
 
 

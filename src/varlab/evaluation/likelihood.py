@@ -1,4 +1,4 @@
-"""How well a VAR predicts the tokens of images: loss, error, calibration, and the gain by the condition, by scale."""
+"""How well a VAR predicts the tokens of images: loss, error, calibration and the gain from the condition, per scale."""
 
 import math
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ NUM_BINS = 15
 
 
 class Calibration:
-    """Expected calibration error (Guo et al. 2017): how far the probability of the most likely code is from how often
-    it is right, over 15 bins of equal width, in percent."""
+    """Expected calibration error (Guo et al. 2017): mean gap between the probability of the most likely code and its
+    accuracy, over 15 bins of equal width, in percent."""
 
     def __init__(self, num_scales: int) -> None:
         self.counts, self.confidence, self.right = (
@@ -26,7 +26,7 @@ class Calibration:
         )
 
     def add(self, k: int, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> None:
-        """Counts the tokens of scale k."""
+        """Adds the tokens of scale k."""
         confidence, most_likely = logits.float().softmax(dim=-1).flatten(0, 1).max(dim=-1)
         bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
         right = (most_likely == tokens.flatten()).double()
@@ -38,7 +38,7 @@ class Calibration:
             total[k] += torch.bincount(bins, values, minlength=NUM_BINS).cpu()
 
     def error(self, k: int | None = None) -> float:
-        """Of scale k, or of all tokens."""
+        """Calibration error of scale k, or of all tokens."""
         counts, confidence, right = (
             x.sum(dim=0) if k is None else x[k] for x in (self.counts, self.confidence, self.right)
         )

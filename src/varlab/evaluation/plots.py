@@ -8,7 +8,7 @@ from varlab.files import atomic_write
 
 
 def curve_by_scale(scores: dict[str, list[float]], labels: list[str], path: Path) -> None:
-    """One panel a score against the scale after which it was taken, as PNG."""
+    """Plots each score against the scale after which it was computed, one panel per score, as PNG."""
     figure = Figure(figsize=(3.4 * len(scores), 2.8), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
         axes.plot(range(len(values)), values, marker="o")
@@ -20,7 +20,7 @@ def curve_by_scale(scores: dict[str, list[float]], labels: list[str], path: Path
 
 
 def curves_of_grid(rows: list[dict], score: str, path: Path) -> None:
-    """A score against guidance, one line for each pair of filters, as PNG; the real images' own distance dashed."""
+    """Plots a score against guidance, one line per pair of filters, as PNG; that of other real images is dashed."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for top_k, top_p in dict.fromkeys((row["top_k"], row["top_p"]) for row in rows):

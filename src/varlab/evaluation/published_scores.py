@@ -1,4 +1,4 @@
-"""Protocols of published scores: what must be equal before scores are compared."""
+"""Protocols of published scores: what must match before scores are compared."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """One published number and how it was made."""
+    """One published score and its protocol."""
 
     fid: float
     inception_score: float | None
@@ -18,7 +18,7 @@ class Preset:
     top_p: float = 0.96
 
 
-REPOSITORY = "the released weights, by their repository: ADM evaluator, 50 images a class, no rejection"
+REPOSITORY = "the released weights, according to their repository: ADM evaluator, 50 images per class, no rejection"
 PRESETS = {
     "var_d16_256": Preset(3.55, 274.4, REPOSITORY),
     "var_d20_256": Preset(2.95, 302.6, REPOSITORY),
@@ -29,10 +29,10 @@ PRESETS = {
 
 
 def compare(name: str | None, protocol: dict[str, Any]) -> list[str]:
-    """What keeps a set of scores from being compared with the published one (or, without a preset, with any published
-    FID).
+    """Reasons why scores are not comparable with the published ones of a preset (or, without a preset, with any
+    published FID), as text.
 
-    Raises ValueError for a preset that is unknown.
+    Raises ValueError for an unknown preset.
     """
     warnings = general(protocol)
     if name is None:
@@ -42,34 +42,34 @@ def compare(name: str | None, protocol: dict[str, Any]) -> list[str]:
     preset, sampling = PRESETS[name], protocol.get("sampling") or {}
     wanted = {key: getattr(preset, key) for key in ("cfg_scale", "top_k", "top_p")}
     if not sampling:
-        warnings.append(f"how the samples were made is unknown; {name} wants {wanted}")
+        warnings.append(f"the sampling settings are unknown; {name} uses {wanted}")
     for key, value in wanted.items():
         if sampling and sampling.get(key) != value:
-            warnings.append(f"{key}={sampling.get(key)}, {name} has {value}")
+            warnings.append(f"{key}={sampling.get(key)}, but {name} uses {value}")
     if sampling.get("smooth"):
         warnings.append("smooth=true changes scores: it is for demos")
     if protocol["resolution"] != preset.resolution:
-        warnings.append(f"images of {protocol['resolution']} pixels, {name} has {preset.resolution}")
+        warnings.append(f"images of {protocol['resolution']} pixels, but {name} uses {preset.resolution}")
     if protocol["num_samples"] != preset.num_samples and protocol["num_samples"] >= 50_000:
-        warnings.append(f"{protocol['num_samples']:,} samples, {name} has {preset.num_samples:,}")
+        warnings.append(f"{protocol['num_samples']:,} samples, but {name} uses {preset.num_samples:,}")
     if protocol["reference_statistics"] != "stored":
-        warnings.append("the published number is against the statistics stored in the ADM reference .npz")
+        warnings.append("the published score uses the statistics stored in the ADM reference .npz")
     published = f"published: FID {preset.fid}" + (f", IS {preset.inception_score}" if preset.inception_score else "")
     verdict = "not comparable" if warnings else "same protocol"
     return [*warnings, f"{published} ({preset.source}); {verdict}"]
 
 
 def general(protocol: dict[str, Any]) -> list[str]:
-    """What makes any score of generated images unlike the published ones."""
+    """Reasons why scores are not comparable with any published score of generated images."""
     warnings = []
     if protocol["features"] != "inception":
-        warnings.append(f"features of {protocol['features']}: not FID, and not to be compared with one")
+        warnings.append(f"features of {protocol['features']}: not FID, and not comparable with it")
     if protocol["num_samples"] < 50_000:
         warnings.append(
             f"{protocol['num_samples']:,} samples: fewer than the 50,000 of published scores give higher distances"
         )
     if protocol.get("reference_split") == "val":
         warnings.append(
-            "against the validation split: published FIDs of generated images are against training statistics"
+            "computed against the validation split: published FIDs of generated images use training statistics"
         )
     return warnings

@@ -1,4 +1,4 @@
-"""Scores of reconstructions: fidelity after each scale, use of the codebook, Frechet distance with its floor."""
+"""Scores of reconstructions: fidelity after each scale, codebook usage, Frechet distance with its floor."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from varlab.models.quantizer import perplexity
 
 
 def ssim(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-    """Structural similarity (Wang et al. 2004: 11 x 11 Gaussian window of 1.5) of each image; images in [-1, 1]."""
+    """Structural similarity (Wang et al. 2004: 11 x 11 Gaussian window, sigma 1.5) of each image; images in [-1, 1]."""
     score = structural_similarity_index_measure(
         images / 2 + 0.5, references / 2 + 0.5, data_range=1.0, reduction="none", gaussian_kernel=True
     )
@@ -27,7 +27,7 @@ def ssim(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"])
 
 @dataclass
 class Averages:
-    """Means over images of named scores."""
+    """Running means of named scores over images."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -49,8 +49,8 @@ def reconstruction_scores(
     """Scores of a tokenizer on batches of images in [-1, 1].
 
     psnr (dB), ssim and each of `metrics` (one value per image) as means over images; `by_scale`: the same after each
-    scale, over the first `num_curve` images; `usage_by_scale` (percent of the codes in use) and `perplexity_by_scale`
-    (codes), and the same overall.
+    scale, over the first `num_curve` images; `usage_by_scale` (percent of the codes in use), `perplexity_by_scale`
+    (codes), and both over all scales.
     """
     quantizer, seen, averages = tokenizer.quantizer, 0, Averages()
     hits = torch.zeros(quantizer.num_scales, quantizer.codebook_size)
@@ -96,8 +96,8 @@ def scores_of(output: Tensor, images: Tensor, metrics: dict[str, Callable]) -> d
 def reconstruction_distance(
     tokenizer: MSVQVAE, network: nn.Module, images: Iterable[Tensor], others: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Frechet distance of reconstructions to the images, and its floor: the same number of other real images against
-    them."""
+    """Frechet distance of reconstructions to the images, and its floor: the distance of the same number of other real
+    images."""
 
     def reconstructed() -> Iterator[Tensor]:
         for batch in images:

@@ -1,4 +1,4 @@
-"""Samples against real images: scores under the field's names, with protocol and floor."""
+"""Scores of samples against real images, under their common names, with protocol and floor."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ from varlab.evaluation.plots import curves_of_grid
 from varlab.evaluation.published_scores import compare
 from varlab.files import atomic_write, load_json, save_json
 
-FIELD_NAMES = {  # of scores by Inception's features
+FIELD_NAMES = {  # common names of scores with Inception's features
     "frechet_distance": "fid",
     "spatial_frechet_distance": "sfid",
     "inception_score": "inception_score",
@@ -52,10 +52,10 @@ def evaluate_samples(
     metrics: dict[str, Callable[[Features, Features], float]] | None = None,
 ) -> dict[str, Any] | None:
     """Writes generation.json into `out`: scores of samples (folder or .npz) against a reference (packed set or ADM
-    .npz), each with its protocol, and the floor; returns it. Processes of torchrun split the images; all but the first
-    return None.
+    .npz), with their protocol and the floor (scores of other real images); returns it. The images are split over the
+    processes of torchrun; all but the first return None.
 
-    `network`: gives the features. `metrics`: by name, functions of the features of samples and of real images.
+    `network`: computes the features. `metrics`: by name, functions of the features of samples and of real images.
     `preset`: published scores to compare the protocol with.
     """
     work, sample_set = WorkSplit.of_environment(), ImageSet(samples)
@@ -94,7 +94,7 @@ def evaluate_grid(
     out: Path,
 ) -> str:
     """Samples and scores a VAR at each point of a grid of sampling settings; writes grid.csv and grid.png into `out`.
-    Finished images and features are not computed again. Returns the best point as text.
+    Existing images and features are reused. Returns the best point as text.
 
     `sample(folder, point)` writes the samples of a point, `evaluate(folder)` scores them.
     """
@@ -116,7 +116,7 @@ def evaluate_grid(
 
 
 def load_sampling(file: Path) -> dict[str, Any] | None:
-    """How the samples were made, where `varlab sample` recorded it; without labels."""
+    """The sampling settings that `varlab sample` recorded, without labels; None if there are none."""
     if not file.is_file():
         return None
     recorded = load_json(file, "varlab sample")
@@ -132,8 +132,8 @@ def features_of_set(
 
 
 class Reference:
-    """What samples are compared with: features of real images, statistics of an ADM reference, and other real images as
-    floor."""
+    """The reference of a comparison: features of real images, statistics of an ADM reference, and other real images for
+    the floor."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Reference:
         }
 
     def distances(self, made: Features) -> dict[str, float]:
-        """Frechet distances to the statistics that the reference file holds."""
+        """Frechet distances to the statistics stored in the reference file."""
         names = {"pooled": "frechet_distance", "spatial": "spatial_frechet_distance"}
         return {
             names[kind]: frechet_distance(statistics(getattr(made, kind)), found)
@@ -193,7 +193,7 @@ class Reference:
 
 
 def named(score: str, network: str) -> str:
-    """The field's name of a score by Inception's features; with any other network the score's name and the network's."""
+    """The common name of a score with Inception's features; with any other network SCORE/NETWORK."""
     score, _, rest = score.partition("/")
     name = FIELD_NAMES.get(score, score) if network == "inception" else f"{score}/{network}"
     return f"{name}/{rest}" if rest else name

@@ -1,4 +1,4 @@
-"""Scores of a tokenizer on a packed set: files with numbers, protocol and figures."""
+"""Scores of a tokenizer on a packed set, written as files with their protocol and figures."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +37,8 @@ def evaluate_tokenizer(
     """Writes evaluation.json (scores with their protocol), by_scale.png and reconstructions.png into `out`; returns the
     scores.
 
-    `features`: network of the Frechet distance. `metrics`: by name, functions of reconstructions and images (B 3 H W,
-    in [-1, 1]) that give one value per image.
+    `features`: feature network of the Frechet distance. `metrics`: by name, functions of reconstructions and images
+    (B 3 H W, in [-1, 1]) that return one value per image.
     """
     tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
 

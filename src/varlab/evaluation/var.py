@@ -1,4 +1,4 @@
-"""Likelihood of a VAR over images or cached tokens: files with numbers, protocol and figure."""
+"""Likelihood of a VAR on images or cached tokens, written as files with protocol and figure."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +37,8 @@ def evaluate_likelihood(
     device: torch.device,
     storage: Storage | None = None,
 ) -> dict[str, Any]:
-    """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration by scale. `data`: a packed set, or
-    a token cache, whose validation split is used. Returns the scores."""
+    """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration per scale. `data`: a packed set,
+    or a token cache, of which the validation split is used. Returns the scores."""
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = "vector" if var.embedder.condition_shape else "label"
 
@@ -47,7 +47,7 @@ def evaluate_likelihood(
         module.setup()
         if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
             raise ValueError(
-                f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by that of {checkpoint}"
+                f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by the tokenizer of {checkpoint}"
             )
         for batch in module.val_dataloader():
             is_real = batch.weight > 0

@@ -1,7 +1,7 @@
-"""Convolutional encoder and decoder of the tokenizer (VQGAN's shape, as VAR's appendix takes it over).
+"""Convolutional encoder and decoder of the tokenizer (the VQGAN architecture, as adopted in VAR's appendix).
 
 Widths are `channels * channel_mult[i]` for level i, level 0 at full resolution. Every level but the last halves the
-side, so `downsample` = 2 ** (levels - 1). Attention stands at the coarsest level and in the middle only.
+side, so `downsample` = 2 ** (levels - 1). Only the coarsest level and the middle blocks have attention.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 def norm(width: int, num_groups: int) -> nn.GroupNorm:
-    """Group norm as everywhere in the autoencoder. Raises ValueError when the width does not divide into groups."""
+    """The autoencoder's group norm. Raises ValueError if the width is not divisible by the number of groups."""
     if width % num_groups:
-        raise ValueError(f"width {width} does not divide into num_groups={num_groups}; choose channels so that it does")
+        raise ValueError(f"width {width} is not divisible by num_groups={num_groups}; choose channels so that it is")
     return nn.GroupNorm(num_groups, width, eps=1e-6)
 
 
 def silu(x: Float[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
-    """SiLU of a tensor that nobody else needs: in place where no gradient is wanted, which spares a large allocation."""
+    """SiLU of a tensor that is not used elsewhere: in place when gradients are off, which saves a large allocation."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions of the map, added to the input."""
+    """Single-head attention over all positions of the map, added to the input."""
 
     def __init__(self, width: int, num_groups: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves the side. The released weights expect a zero row and column below and right only."""
+    """Halves the side. The released weights expect zero padding at the bottom and right only."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, stride=2)
@@ -79,7 +79,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if the level has it, then the change of side."""
+    """Residual blocks at one resolution, each followed by attention if the level has it, then the resampling."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ def middle(width: int, num_groups: int, dropout: float) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images in [-1, 1] -> feature map, `downsample` times smaller."""
+    """Images in [-1, 1] -> feature map, `downsample` times smaller per side."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Conditions: what a batch carries beside its tokens -> the vector that starts the sequence and modulates every block.
+"""Condition embedders: the condition of each image -> the vector that starts the sequence and modulates every block.
 
-An embedder of your own subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` besides
-its own arguments. The class label is one kind of condition, one number per image.
+A custom embedder subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` in addition to
+its own arguments. A class label is one kind of condition, one number per image.
 """
 
 import difflib
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 class ConditionEmbedder(nn.Module):
-    """What VAR needs of an embedder.
+    """Base class of condition embedders.
 
-    `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: share of the conditions
-    that are replaced by the null condition in training mode, for classifier-free guidance.
+    `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: probability of replacing a
+    condition by the null condition in training mode, for classifier-free guidance.
     """
 
     condition_shape: tuple[int, ...] = ()
@@ -24,7 +24,7 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout={dropout} of the condition: give a share between 0 and 1")
+            raise ValueError(f"dropout={dropout} of the condition: give a probability between 0 and 1")
         self.dropout = dropout
 
     def forward(self, condition: Tensor) -> Float[Tensor, "B D"]:
@@ -32,7 +32,7 @@ class ConditionEmbedder(nn.Module):
         raise NotImplementedError
 
     def null(self, condition: Tensor) -> Tensor:
-        """The null condition ("no condition"), as many as `condition` has rows."""
+        """The null condition ("no condition"), repeated for each row of `condition`."""
         raise NotImplementedError
 
     def check(self, condition: Tensor) -> None:
@@ -76,9 +76,10 @@ class ClassEmbedder(ConditionEmbedder):
 
 
 def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
-    """The number of a class, given by number or name; any of several names separated by commas.
+    """The number of a class, given its number or name. An entry of `class_names` may hold several names separated by
+    commas; any of them is accepted.
 
-    Raises ValueError listing the nearest names for one that is unknown.
+    Raises ValueError listing the nearest names if the name is unknown.
     """
     if isinstance(label, int):
         if not 0 <= label <= num_classes:

@@ -1,7 +1,7 @@
-"""Networks that a checkpoint can rebuild: their classes record the arguments they were made with.
+"""Networks that a checkpoint can rebuild: their classes record the arguments they were constructed with.
 
-A class of your own subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe`
-turns a network into plain values for a checkpoint, `build` turns them back into a fresh network.
+A custom class subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe`
+turns a network into plain values for a checkpoint, `build` turns them back into a newly initialized network.
 """
 
 import inspect
@@ -31,7 +31,7 @@ class RecordArguments(type):
                 arguments |= arguments.pop(name, {})
             if parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
                 raise TypeError(
-                    f"{cls.__qualname__}(*{name}): give these arguments names, a checkpoint keeps them by name"
+                    f"{cls.__qualname__}(*{name}): pass these arguments by name, a checkpoint stores them by name"
                 )
         for name, hint in literal_hints(cls).items():
             if name in arguments and arguments[name] not in get_args(hint):
@@ -56,10 +56,10 @@ def literal_hints(cls: type) -> dict[str, Any]:
 
 
 class RecordedModule(nn.Module, metaclass=RecordArguments):
-    """A network whose arguments a checkpoint keeps.
+    """A network whose arguments a checkpoint stores.
 
-    `changeable`: arguments that may differ between a checkpoint and the run that resumes it, because they change no
-    weight's shape or meaning: rates, loss weights, initialization.
+    `changeable`: arguments that may differ between a checkpoint and the run that resumes it, because they do not change
+    the shape or meaning of any weight: rates, loss weights, initialization.
     """
 
     arguments: dict[str, Any]
@@ -71,7 +71,7 @@ class RecordedModule(nn.Module, metaclass=RecordArguments):
 
 
 def class_of(network: nn.Module) -> type:
-    """The class that a network was made of: FSDP2 puts a class of its own in front of it."""
+    """The original class of a network: FSDP2 replaces it with a subclass."""
     return next(cls for cls in type(network).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
@@ -81,14 +81,14 @@ def class_path(cls: type) -> str:
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
-    """A network as plain values: {"class": its import path, argument: value, ...}, arguments that are networks
-    described alike.
+    """A network as plain values: {"class": its import path, argument: value, ...}; arguments that are networks are
+    described the same way.
 
     Raises ValueError naming class and argument for a value that a checkpoint cannot hold.
     """
     if not isinstance(network, RecordedModule):
         raise ValueError(
-            f"{class_path(type(network))} does not record its arguments, so no checkpoint could rebuild it: make it a subclass of"
+            f"{class_path(type(network))} does not record its arguments, so a checkpoint cannot rebuild it: make it a subclass of"
             " varlab.models.custom_classes.RecordedModule"
         )
     arguments = {**network.arguments, **network.resolved()}
@@ -111,14 +111,14 @@ def as_plain(value: Any, where: str) -> Any:
     if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
         return {"partial": class_path(value.func), **as_plain(value.keywords, where)}
     raise ValueError(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: pass numbers, text, lists, a network that records its"
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: pass numbers, strings, lists, a network that records its"
         " arguments, or a class"
     )
 
 
 def build(base: type[Network], description: dict[str, Any]) -> Network:
-    """The network of a description, with fresh weights. Its class must be importable and a subclass of `base`:
-    ValueError if not."""
+    """The network of a description, newly initialized. Raises ValueError if its class cannot be imported or is not a
+    subclass of `base`."""
     given = {name: from_plain(value) for name, value in description.items() if name != "class"}
     found = find_class(description.get("class", class_path(base)), base)
     try:
@@ -128,7 +128,7 @@ def build(base: type[Network], description: dict[str, Any]) -> Network:
 
 
 def from_plain(value: Any) -> Any:
-    """The way back from `as_plain`."""
+    """The inverse of `as_plain`."""
     if isinstance(value, list):
         return [from_plain(entry) for entry in value]
     if not isinstance(value, dict):
@@ -140,15 +140,15 @@ def from_plain(value: Any) -> Any:
 
 
 def find_class(path: str, base: type[Network]) -> type[Network]:
-    """The class of an import path. Raises ValueError when it cannot be imported or is no subclass of `base`."""
+    """The class at an import path. Raises ValueError if it cannot be imported or is not a subclass of `base`."""
     module, _, attribute = path.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"the checkpoint holds a {path}, which cannot be imported ({error}): run in the folder of its file, or add that folder to"
+            f"the checkpoint holds {path}, which cannot be imported ({error}): run in the folder of its file, or add that folder to"
             " PYTHONPATH"
         ) from None
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"the checkpoint holds a {path}, which is no {base.__name__}")
+        raise ValueError(f"the checkpoint holds {path}, which is not a subclass of {base.__name__}")
     return found

@@ -1,5 +1,6 @@
-"""Discriminators of the adversarial loss, and the augmentations before them. They see images in [-1, 1]; logits are
-high for real ones. Group norm replaces the batch norm of the originals: no statistics to synchronize between devices.
+"""Discriminators of the adversarial loss, and the augmentations of their inputs. They take images in [-1, 1]; logits
+are high for real ones. Group norm replaces the batch norm of the originals: no statistics to synchronize between
+devices.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ DINO_FILE = WeightFile("dino_deitsmall16_pretrain.pth")
 
 
 class PatchDiscriminator(nn.Module):
-    """Classifies overlapping patches (Isola et al. 2017; 70 pixels wide at three layers), one logit for each."""
+    """Classifies overlapping patches (Isola et al. 2017; 70 pixels wide with three layers), one logit each."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block; names as in the weight file of DINO."""
+    """Pre-norm transformer block; module names match DINO's weight file."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -60,8 +61,8 @@ class ViTBlock(nn.Module):
 
 
 class DINO(nn.Module):
-    """ViT-S/16 trained by self-distillation (Caron et al. 2021), frozen. Gives tokens after patch embedding and some
-    blocks."""
+    """ViT-S/16 trained by self-distillation (Caron et al. 2021), frozen. Returns the tokens after patch embedding and
+    after some of its blocks."""
 
     mean: Tensor
     std: Tensor
@@ -78,12 +79,12 @@ class DINO(nn.Module):
         if not is_random:
             if weights is None:
                 raise ValueError(
-                    "adversarial=dino needs the weights of DINO: adversarial.discriminator.weights=FILE"
+                    "adversarial=dino needs the weights of DINO: set adversarial.discriminator.weights=FILE"
                     " (dino_deitsmall16_pretrain.pth); adversarial=patch needs none"
                 )
             path = locate(DINO_FILE, weights)
             fill_exactly(self, read_state_dict(path), str(path))
-            for name, bias in self.named_parameters():  # the keys' bias shifts all scores alike; the authors zero it
+            for name, bias in self.named_parameters():  # the key bias shifts all scores equally; the authors zero it
                 if name.endswith("qkv.bias"):
                     bias.data[self.width : 2 * self.width] = 0
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -119,10 +120,10 @@ class TokenHead(nn.Module):
 
 
 class DINODiscriminator(nn.Module):
-    """Heads on the tokens of a frozen DINO (as the VAR authors' single-scale tokenizer and StyleGAN-T use it).
+    """Heads on the tokens of a frozen DINO (as in the VAR authors' single-scale tokenizer and StyleGAN-T).
 
-    Images above 224 pixels are cropped at a random position half of the time and resized otherwise; smaller ones are
-    enlarged.
+    Images larger than 224 pixels are cropped at a random position half of the time and resized otherwise; smaller ones
+    are enlarged.
     """
 
     def __init__(self, weights: str | None = None, is_random: bool = False) -> None:
@@ -144,7 +145,7 @@ class DINODiscriminator(nn.Module):
 
 
 class DiffAugment(nn.Module):
-    """Differentiable augmentation of what a discriminator sees (Zhao et al. 2020): `policy` of color, translation,
+    """Differentiable augmentation of a discriminator's inputs (Zhao et al. 2020). `policy`: any of color, translation,
     cutout."""
 
     POLICIES = ("color", "translation", "cutout")
@@ -170,7 +171,7 @@ class DiffAugment(nn.Module):
         return mean + (x - mean) * (contrast + 0.5)
 
     def translation(self, x: Tensor) -> Tensor:
-        """Shifts by up to an eighth of the side, zeros beyond the edge."""
+        """Shifts by up to an eighth of the side, padding with zeros."""
         batch, _, height, width = x.shape
         room = [round(side / 8) for side in (height, width)]
         down, right = (torch.randint(-r, r + 1, (batch, 1), device=x.device) for r in room)
@@ -182,7 +183,7 @@ class DiffAugment(nn.Module):
         return moved.permute(0, 3, 1, 2) * inside[:, None]
 
     def cutout(self, x: Tensor) -> Tensor:
-        """Blanks a square of a fifth of the side."""
+        """Zeros a rectangle of about a fifth of each side."""
         batch, _, height, width = x.shape
         size = [max(1, round(side / 5)) for side in (height, width)]
         top, left = (torch.randint(0, side, (batch, 1), device=x.device) for side in (height, width))

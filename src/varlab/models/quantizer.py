@@ -1,7 +1,7 @@
 """Multi-scale residual vector quantizer (VAR, section 3.2, algorithms 1 and 2).
 
-The residual loop stands once, in `residual_loop`: encoding, decoding, teacher forcing, training, k-means and sampling
-consume it.
+The residual loop is implemented once, in `residual_loop`; encoding, decoding, teacher forcing, training, k-means and
+sampling all use it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,14 @@ from varlab.models import scales
 from varlab.models.custom_classes import RecordedModule
 
 MIN_NORM = 1e-4  # shorter vectors have no direction
-MAX_DISTANCES = 1 << 26  # between codes and vectors at a time: 256 MB
+MAX_DISTANCES = 1 << 26  # distances between codes and vectors computed at a time: 256 MB
 
 
 def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
     """Which of `num_phis` smoothing convolutions each scale uses: the one whose tick is nearest to t = k / (K - 1).
 
-    The released weights depend on exact ties here (scales 2 and 7 of 10), decided by float64 rounding: numpy's
-    `linspace` and the first minimum give the choice they were trained with; other arithmetic does not.
+    Scales 2 and 7 of the released 10 are exact ties, decided by float64 rounding: numpy's `linspace` and the first
+    minimum reproduce the choice that the weights were trained with; other arithmetic does not.
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -35,16 +35,16 @@ def phi_of_scale(num_phis: int, num_scales: int) -> list[int]:
 
 
 class Quantized(NamedTuple):
-    """What a training step of the tokenizer needs of the quantizer."""
+    """What a training step of the tokenizer needs from the quantizer."""
 
-    f_hat: Float[Tensor, "B C H W"]  # value of the reconstruction, gradient of f
+    f_hat: Float[Tensor, "B C H W"]  # quantized f; gradients pass through to f
     vq_loss: Float[Tensor, ""]
     token_maps: list[Int[Tensor, "B _"]]
-    vq_losses: Float[Tensor, " K"]  # by scale, whose mean is vq_loss
+    vq_losses: Float[Tensor, " K"]  # per scale; vq_loss is their mean
 
 
 class CodebookHealth(NamedTuple):
-    """How evenly codes are used."""
+    """How many codes are used, and how evenly."""
 
     usage: Float[Tensor, ""]  # percent of the codebook
     perplexity: Float[Tensor, ""]  # 1 to V
@@ -57,8 +57,8 @@ def perplexity(hits: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
 
 
 def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """`f_hat` as a rotation and scaling of `f` that the gradient passes through (the rotation trick, Fifty et al.
-    2024)."""
+    """`f_hat` expressed as a rotation and scaling of `f`, through which the gradient flows (the rotation trick, Fifty
+    et al. 2024)."""
     with torch.no_grad():
         f_norm, f_hat_norm = (x.norm(dim=1, keepdim=True) for x in (f, f_hat))
         has_direction = (f_norm > MIN_NORM) & (f_hat_norm > MIN_NORM)
@@ -74,15 +74,15 @@ def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Flo
 
 
 class MultiScaleQuantizer(RecordedModule):
-    """Codes a feature map as K token maps, coarse to fine, each holding what the coarser ones left over.
+    """Encodes a feature map as K token maps, coarse to fine, each encoding the residual of the coarser ones.
 
     `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one
     per scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
     "cosine" (released name: znorm); the vector added is the raw codebook row in both. `beta`: weight of the commitment
-    loss. `gradient`: how the encoder learns through the lookup. `scale_dropout`: in training mode, share of the images
-    that stop after some scale from `dropout_from` on, so that coarse maps must serve on their own.
+    loss. `gradient`: gradient estimator of the lookup. `scale_dropout`: in training mode, fraction of the images that
+    stop at a random scale from `dropout_from` on, so that coarse maps can be decoded on their own.
 
-    A quantizer of your own overrides `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
+    A custom quantizer overrides `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
     """
 
     changeable: ClassVar = frozenset({"beta", "gradient", "scale_dropout", "dropout_from"})
@@ -104,7 +104,7 @@ class MultiScaleQuantizer(RecordedModule):
     ) -> None:
         super().__init__()
         if not 0 <= scale_dropout <= 1:
-            raise ValueError(f"scale_dropout={scale_dropout}: give a share of the images between 0 and 1")
+            raise ValueError(f"scale_dropout={scale_dropout}: give a fraction of the images between 0 and 1")
         self.patch_nums = scales.plain(patch_nums)
         self.sides = scales.sides(patch_nums)
         self.num_scales = len(self.sides)
@@ -132,12 +132,12 @@ class MultiScaleQuantizer(RecordedModule):
         nn.init.uniform_(self.codebook.weight, -bound, bound)
 
     def undecayed(self) -> list[Tensor]:
-        """Parameters that weight decay must not shrink: the codes."""
+        """Parameters without weight decay: the codes."""
         return [self.codebook.weight]
 
     def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
-        """Index of the code nearest to each vector; the lowest index wins a tie. Always fp32: under bf16 nearby codes
-        swap."""
+        """Index of the code nearest to each vector; ties go to the lowest index. Always fp32: bf16 confuses nearby
+        codes."""
         with torch.autocast(z.device.type, enabled=False):
             z, codes = z.float(), self.codebook.weight.float()
             if self.lookup == "cosine":
@@ -162,7 +162,7 @@ class MultiScaleQuantizer(RecordedModule):
     ) -> Float[Tensor, "B C H W"]:
         """`f_hat` with the codes of scale k added."""
         h, w = self.sides[k]
-        with torch.autocast(f_hat.device.type, enabled=False):  # rounded sums would be coded by other codes
+        with torch.autocast(f_hat.device.type, enabled=False):  # rounded sums would select other codes
             code_map = rearrange(codes, "B (h w) C -> B C h w", h=h, w=w)
             if (h, w) != self.sides[-1]:
                 code_map = F.interpolate(code_map, size=self.sides[-1], mode="bicubic")
@@ -175,7 +175,7 @@ class MultiScaleQuantizer(RecordedModule):
         return rearrange(x, "B C h w -> B (h w) C")
 
     def empty(self, batch_size: int) -> Float[Tensor, "B C H W"]:
-        """The `f_hat` that every pyramid starts from."""
+        """The zero `f_hat` that every pyramid starts from."""
         return self.hits.new_zeros(batch_size, self.codebook_dim, *self.sides[-1])
 
     def residual_loop(
@@ -184,10 +184,10 @@ class MultiScaleQuantizer(RecordedModule):
         choose: Callable[[int, Tensor], tuple[Any, Tensor]],
         adjust: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Any, Float[Tensor, "B C H W"]]]:
-        """Scale by scale, coarse to fine: (tokens, `f_hat` with their codes added).
+        """Yields, scale by scale, coarse to fine, (tokens, `f_hat` with their codes added).
 
-        `choose(k, f_hat)` gives tokens and codes (B l C) of scale k from the sum so far. `adjust(k, before, after)` may
-        replace the new sum. Consumers that need fewer scales stop early: nothing is computed ahead.
+        `choose(k, f_hat)` returns tokens and codes (B l C) of scale k given the sum so far. `adjust(k, before, after)`
+        may replace the new sum. Callers that need fewer scales stop early: nothing is computed ahead.
         """
         for k in range(self.num_scales):
             tokens, codes = choose(k, f_hat)
@@ -206,16 +206,16 @@ class MultiScaleQuantizer(RecordedModule):
         return [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
 
     def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
-        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. Fewer token
-        maps than scales give as many sums."""
+        """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. One
+        sum per token map, which may be fewer than the scales."""
         loop = self.residual_loop(self.empty(len(token_maps[0])), lambda k, _: (None, self.embed(token_maps[k])))
         return [f_hat for _, f_hat in islice(loop, len(token_maps))]
 
     def teacher_forcing_inputs(
         self, token_maps: Sequence[Int[Tensor, "B _"]], order: scales.Order = "scales"
     ) -> Float[Tensor, "B Lm1 C"]:
-        """What the transformer sees while learning scales 1..K-1: the sum of the coarser scales, averaged to each side;
-        in raster order while learning all tokens but the first: the code of the token before.
+        """The transformer's inputs for predicting scales 1..K-1: the sum of the coarser scales, area-averaged to each
+        scale. In raster order, for predicting all tokens but the first: the code of the previous token.
 
         Empty (B 0 C) for a pyramid of one scale.
         """
@@ -255,7 +255,7 @@ class MultiScaleQuantizer(RecordedModule):
         return Quantized(through, by_scale.mean(), token_maps, by_scale)
 
     def last_scales(self, batch_size: int, device: torch.device) -> Int[Tensor, " B"] | None:
-        """The last scale of each image in this training step; None where all are used."""
+        """The last scale of each image in this training step; None if all scales are used."""
         if not self.training or self.scale_dropout == 0:
             return None
         finest = self.num_scales - 1
@@ -264,7 +264,7 @@ class MultiScaleQuantizer(RecordedModule):
 
     @torch.no_grad()
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
-        """Moves the average hit counts by one step; counts of all ranks are summed, so every rank calls this."""
+        """Updates the moving average of hit counts; counts are summed over all ranks, so every rank must call this."""
         counts = torch.stack(
             [torch.bincount(tokens.flatten(), minlength=self.codebook_size) for tokens in token_maps]
         ).float()
@@ -275,7 +275,7 @@ class MultiScaleQuantizer(RecordedModule):
         self.num_updates += 1
 
     def lookup_vectors(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
-        """The vectors that are looked up at each scale while coding `f`."""
+        """The vectors that are looked up at each scale while encoding `f`."""
         f, vectors = f.float(), []
 
         def choose(k: int, f_hat: Tensor) -> tuple[None, Tensor]:
@@ -291,14 +291,14 @@ class MultiScaleQuantizer(RecordedModule):
         return perplexity(self.hits)
 
     def overall(self) -> CodebookHealth:
-        """Usage and perplexity of all scales together; a code counts as used when it has 0.08 times the mean of all
-        hits."""
+        """Usage and perplexity over all scales; a code counts as used if it has at least 0.08 times the mean hits per
+        code."""
         hits = self.hits.sum(dim=0)
         return CodebookHealth(100 * (hits >= 0.08 * hits.mean()).float().mean() * (hits.sum() > 0), perplexity(hits))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
-        """Percent of the codebook in use at each scale: codes hit at least 0.08 times the mean a full-size map would
-        give."""
+        """Percent of the codebook in use at each scale: codes with at least 0.08 times the mean hits per code of a
+        full-resolution map."""
         h, w = self.sides[-1]
         threshold = 0.08 * global_batch_size * h * w / self.codebook_size
         return 100 * (self.hits >= threshold).float().mean(dim=1)

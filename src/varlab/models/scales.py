@@ -15,7 +15,7 @@ RELEASED_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 def plain(patch_nums: PatchNums) -> list[int | list[int]]:
-    """As lists, the way manifests and checkpoints hold it."""
+    """patch_nums as lists, the form stored in manifests and checkpoints."""
     return [pn if isinstance(pn, int) else list(pn) for pn in patch_nums]
 
 
@@ -49,8 +49,8 @@ def scale_bounds(patch_nums: PatchNums) -> list[tuple[int, int]]:
 
 
 def step_bounds(patch_nums: PatchNums, order: Order) -> list[tuple[int, int]]:
-    """(first, one past the last) position of what a network predicts at once: a scale (order `scales`) or, for
-    next-token prediction of the same sequence, one token (`raster`)."""
+    """(first, one past the last) position of each prediction step: a scale (order `scales`) or, for next-token
+    prediction of the same sequence, one token (`raster`)."""
     return scale_bounds(patch_nums) if order == "scales" else [(i, i + 1) for i in range(num_tokens(patch_nums))]
 
 
@@ -60,5 +60,5 @@ def scale_of_token(patch_nums: PatchNums) -> list[int]:
 
 
 def progress(k: int, num_scales: int) -> float:
-    """t = k / (K - 1), the place of scale k between 0 (coarsest) and 1 (finest); 0 if there is one scale only."""
+    """t = k / (K - 1), the position of scale k between 0 (coarsest) and 1 (finest); 0 if there is only one scale."""
     return k / (num_scales - 1) if num_scales > 1 else 0.0

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
-COSTLY = [  # what selective recomputation keeps: matrix products and attention
+COSTLY = [  # what selective recomputation stores: matrix products and attention
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -36,9 +36,9 @@ def modulate(
 
 @dataclass(frozen=True)
 class Split:
-    """Block-causal attention almost without a mask: the coarse tokens, as many as `mask` has rows, attend under it in
-    one call; each of `bounds` (first, one past the last token) is one call without a mask, over all tokens up to its
-    own end. The same result with fewer products, by kernels that take no mask."""
+    """Block-causal attention mostly without a mask: the coarse tokens, as many as `mask` has rows, attend with the mask
+    in one call; each of `bounds` (first, one past the last token) is one unmasked call over all tokens up to its end.
+    The same result with fewer products, by kernels that do not support a mask."""
 
     mask: Bool[Tensor, "c c"]
     bounds: tuple[tuple[int, int], ...]
@@ -54,8 +54,8 @@ def attend(
     softmax_scale: float,
     visible: Bool[Tensor, "l m"] | Split | BlockMask | None,
 ) -> Float[Tensor, "B N l d"]:
-    """Attention of each token to those that `visible` lets it see: a mask (True: may look), None (all), a `Split`, or
-    the mask of FlexAttention, whose kernel skips what no token of a block may see."""
+    """Attention of each token to the tokens that `visible` allows: a mask (True: attends), None (all), a `Split`, or
+    a FlexAttention `BlockMask`, whose kernel skips fully masked blocks."""
     if isinstance(visible, BlockMask):
         kernel = compiled_flex_attention() if q.is_cuda else flex_attention
         return kernel(q, k, v, block_mask=visible, scale=softmax_scale)  # pyright: ignore[reportReturnType]
@@ -70,7 +70,7 @@ def attend(
 
 @cache
 def compiled_flex_attention():
-    """One compiled kernel for all blocks: without compiling FlexAttention computes every score."""
+    """One compiled kernel for all blocks: uncompiled FlexAttention computes every score."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -89,8 +89,8 @@ class BlockCache:
     def append(
         self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]
     ) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
-        """Stores the keys and values of one scale; returns those of all scales so far. What the buffers have no room
-        for, the last scale, is only returned: nothing comes after it."""
+        """Stores the keys and values of one scale; returns those of all scales so far. The last scale, for which the
+        buffers have no room, is returned but not stored: nothing attends to it later."""
         end = self.length + k.shape[2]
         if end > self.keys.shape[2]:
             before = self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -110,7 +110,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} does not divide into num_heads={num_heads}")
+            raise ValueError(f"width {width} is not divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and Linear: the conditioning vector -> `num_vectors` vectors of the width."""
+    """SiLU and Linear: the conditioning vector -> `num_vectors` vectors of size `width`."""
 
     def __init__(self, width: int, num_vectors: int) -> None:
         super().__init__()
@@ -178,10 +178,10 @@ class DropPath(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Attention and feed-forward, each scaled, shifted and gated by vectors of the condition (AdaLN-Zero).
+    """Attention and feed-forward, each scaled, shifted and gated by vectors derived from the condition (AdaLN-Zero).
 
-    With `shared_adaln` the six vectors come from one network for all blocks, given in place of `cond`, and this block
-    only adds a learned offset; otherwise the block has a Linear of its own.
+    With `shared_adaln` the six vectors come from one network for all blocks and are passed as `cond`, and this block
+    only adds a learned offset; otherwise the block has its own Linear.
 
     `recompute` trades time for memory in the backward pass: `none` keeps all activations, `selective` those of matrix
     products and attention, `all` only the block's input.

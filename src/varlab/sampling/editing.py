@@ -1,8 +1,8 @@
-"""Zero-shot editing: an image's own tokens are kept outside (or inside) a region, the rest is generated (VAR, section
+"""Zero-shot editing: the image's tokens are kept outside (or inside) a region, the rest is generated (VAR, section
 5.3).
 
-What is kept can be mixed in as tokens (as released), as latents (after each scale the image's own sum of codes is put
-back), or, afterward, as pixels, which makes the kept region exact.
+The kept content is inserted as tokens (as released), as latents (the image's sum of codes is restored after each
+scale), or, afterward, as pixels, which makes the kept region exact.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> F
 def keep_masks(
     keep: Float[Tensor, "H W"], patch_nums: scales.PatchNums, strength: float = 1.0
 ) -> list[Bool[Tensor, " _"]]:
-    """For each scale, which tokens of the given image stay. `keep` is 1 at the latent positions to keep.
+    """For each scale, which tokens of the given image are kept. `keep` is 1 at the latent positions to keep.
 
-    Scales of fewer than 4 tokens are kept entirely, and of the K scales the coarsest (1 - `strength`) K: at strength 1
-    the region is generated from scratch, below 1 it follows the image's coarse shapes. The bilinear sampling is not
+    Scales of fewer than 4 tokens and the coarsest (1 - `strength`) K of the K scales are kept entirely: at strength 1
+    the region is generated from scratch, below 1 it follows the image's coarse shapes. The bilinear resizing is not
     antialiased, as released: coarse masks are sparse samples of the fine one. Raises ValueError for a strength outside
     (0, 1].
     """
@@ -52,7 +52,7 @@ def keep_masks(
 
 
 def latent_mask(keep: Float[Tensor, "h w"], size: tuple[int, int]) -> Float[Tensor, "H W"]:
-    """A mask of pixels on the latent map: a position is kept when all its pixels are."""
+    """A pixel mask reduced to the latent map: a position is kept if all of its pixels are."""
     return (F.interpolate(keep[None, None], size=size, mode="area")[0, 0] > 0.999).float()
 
 
@@ -71,9 +71,10 @@ def edit(
     """Images (B 3 H W) in [0, 1] with the content of `images` (B 3 H W, in [-1, 1]) where `keep` is 1 and generated
     content elsewhere.
 
-    `keep`: on the latent map, see `latent_mask`. `condition`: class labels (B); the null label in-paints without a
-    class, a class edits toward it. `strength`: see `keep_masks`. `blend`: what is kept, `tokens` (as released) or
-    `latents`. `settings`: fields of `SamplingSettings`. Raises ValueError for a value out of range.
+    `keep`: on the latent map, see `latent_mask`. `condition`: class labels (B); the null label inpaints without a
+    class, any other label edits toward that class. `strength`: see `keep_masks`. `blend`: whether `tokens` (as
+    released) or `latents` are kept. `settings`: fields of `SamplingSettings`. Raises ValueError for a value out of
+    range.
     """
     if blend not in get_args(Blend):
         raise ValueError(f"blend={blend!r}: choose one of {', '.join(get_args(Blend))}")
@@ -88,8 +89,8 @@ def edit(
 def composite(
     edited: Float[Tensor, "B 3 H W"], originals: Float[Tensor, "B 3 H W"], keep: Float[Tensor, "H W"], feather: int = 0
 ) -> Float[Tensor, "B 3 H W"]:
-    """The original's pixels where `keep` is 1, exactly, the edited ones elsewhere; both in [0, 1]. Over `feather`
-    pixels next to the kept region, on the edited side, one passes into the other."""
+    """The original's exact pixels where `keep` is 1, the edited ones elsewhere; both in [0, 1]. The two are blended
+    over `feather` pixels next to the kept region, on the edited side."""
     weight = keep
     if feather > 0:
         padded = F.pad(keep[None, None], (feather,) * 4, mode="replicate")
@@ -102,7 +103,7 @@ def composite(
 
 @dataclass(frozen=True)
 class EditErrors:
-    """How well an edit keeps to its region, in levels of 255, means over images."""
+    """How well an edit stays within its region, in gray levels (0 to 255), means over images."""
 
     outside: float  # mean absolute difference to the original in the kept region
     seam: float  # mean absolute step across the border of the region ...

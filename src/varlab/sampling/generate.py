@@ -26,8 +26,8 @@ from varlab.sampling.token_sampling import (
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens that are not generated but taken from given images (editing): where `masks[k]` is True. With
-    `partial_sums`, after each scale the images' own sums of codes replace the generated ones where `latents` is 1."""
+    """Tokens taken from given images instead of generated (editing), where `masks[k]` is True. With `partial_sums`, the
+    images' sums of codes replace the generated ones after each scale where `latents` is 1."""
 
     token_maps: Sequence[Int[Tensor, "B _"]]
     masks: Sequence[Bool[Tensor, " _"]]
@@ -44,7 +44,7 @@ def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
 
 
 def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
-    """Raises ValueError when the transformer was not made for such a tokenizer."""
+    """Raises ValueError if the transformer does not match the tokenizer."""
     for name in ("patch_nums", "codebook_size", "codebook_dim"):
         expected, found = getattr(var, name), getattr(tokenizer.quantizer, name)
         if expected != found:
@@ -52,10 +52,9 @@ def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
 
 
 def compile_scales(var: VAR) -> None:
-    """From now on `generate` runs one compiled program per scale of this network (and per batch size: keep it the
-    same).
+    """Makes `generate` run one compiled program per scale of this network (and per batch size, so keep it constant).
 
-    The first batch takes a minute or more; tokens stay the same but for rounding.
+    The first batch takes a minute or more; tokens are the same up to rounding.
     """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.step_bounds))
@@ -82,16 +81,17 @@ def generate_scales(
     kept: KeptTokens | None = None,
     randomness: Randomness | None = None,
 ) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
-    """The loop over scales: after each, coarse to fine, the sum of codes so far and the scale's tokens.
+    """The loop over scales: yields, after each, coarse to fine, the sum of codes so far and the scale's tokens.
 
-    Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth` the tokens
-    returned are the sampled ones, which `f_hat` does not follow. `randomness` replaces the numbers that the seeds would
-    give.
+    Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth`, `f_hat` is the
+    sum of soft codes, not of the codes of the returned tokens. `randomness` overrides the random numbers of the seeds.
     """
     check_pair(var, tokenizer)
     var.embedder.check(condition)
     if var.order == "raster" and (settings.smooth or kept is not None):
-        raise ValueError("a network with order=raster samples token by token: no smooth codes, no editing")
+        raise ValueError(
+            "a network with order=raster samples token by token and supports neither smooth codes nor editing"
+        )
     quantizer, device = tokenizer.quantizer, condition.device
     lengths = scales.lengths(var.patch_nums)
     by_scale = settings.by_scale(len(lengths), quantizer.codebook_size)
@@ -128,10 +128,10 @@ def generate_scales(
             codes = torch.where(mask[:, None], quantizer.embed(tokens), codes)
         return tokens, codes
 
-    previous: list[Tensor | None] = [None]  # code of the token before, in raster order
+    previous: list[Tensor | None] = [None]  # code of the previous token, in raster order
 
     def choose_one_by_one(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in raster order: each token from the one before it."""
+        """The same in raster order: each token from the previous one."""
         sampled = []
         for step, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
             sampled.append(sample_codes(predict(step, previous[0], by_scale[k]), uniform, by_scale[k]))
@@ -140,7 +140,7 @@ def generate_scales(
         return tokens, quantizer.embed(tokens)
 
     def put_back(k: int, before: Tensor, after: Tensor) -> Tensor:
-        """The images' own sums where they are kept as latents."""
+        """Restores the images' sums of codes where they are kept as latents."""
         if kept is None or kept.partial_sums is None or kept.latents is None:
             return after
         return torch.where(kept.latents.to(device) > 0.5, kept.partial_sums[k], after)
@@ -153,7 +153,7 @@ def generate_scales(
 def soft_codes(
     logits: Float[Tensor, "B l V"], noise: Float[Tensor, "B l V"], k: int, quantizer: MultiScaleQuantizer
 ) -> Float[Tensor, "B l C"]:
-    """Means of the codes weighted by a soft Gumbel softmax of filtered logits (the released "smooth" option)."""
+    """Means of the codes weighted by a Gumbel softmax of filtered logits (the released "smooth" option)."""
     t = scales.progress(k, quantizer.num_scales)
     weights = ((logits * (1 + t) + noise) / smooth_temperature(k, quantizer.num_scales)).softmax(dim=-1)
     with torch.autocast(logits.device.type, enabled=False):

@@ -30,7 +30,8 @@ def labels_of(
 ) -> list[int]:
     """The class of each of `num` images: the given ones (numbers or names) in turn, so that all occur equally often.
 
-    `classes` None is all classes; "balanced" too, and raises ValueError unless each occurs exactly as often.
+    `classes`: None uses all classes; "balanced" does too, but raises ValueError if `num` is not a multiple of their
+    number.
     """
     if classes in (None, "balanced"):
         if classes == "balanced" and num % num_classes:
@@ -43,14 +44,14 @@ def labels_of(
 
 
 def read_conditions(file: str, num: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError for rows of another shape than the
-    network takes."""
+    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError if the rows do not have the shape
+    that the network takes."""
     try:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"condition={file} cannot be read: {error}") from None
     if not len(rows) or rows.shape[1:] != shape:
-        raise ValueError(f"condition={file} has shape {rows.shape}, the network takes rows of shape {shape}")
+        raise ValueError(f"condition={file} has shape {rows.shape}, but the network takes rows of shape {shape}")
     return rows[np.arange(num) % len(rows)]
 
 
@@ -71,10 +72,10 @@ def write_samples(
     grid: int = 100,
     film_rows: int = 8,
 ) -> None:
-    """Writes one image per condition (class labels, or rows of an array) into `out`; processes of torchrun split the
-    images.
+    """Writes one image per condition (class labels, or rows of an array) into `out`; the images are split over the
+    processes of torchrun.
 
-    Raises ValueError for a setting out of range, and when `out` holds images made with other settings.
+    Raises ValueError for a setting out of range, and if `out` holds images made with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
     tokenizer, var = tokenizer.to(device), var.to(device)
@@ -90,11 +91,11 @@ def write_samples(
 
     names = [f"{i:06d}-class{label:04d}.png" if is_labels else f"{i:06d}.png" for i, label in enumerate(named)]
     files = [out / "images" / name for name in names]
-    own = range(num)[work.rank :: work.num_ranks]  # by number, whatever the others have written by now
+    own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
     for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
-        padding = batch_size - len(chunk) if is_compiled else 0  # a smaller last batch would be compiled anew
+        padding = batch_size - len(chunk) if is_compiled else 0  # a smaller last batch would be recompiled
         padded = chunk + chunk[-1:] * padding
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             seeds = [seed + i for i in padded]
@@ -115,7 +116,7 @@ def write_samples(
 
 
 def plain(settings: SamplingSettings) -> dict[str, Any]:
-    """Sampling settings as JSON holds them."""
+    """Sampling settings as JSON values."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
 
 
@@ -130,7 +131,7 @@ def write_figures(
     files: Sequence[Path],
     labels: Sequence[int] | None,
 ) -> None:
-    """filmstrip.png, the first images after each scale, and grid.png, a column for each class (ten at most)."""
+    """Writes filmstrip.png, the first images after each scale, and grid.png, one column per class (ten at most)."""
     unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
     _, token_maps = generate_tokens(var, tokenizer, conditions, unsmoothed, seed=seed)
     strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
@@ -141,8 +142,7 @@ def write_figures(
 
 
 def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
-    """Records what a folder of samples is made with. Raises ValueError when it holds some that were made with other
-    settings."""
+    """Records the settings of a folder of samples. Raises ValueError if it holds samples made with other settings."""
     file = out / "begun.json"
     if file.is_file():
         before = load_json(file, "varlab sample")

@@ -1,6 +1,6 @@
 """From logits to tokens: guidance, filters, random numbers (VAR, appendix; released sampler).
 
-Each image has a random stream of its own, made from its seed alone, so it does not depend on the batch it was in.
+Each image has its own random stream, derived from its seed alone, so it does not depend on the rest of its batch.
 """
 
 import math
@@ -24,10 +24,10 @@ def guide(cond: Float[Tensor, "B l V"], uncond: Float[Tensor, "B l V"], scale: f
 
 
 def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float = 0.0) -> Float[Tensor, "*rows V"]:
-    """Logits with -inf for the codes that top-k, then top-p, drop; 0 turns a filter off.
+    """Logits with -inf for the codes that top-k, then top-p, remove; 0 turns a filter off.
 
-    Codes equal to the k-th largest stay. Top-p keeps the smallest set whose probability exceeds `top_p`, at least one
-    code. Raises ValueError for top_k above the codebook size or top_p outside [0, 1].
+    Codes that tie with the k-th largest are kept. Top-p keeps the smallest set whose probability exceeds `top_p`, at
+    least one code. Raises ValueError for top_k above the codebook size or top_p outside [0, 1].
     """
     if not 0 <= top_k <= logits.shape[-1]:
         raise ValueError(f"top_k={top_k}: must be between 0 (off) and the codebook size {logits.shape[-1]}")
@@ -52,7 +52,7 @@ def sample_tokens(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"])
 
 
 class Randomness:
-    """The random numbers of a batch: those of image i come from a generator seeded with `seeds[i]`, on the CPU."""
+    """The random numbers of a batch: those of image i come from a CPU generator seeded with `seeds[i]`."""
 
     def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -60,11 +60,11 @@ class Randomness:
         self.uniform_by_scale = uniform.split(list(lengths), dim=1)
 
     def uniform(self, k: int) -> Float[Tensor, "B l"]:
-        """Uniform numbers in [0, 1), one for each token of scale k."""
+        """Uniform numbers in [0, 1), one per token of scale k."""
         return self.uniform_by_scale[k]
 
     def gumbel(self, k: int, codebook_size: int) -> Float[Tensor, "B l V"]:
-        """Gumbel noise for each code at each token of scale k; call once per scale, in order."""
+        """Gumbel noise for each code at each token of scale k. Call it once per scale, in order."""
         shape = (self.uniform_by_scale[k].shape[1], codebook_size)
         return -torch.stack(
             [torch.empty(shape).exponential_(generator=generator).log() for generator in self.generators]
@@ -72,7 +72,7 @@ class Randomness:
 
 
 def smooth_temperature(k: int, num_scales: int) -> float:
-    """Temperature of the soft codes of the "smooth" option: 0.27 falling linearly to 0.0135."""
+    """Temperature of the soft codes of the "smooth" option: falls linearly from 0.27 to 0.0135."""
     return max(0.27 * (1 - 0.95 * scales.progress(k, num_scales)), 0.005)
 
 
@@ -88,16 +88,17 @@ class ScaleSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are sampled. Every number may be a list instead, one entry per scale, coarse to fine.
+    """How tokens are sampled. `cfg_scale`, `temperature` and the filters may be a list, one entry per scale, coarse to
+    fine.
 
-    `cfg_scale`: classifier-free guidance. By `cfg_schedule` it grows from 0 at the coarsest scale to `cfg_scale` at the
-    finest (linear, as released, or a half cosine) or is `constant`; there is none at scales before `cfg_from`; a list
-    is used as it is. 0 is no guidance (DiT's scale minus 1). Then `temperature` divides the logits, then filters act in
-    this order, 0 turning each off: `top_k` keeps the most likely codes, `top_p` the smallest set whose probability
-    exceeds it, `min_p` the codes whose probability is at least that share of the highest one. `smooth` mixes codes by a
-    soft Gumbel softmax: for demos, not for scores.
+    `cfg_scale`: classifier-free guidance; 0 is no guidance (DiT's scale minus 1). According to `cfg_schedule` it grows
+    from 0 at the coarsest scale to `cfg_scale` at the finest (linear, as released, or a half cosine) or is `constant`;
+    a list is used unchanged. Scales before `cfg_from` have no guidance. `temperature` then divides the logits. The
+    filters are applied in this order, 0 turning each off: `top_k` keeps the most likely codes, `top_p` the smallest set
+    whose probability exceeds it, `min_p` the codes whose probability is at least that fraction of the highest one.
+    `smooth` mixes codes by a Gumbel softmax: for demos, not for scores.
 
-    Raises ValueError, in `by_scale` and for an unknown `cfg_schedule` at once, naming the value that is out of range.
+    Raises ValueError for an unknown `cfg_schedule`, and in `by_scale` for a value that is out of range.
     """
 
     cfg_scale: ByScale = 1.5
@@ -116,7 +117,7 @@ class SamplingSettings:
             )
 
     def by_scale(self, num_scales: int, codebook_size: int) -> list[ScaleSettings]:
-        """The settings of each scale. Raises ValueError naming what is out of range."""
+        """The settings of each scale. Raises ValueError naming the value that is out of range."""
         ranges = {"temperature": (1e-6, math.inf), "top_k": (0, codebook_size), "top_p": (0, 1), "min_p": (0, 1)}
         lists = {name: self.spread(name, num_scales) for name in ("cfg_scale", *ranges)}
         for name, (low, high) in ranges.items():
@@ -139,7 +140,7 @@ class SamplingSettings:
         if not isinstance(value, Sequence):
             return [value] * num_scales
         if len(value) != num_scales:
-            raise ValueError(f"{name}={list(value)} has {len(value)} entries, the pyramid {num_scales} scales")
+            raise ValueError(f"{name}={list(value)} has {len(value)} entries, but the pyramid has {num_scales} scales")
         return list(value)
 
     def guidance(self, k: int, num_scales: int, cfg_scale: float | int) -> float:
@@ -155,7 +156,7 @@ class SamplingSettings:
 def sample_filtered(
     logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> tuple[Int[Tensor, "B l"], Float[Tensor, "B l V"]]:
-    """(tokens, filtered logits): temperature, filters, one sample per token."""
+    """(tokens, filtered logits): applies temperature and filters, then samples each token."""
     logits = logits if scale_settings.temperature == 1 else logits / scale_settings.temperature
     if scale_settings.top_k == 1:
         return logits.argmax(dim=-1), filter_logits(logits, 1)
@@ -169,7 +170,7 @@ def sample_filtered(
 def sample_codes(
     logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> Int[Tensor, "B l"]:
-    """One sample per token, by the cheaper of two ways: from the `top_k` codes alone, or from all."""
+    """Samples each token by the cheaper of two methods: from the `top_k` codes only, or from all."""
     is_short = 1 < scale_settings.top_k < logits.shape[-1]
     return (
         sample_top_k(logits, uniform, scale_settings)
@@ -181,9 +182,9 @@ def sample_codes(
 def sample_top_k(
     logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
 ) -> Int[Tensor, "B l"]:
-    """Tokens alone, from the `top_k` most likely codes in descending order: nothing of the codebook's length is sorted,
-    summed or exponentiated. The same distribution as `sample_filtered`, but other tokens for the same random numbers;
-    of codes that tie with the k-th only the first are kept."""
+    """Tokens only, from the `top_k` most likely codes in descending order: nothing of codebook length is sorted, summed
+    or exponentiated. The distribution is that of `sample_filtered`, but the same random numbers give different tokens,
+    and of codes that tie with the k-th only the first are kept."""
     values, codes = logits.topk(scale_settings.top_k, dim=-1)  # descending
     probabilities = (values.double() / scale_settings.temperature).softmax(dim=-1)
     reached = probabilities.cumsum(dim=-1)

@@ -1,4 +1,4 @@
-"""All fits of one set of runs: L(N) and Err(N) with their floor, by scale too; the compute frontier; IsoFLOP; L(N, D)."""
+"""All fits of a set of runs: L(N) and Err(N) with their floor, also per scale; compute frontier; IsoFLOP; L(N, D)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ SIZE, COMPUTE = "params_main", "flops_exact"
 
 @dataclass(frozen=True)
 class FitSettings:
-    """`floor` of losses: None is fitted, 0 none. `form`: of L(N, D); None is chosen by held-out extrapolation."""
+    """`floor`: of losses; None fits it, 0 means none. `form`: of L(N, D); None selects it by held-out extrapolation."""
 
     floor: float | None = None
     form: Form | None = None
@@ -39,7 +39,7 @@ def parse_floor(setting: str | float) -> float | None:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All fits. What could not be fitted is in `missing`, with the reason."""
+    """All fits. `missing` names the fits that failed, with the reason."""
 
     runs: Runs
     settings: FitSettings
@@ -48,7 +48,7 @@ class Analysis:
     frontiers: dict[str, list[Row]]
     isoflop: IsoFLOP
     parametric: ParametricLaw | None
-    squares: ParametricLaw | None  # the same form by the other loss
+    squares: ParametricLaw | None  # the same form, fitted with the other loss
     held_out: list[HeldOut]
     floors: dict[str, list[tuple[float, float, float]]]
     extrapolation: dict[str, Any] | None
@@ -100,7 +100,7 @@ def scale_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def of_equal_images(rows: Sequence[Row]) -> list[Row]:
-    """The runs that saw equally many images (within 2 %), of the group with most sizes and then most images."""
+    """The largest group of runs that saw the same number of images (within 2 %): most sizes, then most images."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row["images_seen"]):
         if groups and row["images_seen"] <= groups[-1][0]["images_seen"] * 1.02:
@@ -111,17 +111,17 @@ def of_equal_images(rows: Sequence[Row]) -> list[Row]:
 
 
 def images_of(row: Row, repeated: bool) -> float:
-    """D of the fits: images seen, or the effective number when images were seen several times."""
+    """D of the fits: images seen, or with `repeated` the effective number, which discounts repeated images."""
     return float(effective_data(row["images_seen"], row["unique_images"])) if repeated else float(row["images_seen"])
 
 
 def run_of(row: Row) -> str:
-    """The run that a row belongs to: a branch to the run whose first steps it shares."""
+    """The run that a row belongs to; a branch belongs to the run whose first steps it shares."""
     return str(row.get("parent_run") or row["name"])
 
 
 def analyse(runs: Runs, settings: FitSettings) -> Analysis:
-    """All fits that the runs allow. Raises ValueError when not even L(N) can be fitted."""
+    """All fits that the runs allow. Raises ValueError if not even L(N) can be fitted."""
     missing: list[str] = []
     fixed = of_equal_images(runs.rows)
     laws: dict[tuple[str, str], PowerLaw] = {}
@@ -165,7 +165,7 @@ def analyse(runs: Runs, settings: FitSettings) -> Analysis:
 
 
 def power_law(x: Values, y: Values, floor: float | None, settings: FitSettings) -> PowerLaw:
-    """A power law; a floor is not fitted to fewer than four sizes, which do not determine one."""
+    """Fits a power law; for fewer than four sizes, which do not determine a floor, the floor is 0 instead of fitted."""
     if floor is None and len(np.unique(x)) < MIN_SIZES_FOR_INTERVAL:
         floor = 0.0
     return fit(x, y, floor, settings.bootstraps, settings.seed)
@@ -174,15 +174,15 @@ def power_law(x: Values, y: Values, floor: float | None, settings: FitSettings) 
 def parametric_laws(
     rows: Sequence[Row], settings: FitSettings, missing: list[str]
 ) -> tuple[ParametricLaw | None, ParametricLaw | None, list[HeldOut]]:
-    """(L(N, D) in the form given or best at extrapolation, the same by the other loss, all forms compared)."""
+    """(L(N, D) in the given or the best extrapolating form, the same with the other loss, all forms compared)."""
     size = np.array([row[SIZE] for row in rows], dtype=float)
     images = np.array([images_of(row, settings.repeated) for row in rows])
     loss, groups = np.array([row["val_loss"] for row in rows]), [run_of(row) for row in rows]
     num_parameters = 5
     if len(rows) <= num_parameters or len(np.unique(size)) < 3 or len(np.unique(images)) < 3:
         missing.append(
-            f"L(N, D): needs more than {num_parameters} runs of at least 3 sizes and 3 numbers of images, there are {len(rows)} of"
-            f" {len(np.unique(size))} and {len(np.unique(images))} (branch=1,0.5,0.25,0.125 gives four numbers a size)"
+            f"L(N, D): needs more than {num_parameters} runs of at least 3 sizes and 3 numbers of images, found {len(rows)} of"
+            f" {len(np.unique(size))} and {len(np.unique(images))} (branch=1,0.5,0.25,0.125 gives four numbers per size)"
         )
         return None, None, []
     floors: list[float | None] = [None, 0.0] if not settings.floor else [None, 0.0, settings.floor]
@@ -194,7 +194,7 @@ def parametric_laws(
 
 
 def seed_noise(rows: Sequence[Row]) -> float | None:
-    """Standard deviation of ln L between runs that differ in their seed alone; None where there are none."""
+    """Standard deviation of ln L between runs that differ only in their seed; None if there are none."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         groups.setdefault((row["depth"], row["images_seen"], row.get("lr_peak")), []).append(
@@ -208,18 +208,18 @@ def seed_noise(rows: Sequence[Row]) -> float | None:
 
 
 def lack_of_fit(rows: Sequence[Row], law: ParametricLaw) -> list[str]:
-    """A warning if runs are much farther from the fit than seeds from each other; none without runs that differ in seed
-    alone."""
+    """A warning if runs are much farther from the fit than seeds from each other; empty without runs that differ only
+    in their seed."""
     spread = seed_noise(rows)
     if spread is None or law.noise <= 3 * spread:
         return []
     return [
-        f"L(N, D) does not describe these runs: their distance from it is {law.noise / spread:.0f} times that between seeds"
+        f"L(N, D) does not describe these runs: their deviation from it is {law.noise / spread:.0f} times that between seeds"
     ]
 
 
 def extrapolated(fixed: Sequence[Row], settings: FitSettings, missing: list[str]) -> dict[str, Any] | None:
-    """L(N) fitted without the largest size, its prediction for it and the error."""
+    """L(N) fitted without the largest size, with its prediction for that size and the error."""
     largest = max(row[SIZE] for row in fixed)
     kept = [row for row in fixed if row[SIZE] < largest]
     if len({row[SIZE] for row in kept}) < 3:

@@ -12,12 +12,12 @@ import numpy as np
 from varlab.scaling.power_law import PowerLaw, Values, fit
 
 Row = dict[str, Any]
-SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are one
-EACH_SIDE = 3  # points on each side of the minimum that a parabola is fitted to, at most
+SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are treated as one
+EACH_SIDE = 3  # maximum number of points on each side of the minimum that a parabola is fitted to
 
 
 def frontier(compute: Values, loss: Values) -> list[int]:
-    """Indices of the points that no other point beats with less compute, by rising compute."""
+    """Indices of the points with lower loss than every point of less compute, in order of compute."""
     best, chosen = np.inf, []
     for i in sorted(range(len(compute)), key=lambda i: (compute[i], loss[i])):
         if loss[i] < best:
@@ -27,9 +27,9 @@ def frontier(compute: Values, loss: Values) -> list[int]:
 
 
 def candidates(rows: Sequence[Row], curves: Sequence[Row], column: str = "val_loss") -> list[Row]:
-    """Points that may lie on the frontier: every validation past the warm-up where the learning rate stays constant,
-    with any schedule that decays only the end of each run (a point before it would be lower with a schedule of its
-    own)."""
+    """Points that may be on the frontier: with a constant learning rate, every validation after the warm-up; with a
+    decaying schedule, only the end of each run, since an earlier point would have a lower loss with a schedule of its
+    length."""
     points = [
         {key: row[key] for key in ("run_id", "depth", "flops_exact", "images_seen")} | {column: row[column]}
         for row in rows
@@ -52,8 +52,8 @@ def candidates(rows: Sequence[Row], curves: Sequence[Row], column: str = "val_lo
 
 @dataclass(frozen=True)
 class Parabola:
-    """Loss against ln N at one compute budget (FLOP). `best`: N of its minimum and `spread`, the standard error of ln
-    N."""
+    """Loss as a function of ln N at one compute budget (FLOP). `best`: N of its minimum. `spread`: standard error of
+    the minimum's ln N."""
 
     compute: float
     coefficients: tuple[float, float, float]
@@ -65,8 +65,8 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFLOP:
-    """A parabola for each budget; the best size and the best number of images as powers of compute (None for fewer than
-    three budgets); what was refused, as text."""
+    """A parabola per budget; the best size and the best number of images as powers of compute (None for fewer than
+    three budgets); rejected budgets, as text."""
 
     parabolas: list[Parabola]
     refused: list[str]
@@ -86,8 +86,8 @@ def budgets(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 1000) -> IsoFLOP:
-    """Parabolas through the points near each budget's minimum. A minimum at the edge of the sizes is refused: larger
-    or smaller networks are missing."""
+    """Fits parabolas to the points near each budget's minimum. A minimum at the edge of the sizes is rejected, since
+    larger or smaller networks are missing."""
     parabolas, refused = [], []
     for group in budgets(rows):
         compute = float(np.exp(np.mean([np.log(row["flops_exact"]) for row in group])))
@@ -103,7 +103,7 @@ def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 100
         if lowest in (0, len(sizes) - 1) or not x.min() <= best <= x.max():
             side = "smallest" if lowest == 0 else "largest" if lowest == len(sizes) - 1 else "edge"
             refused.append(
-                f"{compute:.3g} FLOP: the minimum is at the {side} of {len(sizes)} sizes, no optimum is visible"
+                f"{compute:.3g} FLOP: the minimum is at the {side} of {len(sizes)} sizes, so the optimum is unknown"
             )
             continue
         by_size = sorted((row["params_main"], row["images_seen"]) for row in chosen)
@@ -120,7 +120,7 @@ def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 100
 
 
 def spread_of_minimum(x: np.ndarray, y: np.ndarray, coefficients: tuple[float, float, float]) -> float:
-    """Standard error of -b / (2 a) by linear propagation; NaN where the parabola has no points to spare."""
+    """Standard error of -b / (2 a) by linear error propagation; NaN for fewer than four points."""
     degrees = len(x) - 3
     if degrees < 1:
         return float("nan")

@@ -1,7 +1,8 @@
 """Loss by size and data: L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, third approach).
 
-Fitted as its authors meant it: the sum, not the mean, of Huber losses of ln L (Besiroglu et al. 2024), with ln N and ln
-D centered, which makes the flat valley round; many starts, the best polished. D is counted in images.
+Fitted as the authors intended: minimizes the sum, not the mean, of Huber losses of ln L (Besiroglu et al. 2024), with
+ln N and ln D centered for better conditioning, from many starting points, of which the best are refined. D is counted
+in images.
 """
 
 import itertools
@@ -16,14 +17,14 @@ from varlab.scaling.power_law import Values, t_correction
 
 Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
-REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: the number of repetitions after which new passes add little
+REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: number of repetitions after which further passes add little
 POLISHED = 4
-NO_FLOOR = 1e-3  # nat: a fitted floor below this is none
+NO_FLOOR = 1e-3  # nat: a fitted floor below this counts as 0
 LOSSES = ("huber", "squares")
 
 
 class Form(NamedTuple):
-    """What is fitted: `tied` exponents (alpha = beta), the floor E (None: fitted), `huber` or `squares`."""
+    """Form of the fit: `tied` exponents (alpha = beta), the floor E (None: fitted), the loss (`huber` or `squares`)."""
 
     tied: bool = False
     floor: float | None = None
@@ -37,7 +38,7 @@ class Form(NamedTuple):
 
 
 def parse_form(setting: str, floor: float | None) -> Form | None:
-    """The form of L(N, D): None for `auto`, else exponents and loss as named; its floor is that of the other fits."""
+    """The form of L(N, D) that a setting such as `tied_huber` names, with this floor; None for `auto`."""
     if setting == "auto":
         return None
     parts = setting.split("_")
@@ -51,8 +52,8 @@ CHINCHILLA = Form()  # free exponents, floor fitted, Huber
 
 @dataclass(frozen=True)
 class ParametricLaw:
-    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: scatter of ln L of a run around it.
-    `resamples`: the same five parameters for each bootstrap (alpha, log_a, beta, log_b, floor)."""
+    """L(N, D) = floor + exp(log_a) / N^alpha + exp(log_b) / D^beta. `noise`: standard deviation of a run's ln L around
+    it. `resamples`: the parameters (alpha, log_a, beta, log_b, floor) of each bootstrap."""
 
     form: Form
     alpha: float
@@ -74,7 +75,8 @@ class ParametricLaw:
         return evaluate(self.parameters, size, images)
 
     def interval(self, size: float | int, images: float | int, seed: int = 0) -> tuple[float, float] | None:
-        """95 % interval of the loss of one further run: spread of the parameters and noise of a run together."""
+        """95 % prediction interval for the loss of one further run, from the uncertainty of the parameters and the
+        noise of a run."""
         if self.resamples is None:
             return None
         values = evaluate(self.resamples, size, images)
@@ -83,7 +85,7 @@ class ParametricLaw:
         return float(low), float(high)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % of each parameter."""
+        """95 % interval of each parameter."""
         if self.resamples is None:
             return {}
         low, high = np.percentile(self.resamples, (2.5, 97.5), axis=0)
@@ -92,14 +94,14 @@ class ParametricLaw:
 
 
 def evaluate(parameters: np.ndarray, size: Any, images: Any) -> np.ndarray:
-    """The law of one row of parameters, or of many."""
+    """The loss for one row of parameters, or for many."""
     alpha, log_a, beta, log_b, floor = np.moveaxis(parameters, -1, 0)
     return np.asarray(floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(images)))
 
 
 def effective_data(images: Any, unique: Any, repeat_decay: float = REPEAT_DECAY) -> np.ndarray:
-    """Effective number of new images, when images were seen several times (Muennighoff et al. 2023):
-    U + U R* (1 - exp(-R / R*)), R being the passes after the first."""
+    """Effective number of new images if images were seen several times (Muennighoff et al. 2023):
+    U + U R* (1 - exp(-R / R*)), where R is the number of passes after the first."""
     images, unique = np.asarray(images, dtype=float), np.asarray(unique, dtype=float)
     repeats = np.maximum(images / unique - 1, 0)
     return np.asarray(np.minimum(images, unique) + unique * repeat_decay * (1 - np.exp(-repeats / repeat_decay)))
@@ -107,8 +109,8 @@ def effective_data(images: Any, unique: Any, repeat_decay: float = REPEAT_DECAY)
 
 @dataclass(frozen=True)
 class Problem:
-    """Centered points and the objective of a form. Variables: a, b (logs of both terms at the center), alpha, then beta
-    unless tied, then ln E if it is fitted."""
+    """Centered points and the objective of a form. Variables: a, b (logs of both terms at the center), alpha, beta
+    unless tied, ln E if it is fitted."""
 
     x: np.ndarray
     z: np.ndarray
@@ -141,7 +143,7 @@ class Problem:
         return float((weights * value).sum()), np.array(gradient)
 
     def starts(self) -> list[np.ndarray]:
-        """72 first guesses: floors, shares of the two terms, exponents."""
+        """Grid of starting points (72 with a fitted floor): floors, ratios of the two terms, exponents."""
         lowest, mean = np.exp(self.log_loss.min()), np.exp(self.log_loss.mean())
         found = []
         floors = (0.3, 0.6, 0.85, 0.97) if self.form.floor is None else (self.form.floor / lowest,)
@@ -154,7 +156,7 @@ class Problem:
         return found
 
     def solve(self, start: np.ndarray, weights: np.ndarray | float = 1.0) -> tuple[float, np.ndarray]:
-        """(objective, variables) of a polished minimum."""
+        """(objective, variables) of a refined minimum."""
         tight = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}
         near = minimize(self.objective, start, (weights,), "L-BFGS-B", jac=True, options=tight)
         best = minimize(self.objective, near.x, (weights,), "BFGS", jac=True, options={"maxiter": 200})
@@ -177,15 +179,15 @@ def fit_parametric(
     bootstraps: int = 0,
     seed: int = 0,
 ) -> ParametricLaw:
-    """The law through points (N, D, L). `groups` says which points belong to one run (a trunk and its branches): the
-    bootstrap resamples runs, not points. Raises ValueError for fewer than three sizes or three numbers of images, or
-    unusable losses."""
+    """The law fitted to points (N, D, L). `groups`: the run that each point belongs to (a trunk and its branches are
+    one run); the bootstrap resamples runs, not points. Raises ValueError for fewer than three sizes or three numbers of
+    images, or unusable losses."""
     n, d, y = (np.asarray(values, dtype=float) for values in (size, images, loss))
     for what, values in (("sizes", n), ("numbers of images", d)):
         if len(np.unique(values)) < 3:
             raise ValueError(f"L(N, D) needs at least 3 different {what}, there are {len(np.unique(values))}")
     if not np.isfinite(y).all() or (form.floor is not None and not (y > form.floor).all()):
-        raise ValueError(f"losses must be finite and above the floor ({form.floor}), the smallest is {y.min():.4g}")
+        raise ValueError(f"losses must be finite and above the floor ({form.floor}); the smallest is {y.min():.4g}")
     center = float(np.log(n).mean()), float(np.log(d).mean())
     problem = Problem(np.log(n) - center[0], np.log(d) - center[1], np.log(y), form)
     rough = [
@@ -207,7 +209,7 @@ def fit_parametric(
 
 
 def robust_spread(residuals: np.ndarray, degrees: int) -> float:
-    """Standard deviation by the median of absolute deviations: outliers do not widen it."""
+    """Standard deviation estimated from the median absolute deviation, which is robust to outliers."""
     return float(1.4826 * np.median(np.abs(residuals)) * np.sqrt(len(residuals) / degrees))
 
 
@@ -219,9 +221,9 @@ def bootstrap(
     bootstraps: int,
     seed: int,
 ) -> np.ndarray:
-    """Parameters of refits in which each run counts as often as it was resampled, started from the full fit. Resamples
-    of few runs vary too little, so they are widened by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around the full
-    fit."""
+    """Parameters of refits, started from the full fit, in which each run is weighted by how often it was resampled.
+    Resamples of few runs vary too little, so they are widened by t(runs - 1) / 1.96 and sqrt(runs / (runs - 1)) around
+    the full fit."""
     names = list(range(len(problem.x))) if groups is None else list(groups)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     member = np.array([numbers[name] for name in names])
@@ -241,7 +243,7 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out error of a form: mean |error| of L in percent, for the largest size and the largest budget."""
+    """Held-out error of a form: mean |error| of L in percent, for the largest size and for the most images."""
 
     form: Form
     largest_size: float
@@ -249,14 +251,14 @@ class HeldOut:
 
     @property
     def score(self) -> float:
-        """The criterion of the choice."""
+        """The selection criterion: the mean of both errors."""
         return (self.largest_size + self.largest_images) / 2
 
 
 def compare_forms(
     size: np.ndarray, images: np.ndarray, loss: np.ndarray, floors: Sequence[float | int | None] = (None, 0.0)
 ) -> list[HeldOut]:
-    """All forms, the best at extrapolation first. A form that cannot be fitted without the points left out is not
+    """All forms, the one that extrapolates best first. Forms that cannot be fitted without the held-out points are not
     listed."""
     found = []
     for tied, floor, kind in itertools.product((True, False), floors, LOSSES):

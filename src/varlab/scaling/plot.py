@@ -1,4 +1,4 @@
-"""Figures of an analysis, ready for print: PNG, SVG and PDF. In the SVG every point carries the name of its run."""
+"""Figures of an analysis, ready for print: PNG, SVG and PDF. In the SVG, the id of each point names its run."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from varlab.scaling.analysis import COMPUTE, SCORES, SIZE, Analysis, images_of, 
 from varlab.scaling.power_law import PowerLaw
 from varlab.scaling.runs import Row
 
-logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every glyph it leaves out
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # logs every glyph that it leaves out
 matplotlib.rcParams.update({"svg.fonttype": "none", "pdf.fonttype": 42})
 LABELS = {
     "val_loss": "loss, all tokens [nat/token]",
@@ -34,11 +34,11 @@ PUBLISHED = {  # floor; factor and exponent of laws in N / 1e9 or C / 1e15 (VAR,
     ("val_loss_last", COMPUTE): (4.5, {"published (text)": (2.2e-5, 0.13), "published (figure 6)": (1.5e-5, 0.16)}),
 }
 KINDS = ("png", "svg", "pdf")
-POINT = "run:"  # how the id of a point in an SVG begins
+POINT = "run:"  # prefix of the id of a point in an SVG
 
 
 def words(law: PowerLaw) -> str:
-    """Exponent, interval and floor of a law in a line."""
+    """Exponent, interval and floor of a law, as one line of text."""
     if law.alpha_interval is None:
         interval = "no interval: fewer than 4 sizes" if law.num_sizes < 4 else "no interval: too few runs"
     else:
@@ -53,13 +53,13 @@ def colors_of(rows: Iterable[Row]) -> dict[int, Any]:
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """Writes a figure in all kinds."""
+    """Writes a figure in all formats."""
     files = []
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for kind in KINDS:
             file = out / f"{name}.{kind}"
             with atomic_write(file) as partial:
-                undated = {"Date": None} if kind == "svg" else None  # the same figure is the same file
+                undated = {"Date": None} if kind == "svg" else None  # the same figure gives the same file
                 figure.savefig(partial, format=kind, dpi=150, metadata=undated)
             files.append(file)
     return files
@@ -75,7 +75,7 @@ def legend_of_depths(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def title_of(row: Row, y: str, value: float | int) -> str:
-    """Description of the run of a point."""
+    """Description of a point's run, used as its id."""
     name = row.get("name") or row["run_id"]
     return f"{POINT}{name} | depth {row['depth']} | {row['images_seen']:,.0f} images | {row[COMPUTE]:.3g} FLOP | {y} {value:.4f}"
 
@@ -92,7 +92,7 @@ def points(panel: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> No
 
 def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figure:
     """Loss and error, of all tokens and the last scale, against size (runs of equal images) and against compute (all
-    curves, with the frontier): the four panels of the VAR paper, twice."""
+    curves, with the frontier): the four panels of the VAR paper, once per x axis."""
     ys = [y for y in SCORES if (y, SIZE) in analysis.laws]
     figure = Figure(figsize=(4.4 * len(ys), 7.8), layout="constrained")
     panels = figure.subplots(2, len(ys), squeeze=False)
@@ -107,8 +107,8 @@ def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figu
 
 
 def plot_published(panel: Axes, y: str, x: str) -> None:
-    """The paper's lines, as published. Its text and its figure 6 name the lines against compute the other way around:
-    both are plotted."""
+    """Plots the paper's laws as published. Its text and its figure 6 swap the two laws against compute, so both are
+    plotted."""
     floor, laws = PUBLISHED.get((y, x), (0.0, {}))
     first, last = panel.get_xlim()
     span = np.geomspace(first, last, 50)
@@ -119,7 +119,7 @@ def plot_published(panel: Axes, y: str, x: str) -> None:
 
 
 def plot_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) -> None:
-    """Runs and the law through them."""
+    """Plots runs and the law fitted to them."""
     points(panel, rows, x, y)
     values = [row[x] for row in rows]
     span = np.geomspace(min(values) / 1.3, max(values) * 1.3, 100)
@@ -130,7 +130,7 @@ def plot_law(panel: Axes, rows: Sequence[Row], x: str, y: str, law: PowerLaw) ->
 
 
 def plot_compute(panel: Axes, analysis: Analysis, y: str) -> None:
-    """Training curves, finished runs, the frontier and its law."""
+    """Plots training curves, finished runs, the frontier and its law."""
     rows, colors = analysis.runs.rows, colors_of(analysis.runs.rows)
     depths = {row["run_id"]: row["depth"] for row in rows if "run_id" in row}
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -155,7 +155,7 @@ def plot_compute(panel: Axes, analysis: Analysis, y: str) -> None:
 
 
 def scales_panels(analysis: Analysis) -> Figure:
-    """Loss of each scale against size, and the exponent of each scale: which scale still gains from size."""
+    """Loss of each scale against size, and the exponent of each scale, which shows which scales benefit from size."""
     columns = [column for column in scale_columns(analysis.fixed) if (column, SIZE) in analysis.laws]
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -181,7 +181,7 @@ def scales_panels(analysis: Analysis) -> Figure:
 
 
 def floor_panels(analysis: Analysis) -> Figure:
-    """The exponent against the floor that is subtracted, and the correlation."""
+    """The exponent and the correlation against the subtracted floor."""
     figure = Figure(figsize=(4.6 * len(analysis.floors), 3.6), layout="constrained")
     for panel, (y, profile) in zip(
         figure.subplots(1, len(analysis.floors), squeeze=False)[0], analysis.floors.items(), strict=True
@@ -224,7 +224,7 @@ def isoflop_panels(analysis: Analysis) -> Figure:
 
 
 def surface_panels(analysis: Analysis) -> Figure:
-    """L(N, D): predicted against found, residuals, and the held-out errors that chose the form."""
+    """L(N, D): measured against fitted loss, residuals, and the held-out errors that selected the form."""
     law = analysis.parametric
     assert law is not None
     rows = analysis.runs.rows
@@ -238,13 +238,13 @@ def surface_panels(analysis: Analysis) -> Figure:
     ]
     points(left, told, "expected", "val_loss", markersize=5)
     left.axline((expected[0], expected[0]), slope=1, color="0.5", linewidth=0.8)
-    left.set(xlabel="L(N, D), fitted", ylabel="loss found [nat/token]")
+    left.set(xlabel="L(N, D), fitted", ylabel="measured loss [nat/token]")
     left.set_title(
         f"{law.form.words}\nE {law.floor:.3g}, alpha {law.alpha:.3f}, beta {law.beta:.3f} (images)", fontsize=8
     )
     points(middle, told, "images_seen", "residual", markersize=5)
     middle.axhline(0, color="0.5", linewidth=0.8)
-    middle.set(xscale="log", xlabel="images, D", ylabel="found against fitted [%]")
+    middle.set(xscale="log", xlabel="images, D", ylabel="measured relative to fitted [%]")
     middle.xaxis.set_minor_formatter(NullFormatter())
     for right in rest:
         names = [held.form.words for held in analysis.held_out]
@@ -259,7 +259,7 @@ def surface_panels(analysis: Analysis) -> Figure:
 
 
 def extrapolation_panel(analysis: Analysis) -> Figure:
-    """L(N) fitted without the largest size, and the loss found for that size."""
+    """L(N) fitted without the largest size, and the measured loss of that size."""
     found = analysis.extrapolation
     assert found is not None
     figure = Figure(figsize=(5.2, 3.9), layout="constrained")
@@ -278,14 +278,14 @@ def extrapolation_panel(analysis: Analysis) -> Figure:
 
 
 def add_grid(figure: Figure) -> Figure:
-    """Light grids everywhere."""
+    """Adds light grids to all panels."""
     for panel in figure.axes:
         panel.grid(alpha=0.25, which="both")
     return figure
 
 
 def figures(analysis: Analysis, out: Path, is_published_shown: bool = False) -> dict[str, list[Path]]:
-    """Writes all figures that the analysis allows; files by figure, the main one first."""
+    """Writes all figures that the analysis allows; returns files by figure, the main figure first."""
     wanted: dict[str, Callable[[], Figure] | None] = {
         "scaling": lambda: scaling_panels(analysis, is_published_shown),
         "scales": (lambda: scales_panels(analysis)) if scale_columns(analysis.fixed) else None,

@@ -1,7 +1,7 @@
 """Power laws with a floor: y = E + (x0 / x)^alpha, and intervals for the exponent.
 
-The floor E is none, given, or fitted by profiling. Correlation does not test the floor: subtracting a wrong one can fit
-as straight a line, so the exponent is always reported together with E.
+The floor E is zero, given, or fitted by profiling. Correlation does not test the floor: subtracting a wrong one can
+give an equally straight line, so the exponent is always reported together with E.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ MIN_SIZES_FOR_INTERVAL = 4
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = floor + (x0 / x)^alpha. `alpha_interval` is 95 %, None where too few sizes allow none. `noise`: scatter of
-    ln(y - floor) around the law. `resamples`: (alpha, log_x0, floor) of each bootstrap."""
+    """y = floor + (x0 / x)^alpha. `alpha_interval`: 95 % interval, None for too few sizes. `noise`: standard deviation
+    of ln(y - floor) around the law. `resamples`: (alpha, log_x0, floor) of each bootstrap."""
 
     alpha: float
     log_x0: float
@@ -35,8 +35,8 @@ class PowerLaw:
         return np.asarray(self.floor + np.exp(self.alpha * (self.log_x0 - np.log(x))))
 
     def interval(self, x: float | int, seed: int = 0) -> tuple[float, float] | None:
-        """95 % interval of the loss of one further run of this size: spread of the parameters and noise of a run
-        together. None where there is no interval of the exponent."""
+        """95 % prediction interval for the loss of one further run of this size, from the uncertainty of the parameters
+        and the noise of a run. None if the exponent has no interval."""
         if self.resamples is None:
             return None
         alpha, log_x0, floor = self.resamples.T
@@ -48,7 +48,7 @@ class PowerLaw:
 
 
 def t_correction(degrees: int) -> float:
-    """How much wider than a percentile interval one with so few degrees of freedom has to be: t / z."""
+    """Factor t / z that widens a percentile interval for few degrees of freedom."""
     return float(student.ppf(0.975, max(degrees, 1))) / 1.96
 
 
@@ -60,7 +60,7 @@ def line(log_x: np.ndarray, log_y: np.ndarray) -> tuple[float, float, np.ndarray
 
 
 def squared_errors(x: np.ndarray, y: np.ndarray, floors: np.ndarray) -> np.ndarray:
-    """Squared error of y that the best power law leaves above each floor."""
+    """Squared error of y of the best power law for each floor."""
     log_x = np.log(x) - np.log(x).mean()
     gaps = y - floors[:, None]
     log_y = np.log(gaps)
@@ -70,8 +70,8 @@ def squared_errors(x: np.ndarray, y: np.ndarray, floors: np.ndarray) -> np.ndarr
 
 
 def best_floor(x: np.ndarray, y: np.ndarray) -> float:
-    """The floor in [0, min y) whose power law leaves the smallest squared error of y: a grid in ln(min y - floor), made
-    finer three times around its best point."""
+    """The floor in [0, min y) whose power law has the smallest squared error of y: a grid in ln(min y - floor), refined
+    three times around its best point."""
     lowest, span = float(y.min()), float(y.max() - y.min()) or 1e-9
     low, high = np.log(span * 1e-3), np.log(max(lowest, span * 2e-3))
     floors = np.array([0.0])
@@ -85,10 +85,10 @@ def best_floor(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000, seed: int = 0) -> PowerLaw:
-    """Fits a power law; `floor` None fits it, 0 is none. Raises ValueError for too few or unusable points.
+    """Fits a power law. `floor`: None fits it, 0 means no floor. Raises ValueError for too few or unusable points.
 
-    The interval comes from a residual bootstrap (the floor fitted anew in each resample), widened by t(df) / 1.96:
-    plain percentile intervals cover too little with few sizes.
+    The interval comes from a residual bootstrap (the floor is refitted in each resample), widened by t(df) / 1.96:
+    plain percentile intervals are too narrow for few sizes.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     num_sizes = len(np.unique(xs))
@@ -97,7 +97,7 @@ def fit(x: Values, y: Values, floor: float | None = 0.0, bootstraps: int = 1000,
             f"a power law{' with a fitted floor' if floor is None else ''} needs more than {num_sizes} different sizes"
         )
     if floor is not None and not (ys > floor).all():
-        raise ValueError(f"floor={floor} is not below all values, the smallest is {ys.min():.4g}")
+        raise ValueError(f"floor={floor} is not below all values; the smallest is {ys.min():.4g}")
     if not (xs > 0).all() or not np.isfinite(ys).all():
         raise ValueError("sizes must be positive and values finite: a run diverged or is incomplete")
     law = replace(fit_once(xs, ys, floor), num_points=len(xs))
@@ -128,7 +128,7 @@ def fit_once(x: np.ndarray, y: np.ndarray, floor: float | None) -> PowerLaw:
 
 
 def exponents_by_floor(x: Values, y: Values, num: int = 40) -> list[tuple[float, float, float]]:
-    """(floor, exponent, Pearson r) for floors from none to just below the smallest y: r hardly depends on the floor."""
+    """(floor, exponent, Pearson r) for floors from 0 to just below the smallest y: r hardly depends on the floor."""
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     laws = [fit_once(xs, ys, float(floor)) for floor in np.linspace(0, ys.min() - 0.02 * np.ptp(ys), num)]
     return [(law.floor, law.alpha, law.r) for law in laws]

@@ -1,5 +1,5 @@
 """Answers from the fits: the loss of the next size, the best use of a compute budget, how far a run is from the fit of
-the others, which run would narrow the prediction most."""
+the others, which run would narrow the prediction interval most."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ DEPTHS = range(1, 129)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that could be made: its cost in FLOP and the half width of the target's interval after it, relative to now."""
+    """A possible run: its cost in FLOP, and the width of the target's interval after it relative to now."""
 
     depth: int
     images: float | int
@@ -27,13 +27,13 @@ class Candidate:
 def sizes_of(rows: list[Row], depth: int) -> dict[str, Any]:
     """Sizes of a network of another depth, by the rule that the runs follow (width proportional to depth).
 
-    Raises ValueError where they follow none.
+    Raises ValueError if they follow no such rule.
     """
     known = max(rows, key=lambda row: row["depth"])
     ratios = {row["width"] / row["depth"] for row in rows}
     if len(ratios) > 1 or not known.get("sizes"):
         raise ValueError(
-            f"the runs do not say how width follows from depth (ratios {sorted(ratios)}): no other depth can be counted"
+            f"the runs do not have one ratio of width to depth (found {sorted(ratios)}), so other depths cannot be computed"
         )
     return {**known["sizes"], "depth": depth, "width": int(ratios.pop()) * depth, "num_heads": depth}
 
@@ -44,19 +44,19 @@ def size_of(rows: list[Row], depth: int) -> int:
 
 
 def flops_of(rows: list[Row], depth: int) -> int:
-    """Training FLOP for one image."""
+    """Training FLOPs per image."""
     return training_flops(sizes_of(rows, depth))
 
 
 def parametric(analysis: Analysis) -> ParametricLaw:
-    """L(N, D). Raises ValueError where the runs do not give it."""
+    """L(N, D). Raises ValueError if it could not be fitted."""
     if analysis.parametric is None:
         raise ValueError(next(line for line in analysis.missing if line.startswith("L(N, D)")))
     return analysis.parametric
 
 
 def predict(analysis: Analysis, depth: int, images: float | int | None = None) -> list[str]:
-    """The loss of a depth after so many (new) images; without `images`, after as many as L(N) was fitted at."""
+    """The loss of a depth after `images` (new) images; by default, after the number that L(N) was fitted at."""
     rows = analysis.runs.rows
     size, at = size_of(rows, depth), float(analysis.fixed[0]["images_seen"])
     if images is None or abs(images / at - 1) < 0.02:
@@ -70,12 +70,12 @@ def predict(analysis: Analysis, depth: int, images: float | int | None = None) -
     return [
         f"depth {depth} ({size / 1e6:,.3g} M parameters in blocks) after {images:,.0f} images: loss {value:.4f} ({width}) by {name}",
         f"cost: {flops_of(rows, depth) * images:.3g} FLOP; {size / largest:.3g} times the largest size and {images / most:.3g}"
-        " times the most images that were fitted",
+        " times the most images in the fit",
     ]
 
 
 def optimal(analysis: Analysis, compute: float | int) -> list[str]:
-    """Depth and images with the lowest predicted loss for a compute budget (FLOP), with the spread over bootstraps."""
+    """Depth and images with the lowest predicted loss for a compute budget (FLOP), with the range over bootstraps."""
     law, rows = parametric(analysis), analysis.runs.rows
     sizes = np.array([size_of(rows, depth) for depth in DEPTHS], dtype=float)
     images = compute / np.array([flops_of(rows, depth) for depth in DEPTHS], dtype=float)
@@ -102,13 +102,13 @@ def optimal(analysis: Analysis, compute: float | int) -> list[str]:
     near = [i for i in (best - 1, best + 1) if 0 <= i < len(DEPTHS) and usable[i]]
     lines += [f"  depth {DEPTHS[i]}: {images[i]:,.0f} images, loss {losses[i]:.4f}" for i in near]
     if DEPTHS[best] in (DEPTHS[0], DEPTHS[-1]):
-        lines.append("the best depth is at the edge of those tried")
+        lines.append("the best depth is at the edge of the range that was searched")
     return lines
 
 
 def compare(analysis: Analysis, run: str) -> list[str]:
-    """How far a run is from the fit of all others (L(N, D), or L(N) where that is all there is), in percent and in
-    standard deviations of a run."""
+    """How far a run is from the fit of all others (L(N, D) if available, otherwise L(N)), in percent and in standard
+    deviations of a run."""
     rows = analysis.runs.rows
     chosen = [row for row in rows if run in (row["name"], row.get("run_id"))]
     if not chosen:
@@ -120,7 +120,7 @@ def compare(analysis: Analysis, run: str) -> list[str]:
     for row in chosen:
         if surface is None:
             if row not in analysis.fixed:
-                raise ValueError(f"run={run!r} saw {row['images_seen']:,} images, L(N) is fitted at another number")
+                raise ValueError(f"run={run!r} saw {row['images_seen']:,} images, but L(N) is fitted at another number")
             law = power_law(sizes, loss, settings.floor, replace(settings, bootstraps=bootstraps))
             name, expected, interval, noise = "L(N)", float(law(row[SIZE])), law.interval(row[SIZE]), law.noise
         else:
@@ -137,14 +137,14 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             )
         spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {row['val_loss']:.4f},"
-            f" {name} of the others predicts {expected:.4f} ({100 * away:+.2f} %{spread}){verdict}"
+            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others predicts {expected:.4f}"
+            f" ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines
 
 
 def gradient(law: ParametricLaw, size: float | int, images: float | int) -> np.ndarray:
-    """Derivative of ln L by the parameters that the form leaves free."""
+    """Derivative of ln L with respect to the free parameters of the form."""
     by_size, by_images = np.exp(law.log_a) / size**law.alpha, np.exp(law.log_b) / images**law.beta
     alpha, beta = -np.log(size) * by_size, -np.log(images) * by_images
     parts = [alpha + beta] if law.form.tied else [alpha, beta]
@@ -155,9 +155,9 @@ def gradient(law: ParametricLaw, size: float | int, images: float | int) -> np.n
 def next_runs(
     analysis: Analysis, depth: int | None = None, images: float | int | None = None, budget: float | int | None = None
 ) -> list[Candidate]:
-    """Runs that would narrow the prediction for (depth, images) most, the best first; default target: twice the largest
-    depth and images. Linear theory around the fit; runs cost at most `budget` FLOP (default: twice the most expensive
-    so far)."""
+    """Runs that would narrow the prediction interval for (depth, images) most, the best first; default target: twice
+    the largest depth and images. Linearized around the fit; runs cost at most `budget` FLOP (default: twice the most
+    expensive so far)."""
     law, rows = parametric(analysis), analysis.runs.rows
     most, deepest = max(row["images_seen"] for row in rows), max(row["depth"] for row in rows)
     target = gradient(law, size_of(rows, depth or 2 * deepest), images or 2 * most)
@@ -181,8 +181,8 @@ def next_runs(
 
 
 def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
-    """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for another question or a
-    missing figure."""
+    """The lines that answer `predict`, `optimal`, `compare` or `next`. Raises ValueError for an unknown question or a
+    missing setting."""
     if ask not in ("predict", "optimal", "compare", "next"):
         raise ValueError(f"{ask!r}: choose predict, optimal, compare or next")
     needed = {"predict": "depth", "optimal": "compute", "compare": "run"}.get(ask)
@@ -200,6 +200,6 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any]) -> list[str]:
     if not best:
         raise ValueError("no run fits the budget: give a larger compute=...")
     return warning + [
-        f"depth {c.depth}, {c.images:,.0f} images ({c.flops:.3g} FLOP): interval of the prediction {c.narrowing:.0%} as wide as now"
+        f"depth {c.depth}, {c.images:,.0f} images ({c.flops:.3g} FLOP): prediction interval {c.narrowing:.0%} as wide as now"
         for c in best
     ]

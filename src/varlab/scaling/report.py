@@ -1,4 +1,4 @@
-"""The result of an analysis as one HTML page that needs nothing else, or as a W&B report and workspace."""
+"""The result of an analysis as one self-contained HTML page, or as a W&B report and workspace."""
 
 import html
 import re
@@ -32,7 +32,7 @@ NAMES = {
     "surface": "Loss by size and data",
     "extrapolation": "Prediction of the largest size from the others",
 }
-DIVERGED = 0.02  # share by which validation loss exceeds training loss in a run that overfits
+DIVERGED = 0.02  # relative excess of validation loss over training loss in a run that overfits
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d7dae0; --soft: #f4f5f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --paper: #16181c; --line: #3a3e46; --soft: #20242a; } }
@@ -50,11 +50,12 @@ g[id^="run:"]:hover path, g[id^="run:"]:hover use { stroke: #d62728; stroke-widt
 
 
 def summary_lines(analysis: Analysis) -> list[str]:
-    """The results, one line each, as printed and as written into reports."""
+    """The results, one per line, as printed and as written into reports."""
     rows, law = analysis.runs.rows, analysis.parametric
     depths = sorted({row["depth"] for row in rows})
     lines = [
-        f"{len(rows)} runs, depths {depths}; L(N) from the {len(analysis.fixed)} runs of {analysis.fixed[0]['images_seen']:,.0f} images"
+        f"{len(rows)} runs, depths {depths}; L(N) is fitted to the {len(analysis.fixed)} runs"
+        f" of {analysis.fixed[0]['images_seen']:,.0f} images"
     ]
     for (y, x), found in analysis.laws.items():
         if not y.startswith("val_loss_scale"):
@@ -71,17 +72,17 @@ def summary_lines(analysis: Analysis) -> list[str]:
         )
         lines.append(
             f"L(N, D) = E + A / N^alpha + B / D^beta: E {law.floor:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}"
-            f" ({law.form.words}; 95 %: {said or 'no bootstraps'}); scatter of a run {100 * law.noise:.2f} %"
+            f" ({law.form.words}; 95 %: {said or 'no bootstraps'}); noise per run {100 * law.noise:.2f} %"
         )
         if analysis.squares is not None:
             other = analysis.squares
             lines.append(
-                f"  by the other loss ({other.form.words}): E {other.floor:.4g}, alpha {other.alpha:.3f}, beta {other.beta:.3f}"
+                f"  with the other loss ({other.form.words}): E {other.floor:.4g}, alpha {other.alpha:.3f}, beta {other.beta:.3f}"
                 + disagreement(spread, other)
             )
     spread_of_seeds = seed_noise(rows)
     if spread_of_seeds is not None:
-        lines.append(f"runs that differ in seed alone scatter by {100 * spread_of_seeds:.2f} %")
+        lines.append(f"runs that differ only in their seed vary by {100 * spread_of_seeds:.2f} %")
     if law is not None:
         lines += lack_of_fit(rows, law)
     lines += [f"IsoFLOP, {line}" for line in analysis.isoflop.refused]
@@ -90,7 +91,7 @@ def summary_lines(analysis: Analysis) -> list[str]:
     if analysis.extrapolation is not None:
         found = analysis.extrapolation
         lines.append(
-            f"extrapolation: without the largest size L(N) predicts {found['predicted']:.4f} for it, found {found['found']:.4f}"
+            f"extrapolation: fitted without the largest size, L(N) predicts {found['predicted']:.4f} for it, measured {found['found']:.4f}"
             f" ({found['error_percent']:+.2f} %)"
         )
     lines += divergences(analysis)
@@ -99,7 +100,7 @@ def summary_lines(analysis: Analysis) -> list[str]:
 
 
 def divergences(analysis: Analysis) -> list[str]:
-    """Runs that overfit, as text: from where on validation loss exceeds training loss by more than `DIVERGED`, and
+    """Runs that overfit, as text: where validation loss begins to exceed training loss by more than `DIVERGED`, and
     where it was lowest if it rose again."""
     lines, names = [], {key_of(row): row for row in analysis.runs.rows}
     curves: dict[str, list[Any]] = {}
@@ -133,7 +134,7 @@ def divergences(analysis: Analysis) -> list[str]:
 
 
 def disagreement(spread: dict[str, tuple[float, float]], other: Any) -> str:
-    """A warning where Huber and least squares differ by more than the interval."""
+    """A warning if the parameters of the other loss are outside the intervals, else ""."""
     outside = [
         name
         for name in ("alpha", "beta", "floor")
@@ -160,13 +161,13 @@ def shown(value: Any) -> str:
 
 
 def with_titles(svg: str) -> str:
-    """The SVG with the name of its run as the tooltip of each point."""
+    """The SVG with the name of the run as each point's tooltip."""
     svg = svg[svg.index("<svg") :]
     return re.sub(rf'(<g id="{POINT}([^"]*)">)', lambda found: f"{found[1]}<title>{found[2]}</title>", svg)
 
 
 def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, title: str) -> Path:
-    """`report.html`: figures with the run of every point, fits, what was left out, the table of runs."""
+    """Writes `report.html`: fits, figures with the run of every point, the table of runs, unfinished runs."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts.append("<pre class='note wide'>" + html.escape("\n".join(summary_lines(analysis))) + "</pre>")
     for name, kinds in files.items():

@@ -1,8 +1,8 @@
-"""Runs -> two tables: a row for each run, as its trainer wrote it (`run.json`), and a row for each logged step
+"""Runs -> two tables: one row per run, as the trainer wrote it (`run.json`), and one row per logged step
 (`metrics.csv`).
 
-A source is a folder of runs, a CSV that `write_csv` made, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a
-project) or `wandb:ENTITY/PROJECT/sweeps/ID`. All hold what the trainer counted; nothing is estimated afterward.
+A source is a folder of runs, a CSV written by `write_csv`, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a
+project) or `wandb:ENTITY/PROJECT/sweeps/ID`. All contain the trainer's own counters; nothing is estimated afterward.
 """
 
 import csv
@@ -42,7 +42,8 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """`rows`: one per run. `curves`: one per logged step, with the run's id. `left_out`: what was not used, and why."""
+    """`rows`: one per run. `curves`: one per logged step, with the run's id. `left_out`: runs that were left out or
+    used unfinished, with the reason."""
 
     rows: list[Row]
     curves: list[Row]
@@ -50,7 +51,7 @@ class Runs:
 
 
 def unit(column: str) -> str:
-    """Unit of a column, empty for counts and words."""
+    """Unit of a column, empty for counts and text."""
     if column.startswith(("val_loss", "train_loss")):
         return "nat/token"
     if column.startswith("entropy"):
@@ -59,10 +60,10 @@ def unit(column: str) -> str:
 
 
 def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "scales") -> Runs:
-    """All VAR runs of the sources, each once. Unfinished runs are left out and named, or used up to their last
+    """All VAR runs of the sources, each once. Unfinished runs are left out and reported, or used up to their last
     validation.
 
-    Raises ValueError where a source holds none, and when the runs do not belong together.
+    Raises ValueError if a source holds none, and if the runs cannot be fitted together (see `check_same`).
     """
     found: dict[str, tuple[Row, list[Row]]] = {}
     left_out: list[str] = []
@@ -102,7 +103,7 @@ def key_of(row: Row) -> str:
 
 
 def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
-    """(the row as it is used, None for a run that is not; the reason, as text)."""
+    """(the row to use, or None if the run is left out; the reason, as text)."""
     points = [point for point in curve if point.get("val_loss") is not None]
     if row["state"] != "finished":
         if not use_unfinished or not points:
@@ -110,7 +111,7 @@ def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | 
         last = points[-1]
         row = {**row, **{key: last[key] for key in ("step", "flops_exact", "val_loss", "val_loss_last", "val_err")}}
         row |= {"images_seen": last["images"], "cooldown": 0}
-        return row, f"used up to step {last['step']}, where it was validated last; it did not cool down"
+        return row, f"used up to step {last['step']}, its last validation, without a cooldown"
     if not math.isfinite(row.get("val_loss") or math.nan):
         return None, "left out, its loss is not finite"
     return row, ""
@@ -134,8 +135,7 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
 
 
 def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
-    """The steps at which a run logged a loss. Counters are the trainer's; between two logged ones they are
-    interpolated."""
+    """The steps at which a run logged a loss. Counters are the trainer's, interpolated between logged steps."""
     steps = sorted({*logged.get("train/loss", {}), *logged.get("val/loss", {})})
     columns: dict[str, dict[int, float]] = {name: logged.get(key, {}) for name, key in CURVES.items()}
     for name in ("images", "flops_exact"):
@@ -153,7 +153,7 @@ def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
-    """Rows of a table, with the curves beside it (`curves.csv`) where there are some."""
+    """Rows of a table, with the curves in `curves.csv` in the same folder, if it exists."""
     rows, curves = read_table(path), {}
     file = path.with_name("curves.csv")
     for point in read_table(file) if file.is_file() else []:
@@ -171,7 +171,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def parse(column: str, text: str) -> Any:
-    """A CSV cell as number, list or text; ids stay text, though some look like numbers."""
+    """A CSV cell as number, list or text; ids stay text, even if they look like numbers."""
     if column.endswith("_id") or column in ("name", "parent_run"):
         return text
     try:
@@ -181,7 +181,7 @@ def parse(column: str, text: str) -> Any:
 
 
 def check_same(rows: Sequence[Row]) -> None:
-    """Raises ValueError when runs of different tokenizers, data or pyramids would be fitted together."""
+    """Raises ValueError if runs of different tokenizers, data, pyramids or token orders would be fitted together."""
     for key in SAME:
         values = {json.dumps(row.get(key)): row["name"] for row in rows}
         if len(values) > 1:
@@ -200,5 +200,5 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value as `parse` reads it."""
+    """A CSV cell, the inverse of `parse`."""
     return value if isinstance(value, str) else json.dumps(value)

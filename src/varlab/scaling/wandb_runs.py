@@ -1,5 +1,5 @@
-"""Runs as W&B keeps them: online through its Api, offline in its own files. Each gives the run's row, which its trainer
-wrote into the summary, and what it logged as {name: {step: value}}."""
+"""Runs stored by W&B: online through its API, offline in its files. Each has the run's row (the contents of run.json),
+which the trainer wrote into the summary, and its logged values as {name: {step: value}}."""
 
 import json
 import subprocess
@@ -14,11 +14,11 @@ STATES = {"finished": "finished", "running": "running", "crashed": "failed", "fa
 
 
 def row_of(summary: dict[str, Any], run_id: str, name: str, state: str | None = None) -> dict[str, Any]:
-    """The row of the table of runs in a summary; without one (older runs, other projects) a row that no fit takes."""
+    """The run's row in a summary; a summary without one (older runs, other projects) gives a row that fits ignore."""
     row: dict[str, Any] = {}
     for key, value in summary.items():
         if "/" not in key and not key.startswith("_"):
-            whole, _, part = key.partition(".")  # W&B's files hold sizes.depth for {sizes: {depth: ...}}
+            whole, _, part = key.partition(".")  # W&B's files store sizes.depth for {sizes: {depth: ...}}
             if part:
                 row.setdefault(whole, {})[part] = value
             else:
@@ -31,7 +31,7 @@ def row_of(summary: dict[str, Any], run_id: str, name: str, state: str | None = 
 
 
 def add(logged: Logged, entry: dict[str, Any]) -> None:
-    """Adds one entry of a history. A step that was repeated after a restart counts as it was the last time."""
+    """Adds one entry of a history. For a step that was repeated after a restart, the last entry counts."""
     step = entry.get(STEP)
     if not isinstance(step, int | float):
         return
@@ -41,7 +41,7 @@ def add(logged: Logged, entry: dict[str, Any]) -> None:
 
 
 def online_runs(place: str) -> list[tuple[dict[str, Any], Logged]]:
-    """Runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/sweeps/ID` on the W&B server. Raises ValueError when it cannot be
+    """Runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/sweeps/ID` on the W&B server. Raises ValueError if they cannot be
     read."""
     import wandb
     from wandb.errors import Error as WandbError
@@ -67,7 +67,7 @@ def plain(summary: Any) -> dict[str, Any]:
 
 
 def offline_runs(folder: Path, known: set[Any]) -> list[tuple[dict[str, Any], Logged]]:
-    """Runs in W&B's own files (`run-ID.wandb`) below a folder, but for those `known`; parts of a resumed run are one."""
+    """Runs in W&B's files (`run-ID.wandb`) below a folder, except `known` ones; parts of a resumed run are merged."""
     found: dict[str, tuple[dict[str, Any], Logged]] = {}
     for file in sorted(folder.rglob("run-*.wandb"), key=lambda file: file.parent.name):  # by time, as W&B names them
         run_id = file.stem.removeprefix("run-")
@@ -83,11 +83,11 @@ def offline_runs(folder: Path, known: set[Any]) -> list[tuple[dict[str, Any], Lo
 
 
 def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("history" or "summary", entry) in order, by W&B's own reader; of a run that was killed all that it had written."""
+    """("history" or "summary", entry) in order, from W&B's reader; for a killed run, everything that it had written."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file.parent), "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode and not answer.stdout:
-        raise ValueError(f"{file} cannot be read: {answer.stderr.strip() or 'W&B says nothing'}")
+        raise ValueError(f"{file} cannot be read: {answer.stderr.strip() or 'W&B printed no message'}")
     for line in answer.stdout.splitlines():
         record = json.loads(line) if line.startswith("{") else {}
         if record.get("type") == "history":

@@ -1,9 +1,9 @@
 """Jobs of a sweep: each runs in its own process and is recorded in the sweep's ledger.
 
-    runs/NAME/JOB/job.yaml      its composed config, from which all its processes start
-    runs/NAME/JOB/output.log    its output
+    runs/NAME/JOB/job.yaml      composed config, which all processes of the job load
+    runs/NAME/JOB/output.log    output
 
-Running the sweep's command again skips finished jobs and continues the rest.
+Rerunning the sweep's command skips finished jobs and continues the rest.
 """
 
 import os
@@ -25,15 +25,15 @@ from omegaconf import DictConfig, OmegaConf
 from varlab.files import atomic_write, flat, json_hash, load_json, save_json
 from varlab.sweeps.ledger import CHOICE, entry, is_alive
 
-STOPPED = 75  # exit code of a run that was told to stop, and saved (EX_TEMPFAIL)
+STOPPED = 75  # exit code of a run that saved and stopped on a signal (EX_TEMPFAIL)
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def run_job(cfg: DictConfig, module: str) -> float | None:
-    """Runs one job of a sweep by `python -m MODULE --job FILE`; returns its last validation loss.
+    """Runs one job of a sweep with `python -m MODULE --job FILE`; returns its last validation loss.
 
-    Raises CompactHydraException when it fails, so that the sweep continues with the next; SystemExit when it was told
-    to stop.
+    Raises CompactHydraException if it fails, so that the sweep continues with the next job; SystemExit if it was
+    stopped by a signal.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
@@ -45,7 +45,7 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
             f"{folder} holds a job with other settings ({', '.join(changed(folder, config))}): choose another name=..., or, if"
             " several jobs of one sweep share a folder, hydra.sweep.subdir='${hydra:job.override_dirname}'"
         )
-    task = int(os.environ.get("SLURM_PROCID", 0))  # of the tasks of a SLURM job the first writes the ledger
+    task = int(os.environ.get("SLURM_PROCID", 0))  # only the first task of a SLURM job writes the ledger
     if task == 0 and known and is_alive(known):
         raise CompactHydraException(f"{folder} is being run by process {known['pid']} on {known['host']}")
     if skipped := reason_to_skip(known, task):
@@ -76,7 +76,7 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
 
 
 def changed(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Settings in which a job differs from the one that was run in its folder."""
+    """Settings in which a job differs from the job that its folder already holds."""
     before, now = flat(OmegaConf.to_container(OmegaConf.load(folder / "job.yaml"))), flat(config)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
@@ -86,8 +86,7 @@ def changed(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def reason_to_skip(known: dict[str, Any] | None, task: int = 0) -> str | None:
-    """Why a job is not run (again); None when it is. Further tasks of a SLURM job follow the first, which may have
-    begun."""
+    """Why a job is skipped; None if it is to be run. Other tasks of a SLURM job run if the first is already running."""
     state, choice = known["state"] if known else "pending", os.environ.get(CHOICE)
     if task and state == "running":
         return None
@@ -101,7 +100,7 @@ def reason_to_skip(known: dict[str, Any] | None, task: int = 0) -> str | None:
 
 
 def relay(process: subprocess.Popen, log: Path) -> str:
-    """Copies the output of a process to its log and to the screen; returns the last line."""
+    """Copies the output of a process to its log and to stdout; returns the last line."""
     tail = b""
     assert process.stdout is not None
     with open(log, "ab") as file:
@@ -116,14 +115,14 @@ def relay(process: subprocess.Popen, log: Path) -> str:
 
 
 class Received:
-    """Signals received while a job ran."""
+    """The last signal received while a job ran, and the original handlers."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.previous: dict[int, Any] = {}
 
     def pass_on(self) -> None:
-        """Calls the original handler of the signal, now that the job has saved: submitit's requeues the job."""
+        """Calls the original handler of the signal after the job has saved; submitit's handler requeues the job."""
         if self.number is None:
             raise SystemExit(STOPPED)
         handler = self.previous.get(self.number)
@@ -135,7 +134,7 @@ class Received:
 
 @contextmanager
 def forwarding(process: subprocess.Popen) -> Iterator[Received]:
-    """Signals to this process are sent to the job as SIGTERM, which makes it save and stop."""
+    """Forwards signals of this process to the job as SIGTERM, which makes it save and stop."""
     received = Received()
 
     def forward(number: int, frame: Any) -> None:

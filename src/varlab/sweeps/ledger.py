@@ -1,4 +1,4 @@
-"""The ledger of a sweep: what it will run, and the state of each job.
+"""The ledger of a sweep: its planned jobs, and the state of each.
 
 runs/NAME/sweep.json        the command, its folder, the overrides of each job
 runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, times
@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from varlab.config import is_sweep
 from varlab.files import load_json, save_json
 
-CHOICE = "VARLAB_SWEEP"  # environment: which jobs `varlab sweep` wants to be run again
+CHOICE = "VARLAB_SWEEP"  # environment variable: which jobs `varlab sweep` reruns
 
 
 class Ledger(Callback):
-    """Hydra's callback around a sweep: records what it will run, and reports the states of the jobs at the end."""
+    """Hydra callback of a sweep: records the planned jobs, and reports their states at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.planned: list[float] = []
@@ -37,7 +37,7 @@ class Ledger(Callback):
             print(f"{len(jobs)} jobs in {folder}:")
             for overrides in jobs:
                 print("  " + " ".join(overrides))
-            print(slurm_script(config) or "each in its own process on this machine")
+            print(slurm_script(config) or "each runs in its own process on this machine")
             raise SystemExit(0)
         if os.environ.get(CHOICE) is None:
             save_json(folder / "sweep.json", {"argv": sys.argv[1:], "cwd": os.getcwd(), "jobs": jobs})
@@ -57,7 +57,7 @@ class Ledger(Callback):
 
 
 def job_overrides(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job of a sweep, as Hydra's sweeper makes them."""
+    """The overrides of each job of a sweep, computed by Hydra's sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
@@ -66,7 +66,7 @@ def job_overrides(config: DictConfig) -> list[list[str]]:
 
 
 def slurm_script(config: DictConfig) -> str | None:
-    """The batch script that submitit would hand to SLURM; None for another launcher."""
+    """The batch script that submitit would submit to SLURM; None for other launchers."""
     if not str(config.hydra.launcher.get("_target_")).endswith("SlurmLauncher"):
         return None
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
@@ -81,13 +81,13 @@ def slurm_script(config: DictConfig) -> str | None:
 
 
 def entry(folder: Path) -> dict[str, Any] | None:
-    """The ledger's entry of the job in a folder."""
+    """The ledger entry of the job in a folder, or None."""
     file = folder / "job.json"
     return load_json(file, "varlab train --multirun") if file.is_file() else None
 
 
 def is_alive(known: dict[str, Any]) -> bool:
-    """Whether the process of a job that the ledger calls running still exists."""
+    """Whether the process of a job that is marked as running still exists on this machine."""
     if known["state"] != "running" or known["host"] != socket.gethostname():
         return False
     try:
@@ -99,7 +99,7 @@ def is_alive(known: dict[str, Any]) -> bool:
 
 def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
     """(overrides, state, ledger entry) of each job of a sweep; jobs that never started are `pending`, those whose
-    process is gone `stopped`. Raises ValueError when the folder holds no sweep."""
+    process no longer exists are `stopped`. Raises ValueError if the folder holds no sweep."""
     plan = load_json(folder / "sweep.json", "varlab train --multirun")
     entries = {}
     for file in sorted(folder.rglob("job.json")):
@@ -116,7 +116,7 @@ def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
 
 
 def report(folder: Path) -> str:
-    """The ledger as text: how many jobs are in which state, and each failure with its log."""
+    """The ledger as text: the number of jobs in each state, the jobs, and each failure with its log."""
     found = states(folder)
     counts = {state: sum(s == state for _, s, _ in found) for state in dict.fromkeys(s for _, s, _ in found)}
     lines = [f"sweep {folder}: {', '.join(f'{n} {state}' for state, n in counts.items())}"]

@@ -1,8 +1,8 @@
 """The discriminator of tokenizer training: when it trains, when its loss is added to the tokenizer's, and its
 optimizer.
 
-It is not part of the LightningModule, which has one optimizer: so steps are counted once, gradients are accumulated and
-clipped, and DDP sees one network. This file does the same for the discriminator.
+It is not part of the LightningModule, which thus has a single optimizer: steps are counted once, automatic optimization
+accumulates and clips gradients, and DDP wraps one network. This file does the same for the discriminator.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from varlab.training.schedules import Schedule, set_step
 class DiscriminatorTrainer:
     """A discriminator with its optimizer and schedule.
 
-    `discriminator_start`: share of the run after which the discriminator trains. `adversarial_start`: share after which
-    the adversarial loss is added to the tokenizer's, ramped up over `warmup` (a share). `weight`: of the adversarial
-    loss, times the adaptive ratio within `bounds` (fixed to 1 with is_adaptive=False). `r1_weight`: gradient penalty at
-    real images, every `r1_every` steps with `r1_every` times the weight. `lecam_weight`: keeps logits near the moving
-    average of the other kind of images (Tseng et al. 2021). The learning rate is base_lr * global batch / 256 on a
-    schedule that begins at `discriminator_start`.
+    `discriminator_start`: fraction of the run after which the discriminator trains. `adversarial_start`: fraction after
+    which the adversarial loss is added to the tokenizer's, ramped up over `warmup` (a fraction). `weight`: weight of
+    the adversarial loss, times the adaptive ratio clamped to `bounds` (1 with is_adaptive=False). `r1_weight`: weight
+    of the gradient penalty at real images, applied every `r1_every` steps with `r1_every` times the weight.
+    `lecam_weight`: regularizes logits toward the moving average of the other class, real or fake (Tseng et al. 2021).
+    The learning rate is base_lr * global batch / 256 on a schedule that begins at `discriminator_start`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DiscriminatorTrainer:
         if not 0 <= discriminator_start <= adversarial_start < 1:
             raise ValueError(
                 f"adversarial.discriminator_start={discriminator_start} and adversarial_start={adversarial_start}: the discriminator"
-                " must train before its loss is used, both are shares of the run below 1"
+                " must train before its loss is used, and both must be fractions of the run below 1"
             )
         if loss not in get_args(AdversarialLoss):
             raise ValueError(f"adversarial.loss={loss!r}: choose one of {', '.join(get_args(AdversarialLoss))}")
@@ -81,14 +81,14 @@ class DiscriminatorTrainer:
         """Moves network, optimizer state and averages."""
         self.net.to(device)
         self.logit_means = self.logit_means.to(device)
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves its state to where the weights are
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves its state to the device of the weights
 
     def is_training(self, progress: float) -> bool:
-        """Whether the discriminator is trained at this share of the run."""
+        """Whether the discriminator is trained at this fraction of the run."""
         return progress >= self.discriminator_start
 
     def ramp(self, progress: float) -> float:
-        """Factor of the adversarial weight at this share of the run, 0 to 1."""
+        """Factor of the adversarial weight at this fraction of the run, 0 to 1."""
         if progress < self.adversarial_start:
             return 0.0
         return min(1.0, (progress - self.adversarial_start) / self.warmup) if self.warmup > 0 else 1.0
@@ -104,7 +104,7 @@ class DiscriminatorTrainer:
         """Adds the gradient of one batch, times `share`; returns values for the log."""
         is_penalized = self.r1_weight > 0 and self.num_steps % self.r1_every == 0
         shown = self.augment(real.detach().requires_grad_(is_penalized)), self.augment(fake.detach())
-        net = self.net.forward if is_penalized else self.net  # a compiled network has no second derivative
+        net = self.net.forward if is_penalized else self.net  # a compiled network does not support double backward
         real_logits, fake_logits = (net(images) for images in shown)
         loss = own = losses.discriminator_loss(real_logits, fake_logits, self.loss)
         if is_penalized:

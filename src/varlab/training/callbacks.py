@@ -1,4 +1,4 @@
-"""What happens around a training step: random state, health, branch points, signals."""
+"""Callbacks of every run: random state, gradient checks, branch points, signals."""
 
 import logging
 import math
@@ -32,12 +32,12 @@ class Reseed(Callback):
 
 
 class Health(Callback):
-    """Skips optimizer steps whose gradient is not finite, and ends the run when too many come in a row.
+    """Skips optimizer steps whose gradient is not finite, and ends the run after `max_in_row` of them in a row.
 
-    A skipped step leaves weights, decay and moments unchanged, on all ranks alike: gradients are averaged before. It is
-    counted in `train/steps_skipped`. The last checkpoint is from before the first skipped step. A norm above `spike`
-    times its running mean is counted in `train/grad_norm_spikes` and named in the log; the gradient scaler of 16-mixed
-    ends the run before its scale reaches zero.
+    A skipped step applies neither an update nor weight decay and leaves the moments unchanged, on all ranks alike,
+    since gradients are already averaged. It is counted in `train/steps_skipped`. A norm above `spike` times its running
+    mean is counted in `train/grad_norm_spikes` and logged as a warning. The last checkpoint holds the weights from
+    before the first skipped step. With 16-mixed, the run ends before the scale of the gradient scaler reaches zero.
     """
 
     STATE = ("num_skipped", "in_row", "num_spikes", "usual_norm")
@@ -68,28 +68,29 @@ class Health(Callback):
             pl_module.log_dict({"train/grad_norm": norm, **{f"train/{key}": float(n) for key, n in counts.items()}})
         if math.isfinite(norm):
             return
-        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone
+        optimizer.zero_grad(set_to_none=True)  # the optimizer skips parameters without a gradient
         self.num_skipped, self.in_row = self.num_skipped + 1, self.in_row + 1
         if trainer.is_global_zero:
-            log.warning("step %d: the gradient's norm is %s; the step is skipped", step, norm)
+            log.warning("step %d: the gradient norm is %s; the step is skipped", step, norm)
         if self.in_row >= self.max_in_row:
             raise ValueError(
                 f"the gradient was not finite {self.in_row} steps in a row, the last at step {step}: lower"
-                " module.base_lr or look at the data, and continue with ckpt_path=last (no step was taken since)"
+                " module.base_lr or check the data, and continue with ckpt_path=last (none of these steps changed the weights)"
             )
 
     def note_spike(self, norm: float, step: int, is_logged: bool) -> None:
-        """Compares a norm to the mean of about a hundred before, which it then joins, at no more than the limit."""
+        """Counts a norm above the limit, then adds it, clipped to the limit, to the running mean (of about the last
+        hundred)."""
         limit = self.spike * self.usual_norm
         if self.usual_norm and norm > limit:
             self.num_spikes += 1
             if is_logged:
-                log.warning("step %d: the gradient's norm is %.3g, usually %.3g", step, norm, self.usual_norm)
+                log.warning("step %d: the gradient norm is %.3g, usually %.3g", step, norm, self.usual_norm)
             norm = limit
         self.usual_norm = norm if not self.usual_norm else 0.99 * self.usual_norm + 0.01 * norm
 
     def check_grad_scaler(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the scale of 16-mixed's gradient scaler. Raises ValueError when it is so small that gradients vanish."""
+        """Logs the scale of 16-mixed's gradient scaler. Raises ValueError if it is so small that gradients vanish."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None:
             return
@@ -98,22 +99,22 @@ class Health(Callback):
             pl_module.log("train/grad_scaler_scale", scale)
         if scale < self.SMALLEST_SCALE:
             raise ValueError(
-                f"the scale of 16-mixed's gradient scaler fell to {scale:.3g}:"
-                " gradients overflow at any scale; use trainer.precision=bf16-mixed"
+                f"the scale of 16-mixed's gradient scaler fell to {scale:.3g}: gradients overflow at any scale;"
+                " use trainer.precision=bf16-mixed"
             )
 
 
 def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
-    """Euclidean norm of all gradients together, over all shards."""
+    """Euclidean norm over all gradients and all shards."""
     gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class BranchPoints(Callback):
-    """Saves a checkpoint where shorter runs of the same schedule begin to differ from this one, so that they can be
-    branched off instead of trained from the start: `branch-SHARE-STEP.ckpt` for each of `shares` of the run (schedules
-    with a `branch_share` only; none of a branch itself)."""
+    """Saves a checkpoint at each step where a shorter run of the same schedule diverges from this one, so that the
+    shorter run can branch off instead of training from scratch: `branch-SHARE-STEP.ckpt` for each of `shares` of the
+    run. Only for schedules with a `branch_share`; a branch itself saves none."""
 
     def __init__(self, folder: str, shares: Sequence[float], branch: float | int = 1) -> None:
         self.folder, self.shares = Path(folder), list(shares) if branch == 1 else []
@@ -135,10 +136,10 @@ class BranchPoints(Callback):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, stop; `ckpt_path=last` continues from there. A second signal
-    kills.
+    """On SIGTERM, SIGUSR1 or Ctrl-C, finishes the step, saves and stops; `ckpt_path=last` continues from there. A
+    second signal kills the process.
 
-    A signal to one rank stops all, within `check_every` steps. On SIGUSR1, sent by SLURM before the time runs out
+    A signal to one rank stops all ranks within `check_every` steps. On SIGUSR1, sent by SLURM before the time limit
     (`#SBATCH --signal=USR1@120`), the job is requeued.
     """
 
@@ -151,11 +152,13 @@ class StopOnSignal(Callback):
         self.previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # after Lightning's own handlers, in their place
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # replaces Lightning's handlers, which are installed earlier
             self.previous = {number: signal.signal(number, self.note) for number in self.SIGNALS}
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Records the signal; the next one of its kind has its default effect."""
+        """Records the signal and restores its default handler."""
         self.received = number
         signal.signal(number, signal.SIG_DFL)
         log.warning("%s received: saving after this step, then stopping", signal.Signals(number).name)
@@ -183,11 +186,11 @@ class StopOnSignal(Callback):
 
 
 def requeue() -> None:
-    """Requeues this SLURM job; does nothing outside of SLURM, or where submitit does it."""
+    """Requeues this SLURM job; does nothing outside of SLURM, or if submitit does so."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or "SUBMITIT_EXECUTOR" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0":
         return
     if shutil.which("scontrol") is None:
-        log.error("job %s cannot be requeued: there is no scontrol on this machine", job)
+        log.error("job %s cannot be requeued: scontrol is not available on this machine", job)
         return
     subprocess.run(["scontrol", "requeue", job], check=False)

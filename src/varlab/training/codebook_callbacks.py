@@ -1,4 +1,4 @@
-"""The codebook while a tokenizer trains: a warning when a scale collapses, and two remedies, off by default.
+"""Codebook health in tokenizer training: a warning when a scale collapses, and two remedies, off by default.
 
 The other remedies are settings of the network: model.lookup=cosine (codes on the unit sphere), model.gradient=rotation,
 model.scale_dropout.
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Rows of all ranks, the same on each; every rank gives the same number."""
+    """Concatenated rows of all ranks, identical on each; every rank must pass the same number of rows."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -39,21 +39,20 @@ def random_rows(x: Tensor, num_rows: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
-    """Vectors that are looked up for these images, of all scales and all ranks, (N, C)."""
+    """Vectors (N, C) that are looked up for these images, over all scales and all ranks."""
     vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.lookup_vectors(net.features(images))])
     return gathered(random_rows(vectors, min(len(vectors), MAX_VECTORS_PER_CODE * net.quantizer.codebook_size), seed))
 
 
 class ResetDeadCodes(Callback):
-    """Every `every` steps moves codes that are hardly used to vectors that are looked up now.
+    """Every `every` steps moves rarely used codes to random vectors that are looked up for the current batch.
 
-    A code is dead when its hits, over all scales, are less than `min_share` of the mean. All ranks make the same
-    choice.
+    A code is dead if its hits over all scales are less than `min_share` times the mean. All ranks make the same choice.
     """
 
     def __init__(self, every: int = 200, min_share: float = 0.02, seed: int = 0) -> None:
         if every < 1 or not 0 < min_share < 1:
-            raise ValueError(f"every={every} must be positive and min_share={min_share} lie between 0 and 1")
+            raise ValueError(f"every={every} must be positive and min_share={min_share} between 0 and 1")
         self.every, self.min_share, self.seed = every, min_share, seed
         self.last_step = 0
 
@@ -83,7 +82,7 @@ class ResetDeadCodes(Callback):
         codebook[dead] = vectors.to(codebook.dtype)
         net.quantizer.hits[:, dead] = net.quantizer.hits.mean(
             dim=1, keepdim=True
-        )  # not dead again before the next hits count
+        )  # so that they are not reset again before new hits accumulate
         for optimizer in trainer.optimizers:
             for value in optimizer.state.get(codebook, {}).values():
                 if isinstance(value, Tensor) and value.shape == codebook.shape:
@@ -94,9 +93,9 @@ class ResetDeadCodes(Callback):
 
 
 class KMeansInit(Callback):
-    """Before the first step puts the codes at k-means centers of the vectors that are looked up for the first batch.
+    """Before the first step, initializes the codes to k-means centers of the vectors that the first batch looks up.
 
-    Two rounds of `num_iterations`: the finer scales code what the codes of the first round leave over.
+    Two rounds of `num_iterations`: the second uses the residuals left by the codes of the first.
     """
 
     def __init__(self, num_iterations: int = 10, seed: int = 0) -> None:
@@ -114,7 +113,7 @@ class KMeansInit(Callback):
             vectors = lookup_vectors(net, batch.images, self.seed + round_)
             if len(vectors) < net.quantizer.codebook_size:
                 log.warning(
-                    "the first batch gives %d vectors for %d codes: some codes start equal",
+                    "the first batch gives %d vectors for %d codes: some codes start with equal values",
                     len(vectors),
                     net.quantizer.codebook_size,
                 )
@@ -123,7 +122,7 @@ class KMeansInit(Callback):
 
 @torch.no_grad()
 def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: int, seed: int) -> None:
-    """k-means (Lloyd) with the quantizer's own lookup; a center without vectors moves to one of them."""
+    """k-means (Lloyd) with the quantizer's lookup; a center without vectors moves to a random one."""
     codebook = quantizer.codebook.weight
     codebook.copy_(random_rows(vectors, len(codebook), seed))
     for i in range(num_iterations):
@@ -137,8 +136,8 @@ def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: i
 
 
 class CollapseAlarm(Callback):
-    """Warns, once for each scale, when its perplexity falls below 1/`factor` of its maximum, or below `minimum`
-    codes, after `patience` steps; and logs when it has recovered."""
+    """After `patience` steps, warns once per scale when its perplexity falls below 1/`factor` of its maximum or below
+    `minimum` codes, and logs when it has recovered."""
 
     def __init__(self, factor: float = 4.0, minimum: float = 2.0, patience: int = 100) -> None:
         self.factor, self.minimum, self.patience = factor, minimum, patience
@@ -170,7 +169,7 @@ class CollapseAlarm(Callback):
         low = set(is_low.nonzero().flatten().tolist())
         messages = [
             f"step {step}: the codebook collapses at scale {k} ({patch_nums[k]}): {perplexity[k]:.1f} codes in use,"
-            f" {self.best[k]:.1f} at best. Remedies: callbacks.reset_dead_codes, callbacks.kmeans, model.gradient=rotation,"
+            f" at most {self.best[k]:.1f} before. Remedies: callbacks.reset_dead_codes, callbacks.kmeans, model.gradient=rotation,"
             " model.lookup=cosine, model.scale_dropout=0.1"
             for k in sorted(low - self.collapsed)
         ]

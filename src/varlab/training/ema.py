@@ -9,24 +9,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
-    """Exponential moving average of the trainable weights of `net`, used in validation and saved beside the raw ones.
+    """Exponential moving average of the trainable weights, used in validation and saved in addition to the raw ones.
 
-    The decay rises as (1 + n) / (10 + n) up to `decay`, n being the number of updates. With `is_raw_validated` the raw
-    weights are validated as well, as `val_raw/...`.
+    The decay is min(`decay`, (1 + n) / (10 + n)) after n updates. With `is_raw_validated` the raw weights are validated
+    as well, as `val_raw/...`.
     """
 
     def __init__(self, decay: float, is_raw_validated: bool = False) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"EMA decay={decay}: must lie between 0 and 1")
+            raise ValueError(f"EMA decay={decay}: must be between 0 and 1")
         self.decay, self.is_raw_validated, self.num_updates = decay, is_raw_validated, 0
         self.average: dict[str, torch.Tensor] = {}
         self.raw: dict[str, torch.Tensor] = {}
 
     def weights(self, pl_module: LightningModule) -> dict[str, torch.Tensor]:
-        """The trained parameters by name; of sharded ones this rank's part."""
+        """The trained parameters by name; this rank's shards if they are sharded."""
         for module in pl_module.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # after validation the outermost one is left gathered
+                module.reshard()  # after validation the outermost one is still unsharded
         return {name: parameter.data for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 
 class ImageMean(Metric):
-    """Mean of `num` values over all images of all ranks; images of weight 0 (padding) do not count."""
+    """Mean of `num` values over all images of all ranks; images of weight 0 (padding) are ignored."""
 
     total: Tensor
     count: Tensor

@@ -1,4 +1,4 @@
-"""Images of a run, and what W&B gets besides curves."""
+"""Logs the images of a run, and sends W&B what is not a curve."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ from varlab.sampling.token_sampling import SamplingSettings
 
 
 class LogImages(Callback):
-    """After each validation: reconstructions scale by scale of a tokenizer, or samples of a VAR by class, as PNG in
-    `folder` and in W&B. Where weights are sharded (FSDP2) all ranks generate the same samples: one alone cannot."""
+    """After each validation, writes a tokenizer's reconstructions after each scale, or a VAR's samples by class, as PNG
+    to `folder` and to W&B. With sharded weights (FSDP2) all ranks generate the same samples, since one alone cannot."""
 
     def __init__(self, folder: str, num_images: int = 8, cfg_scale: float = 1.5, seed: int = 0) -> None:
         self.folder, self.num_images, self.cfg_scale, self.seed = Path(folder), num_images, cfg_scale, seed
@@ -63,7 +63,7 @@ class LogImages(Callback):
             self.show(trainer, "samples", image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)))
 
     def conditions(self, net: VAR, device: torch.device) -> torch.Tensor:
-        """The classes in turn; of another kind of condition, those of the first validation images."""
+        """The classes in turn; for other kinds of conditions, those of the first validation images."""
         if isinstance(net.embedder, ClassEmbedder):
             return torch.arange(self.num_images, device=device) % net.num_classes
         assert self.condition is not None
@@ -81,13 +81,13 @@ class LogImages(Callback):
 
 class Mirror(Callback):
     """Sends W&B what is not a curve: data and tokenizer as artifacts (manifest and path), a table of the loss by scale,
-    the run's row of the table of runs."""
+    and `run.json` as the summary."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def loggers(self, trainer: Trainer) -> list[WandbLogger]:
-        """W&B's loggers; none on the other ranks."""
+        """The W&B loggers; none except on rank 0."""
         if not trainer.is_global_zero:
             return []
         return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
@@ -103,7 +103,7 @@ class Mirror(Callback):
                 self.log_artifact(logger, "tokenizer", identity, path, describe(tokenizer))
 
     def log_artifact(self, logger: WandbLogger, kind: str, identity: str, path: str, manifest: dict[str, Any]) -> None:
-        """A small artifact that says what was used and its path; the data itself is not uploaded."""
+        """Logs a small artifact with fingerprint, path and manifest; the data itself is not uploaded."""
         artifact = wandb.Artifact(f"{kind}-{identity}", type=kind, metadata={"path": path, "fingerprint": identity})
         with artifact.new_file("manifest.json", mode="w") as file:
             json.dump(manifest, file, indent=2)
@@ -113,8 +113,7 @@ class Mirror(Callback):
         self.send_row(trainer)
 
     def send_row(self, trainer: Trainer) -> None:
-        """The run's row of the table of runs, as its summary: `varlab scaling` reads the same from W&B as from the
-        folder."""
+        """Sends `run.json` as the run's summary, so that `varlab scaling` can read it from W&B as well."""
         file = self.folder / "run.json"
         for logger in self.loggers(trainer):
             if file.is_file():

@@ -1,4 +1,4 @@
-"""Logs: CSV in the run's folder is the truth, W&B its mirror."""
+"""Loggers: the CSV in the run's folder is authoritative, W&B mirrors it."""
 
 import csv
 import os
@@ -15,8 +15,8 @@ from varlab.files import atomic_write
 
 
 def run_id(folder: str | Path) -> str:
-    """The identity of a run, kept in its folder so that a resumed run stays one run. An agent of a W&B sweep gives its
-    own."""
+    """The id of a run, stored in its folder so that a resumed run keeps it. An agent of a W&B sweep provides its own
+    id."""
     file = Path(folder) / "run_id"
     if not file.is_file():
         with atomic_write(file) as partial:
@@ -25,7 +25,7 @@ def run_id(folder: str | Path) -> str:
 
 
 def has_wandb_login() -> bool:
-    """Whether W&B would find credentials without asking."""
+    """Whether W&B can log in without prompting."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
 
@@ -38,7 +38,7 @@ def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> W
         mode == "auto" and (not has_wandb_login() or os.environ.get("WANDB_MODE") == "offline")
     )
     if is_offline:
-        os.environ.setdefault("WANDB_SILENT", "true")  # nobody to greet
+        os.environ.setdefault("WANDB_SILENT", "true")  # no banner
     return WandbLogger(
         project=project,
         name=Path(folder).name,
@@ -51,10 +51,10 @@ def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> W
 
 
 class CSVLog(Logger):
-    """`metrics.csv`, one row a logged step, appended to across restarts.
+    """`metrics.csv`, one row per logged step, appended to across restarts.
 
-    A step that a resumed run repeats appears twice; readers take the later row. When a new metric appears, the file is
-    written anew with the wider header.
+    A step that a resumed run repeats appears twice; readers use the later row. When a new metric appears, the file is
+    rewritten with the additional column.
     """
 
     def __init__(self, folder: str) -> None:
@@ -73,7 +73,7 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The run's configuration lies beside the log, in `.hydra/config.yaml`."""
+        """Does nothing: the run's configuration is in `.hydra/config.yaml`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

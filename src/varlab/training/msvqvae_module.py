@@ -26,10 +26,10 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 class MSVQVAEModule(ScheduledModule):
     """Reconstruction losses on the unclamped output, perceptual and adversarial loss, plus the VQ loss.
 
-    Weights and optimizer are those of the VAR authors' single-scale tokenizer; the recipe of the released one was never
-    published. `reconstruction_losses`: by name, functions of output and images (B 3 H W), logged as `train/NAME_loss`.
-    `perceptual`: a distance of image pairs, one per pair (models/feature_networks.py); frozen, not part of checkpoints.
-    `adversarial`: trains the discriminator (training/adversarial.py), which saves itself.
+    Loss weights and optimizer are those of the VAR authors' single-scale tokenizer; the recipe of the released one was
+    never published. `reconstruction_losses`: by name, functions of output and images (B 3 H W), logged as
+    `train/NAME_loss`. `perceptual`: returns one distance per image pair (models/feature_networks.py); frozen, not part
+    of checkpoints. `adversarial`: trains the discriminator (training/adversarial.py); saved in checkpoints.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MSVQVAEModule(ScheduledModule):
         is_compiled: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, base_lr, (weight_decay, weight_decay), num_scores=3)
-        describe(net)  # raises for a network that a checkpoint could not rebuild
+        describe(net)  # raises if a checkpoint could not rebuild the network
         self.net = net
         if init_from is not None:
             start = load_tokenizer(init_from, patch_nums=net.patch_nums)
@@ -64,11 +64,11 @@ class MSVQVAEModule(ScheduledModule):
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision == "bf16-true":
-            raise ValueError("trainer.precision=bf16-true is for a VAR; train a tokenizer with bf16-mixed")
+            raise ValueError("trainer.precision=bf16-true supports a VAR only; train a tokenizer with bf16-mixed")
         resolution = self.data.resolution
         if (resolution, resolution) != self.net.image_size:
             raise ValueError(
-                f"data.resolution={resolution}, but the tokenizer codes images of {self.net.image_size} pixels"
+                f"data.resolution={resolution}, but the tokenizer encodes images of {self.net.image_size} pixels"
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -83,16 +83,16 @@ class MSVQVAEModule(ScheduledModule):
             log.warning("perceptual=none: L1 and L2 alone reward blur; reconstructions will be soft")
         if self.adversarial is not None:
             if self.trainer.precision == "16-mixed":
-                raise ValueError("trainer.precision=16-mixed scales one loss only: with a discriminator use bf16-mixed")
+                raise ValueError("trainer.precision=16-mixed scales only one loss: use bf16-mixed with a discriminator")
             self.adversarial.to(self.device)
         if self.is_compiled:
             self.compile_networks()
 
     def compile_networks(self) -> None:
-        """Compiles the levels of encoder and decoder, where the work is, and the discriminator.
+        """Compiles the levels of encoder and decoder, which dominate the cost, and the discriminator.
 
-        The quantizer is not compiled: it is under 1 % of the work, and its resizing breaks graphs. Neither is the
-        decoder's last layer: the adaptive weight needs the gradient there, which must not run through all of the
+        The quantizer is not compiled: it is under 1 % of the cost, and its resizing causes graph breaks. Neither is the
+        decoder's last layer: the adaptive weight needs the gradient there, without a backward pass through the whole
         decoder.
         """
         for half in (self.net.encoder, self.net.decoder):
@@ -104,7 +104,7 @@ class MSVQVAEModule(ScheduledModule):
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done."""
+        """Completed fraction of the run."""
         return self.global_step / self.total_steps
 
     def weighted_losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ class MSVQVAEModule(ScheduledModule):
     def adversarial_loss(
         self, fake: Tensor, reconstruction: Tensor, adversarial: DiscriminatorTrainer
     ) -> tuple[Tensor, Tensor]:
-        """(adversarial loss with its weights, the adaptive ratio among them)."""
+        """(adversarial loss times all of its weights, adaptive ratio)."""
         loss = adversarial.generator_loss(fake)
         ratio = torch.ones_like(loss)
         if adversarial.is_adaptive:
@@ -149,7 +149,7 @@ class MSVQVAEModule(ScheduledModule):
         return loss
 
     def log_codebook(self, global_batch_size: int) -> None:
-        """Usage (percent) and perplexity (codes) by scale and of all scales together; hits are those of all ranks."""
+        """Usage (percent) and perplexity (codes) per scale and over all scales; hits are summed over all ranks."""
         quantizer = self.net.quantizer
         by_scale = zip(quantizer.codebook_usage(global_batch_size), quantizer.perplexity(), strict=True)
         for k, (usage, perplexity) in enumerate(by_scale):
@@ -158,7 +158,7 @@ class MSVQVAEModule(ScheduledModule):
         self.log_dict({"train/codebook_usage": overall.usage, "train/perplexity": overall.perplexity})
 
     def on_after_backward(self) -> None:
-        """The discriminator trains on the same batch, after the tokenizer's gradient is computed."""
+        """Trains the discriminator on the same batch, after the tokenizer's gradient is computed."""
         if self.adversarial is None or self.pair is None:
             return
         with self.trainer.precision_plugin.forward_context():
@@ -168,7 +168,7 @@ class MSVQVAEModule(ScheduledModule):
             self.log_means(scores)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The tokenizer's step, then the discriminator's: one step in the count of the run."""
+        """The tokenizer's step, then the discriminator's; together they count as one step of the run."""
         progress = self.progress
         super().optimizer_step(*args, **kwargs)
         if self.adversarial is not None and self.adversarial.is_training(progress):
@@ -198,7 +198,7 @@ class MSVQVAEModule(ScheduledModule):
         if self.adversarial is not None:
             if "discriminator" not in checkpoint:
                 raise ValueError(
-                    "the checkpoint was made without a discriminator: continue with adversarial=none, or start a new run"
+                    "the checkpoint has no discriminator: continue with adversarial=none, or start a new run"
                     " with module.init_from=CHECKPOINT"
                 )
             self.adversarial.load_state_dict(checkpoint["discriminator"])

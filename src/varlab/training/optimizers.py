@@ -1,4 +1,4 @@
-"""Parameter groups, and Muon with AdamW for what Muon cannot train."""
+"""Parameter groups, and Muon combined with AdamW for the parameters that Muon does not support."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +10,18 @@ UNDECAYED = ("position", "start_position", "scale_embedding.weight", "modulation
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: not to biases, other 1-d parameters, positions, scale embedding, AdaLN offsets."""
+    """Whether weight decay applies: not to biases, other 1-D parameters, positions, scale embedding, AdaLN offsets."""
     return parameter.ndim > 1 and not name.endswith("bias") and not name.endswith(UNDECAYED)
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix whose input grows with the width: those of the blocks and of the head."""
+    """Whether a parameter is a matrix whose input dimension grows with the width: those of the blocks and the head."""
     return parameter.ndim > 1 and name.endswith("weight") and name.startswith(("blocks.", "head", "shared_modulation."))
 
 
 def parameter_groups(net: nn.Module, lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters, decayed and not; `is_decayed` marks them for the schedule. With an
-    `lr_multiplier` the hidden matrices form two groups of their own, whose learning rate is that multiple of the
-    others'."""
+    """Two groups of the trainable parameters, with and without weight decay; the schedule reads `is_decayed`. With an
+    `lr_multiplier` other than 1, the hidden matrices form separate groups, whose learning rate is multiplied by it."""
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     parts = [(named, 1.0)]
     if lr_multiplier != 1:
@@ -40,12 +39,11 @@ def parameter_groups(net: nn.Module, lr_multiplier: float = 1.0) -> list[dict[st
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for decayed matrices, torch.optim.AdamW for all else (embeddings too, if `embedding_size` says
-    which they are), at one learning rate: Muon's updates are scaled to AdamW's size (`match_rms_adamw`, Liu et al.
-    2025).
+    """torch.optim.Muon for matrices with weight decay, torch.optim.AdamW for everything else, at one learning rate:
+    Muon's updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025).
 
-    Takes the groups of `parameter_groups`. Matrices with more than `embedding_size` rows, such as head and class table,
-    go to AdamW.
+    Takes the groups of `parameter_groups`. Matrices with more than `embedding_size` rows, such as head and class
+    embedding, use AdamW.
     """
 
     def __init__(
@@ -83,7 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.share_state()
 
     def share_state(self) -> None:
-        """Both parts use the groups and the state of this optimizer, so that it is saved, scheduled and resumed as one."""
+        """Makes both parts use this optimizer's groups and state, so that they are saved and scheduled as one."""
         for is_muon, part in self.parts:
             part.param_groups = [group for group in self.param_groups if group["is_muon"] == is_muon]
             part.state = self.state

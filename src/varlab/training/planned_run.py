@@ -1,4 +1,4 @@
-"""A run's settings and objects -> what `cost.plan` needs to know."""
+"""A run's config and objects -> the `PlannedRun` that `cost.plan` takes."""
 
 from collections.abc import Callable
 
@@ -27,12 +27,12 @@ def planned_run(
     schedule: Schedule,
     strategy: Strategy | str,
 ) -> PlannedRun:
-    """The run of a config. What tokenizer and data decide is read from them, or assumed: the released tokenizer, and
-    ImageNet without `has_data` (no data.path given)."""
+    """The run of a config. What depends on tokenizer and data is read from them; without cfg.tokenizer the released
+    tokenizer is assumed, and without `has_data` (no data.path given) ImageNet."""
     assumed = []
     num_images, num_classes = data.declared_size() if has_data else IMAGENET
     if not has_data:
-        assumed.append("ImageNet: 1,281,167 images of 1,000 classes (data.path=FOLDER to count with others)")
+        assumed.append("ImageNet: 1,281,167 images of 1,000 classes (set data.path=FOLDER to use your data)")
     params = RELEASED_PARAMS
     given = {"patch_nums": scales.RELEASED_256, "codebook_size": 4096, "codebook_dim": 32, "num_classes": num_classes}
     if cfg.tokenizer is not None:
@@ -46,7 +46,7 @@ def planned_run(
             net = make_net(**given)
     if cfg.tokenizer is None:
         side = 16 * given["patch_nums"][-1]
-        assumed.append(f"the released tokenizer at {side} px (tokenizer=FILE to count with another)")
+        assumed.append(f"the released tokenizer at {side} px (set tokenizer=FILE to use another)")
     batch = cfg.data.global_batch_size
     return PlannedRun(
         name=cfg.name,
@@ -65,8 +65,8 @@ def planned_run(
 
 
 def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> int:
-    """Optimizer steps that this run takes itself: those of `compute`, `steps` or `epochs`, without what a branch
-    shares."""
+    """Optimizer steps that this run takes itself, from `compute`, `steps` or `epochs`, without those that a branch
+    shares with its trunk."""
     steps = round(cfg.steps * cfg.branch) if cfg.steps >= 0 else cfg.epochs * steps_per_epoch
     shared = schedule.branch_step(steps) if cfg.branch < 1 and cfg.trunk is not None else None
     if shared is None:
@@ -76,7 +76,7 @@ def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> 
 
 
 def affordable_steps(compute: float, run: PlannedRun) -> int:
-    """Optimizer steps that `compute` FLOPs pay for, tokenizer not counted. Raises ValueError when that is less than
+    """Optimizer steps that `compute` FLOPs allow, not counting the tokenizer. Raises ValueError if that is less than
     one."""
     step = training_flops(run.sizes) * run.batch
     if compute < step:
@@ -85,7 +85,7 @@ def affordable_steps(compute: float, run: PlannedRun) -> int:
 
 
 def layout_of(cfg: DictConfig, strategy: Strategy | str) -> Layout:
-    """The layout that the config asks for. `devices=auto` without a GPU on this machine counts as eight per node."""
+    """The layout that the config requests. `devices=auto` counts as eight per node if this machine has no GPU."""
     devices = cfg.trainer.get("devices", 1)
     if devices in ("auto", -1):
         devices = torch.cuda.device_count() or 8

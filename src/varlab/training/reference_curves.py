@@ -1,8 +1,8 @@
-"""What normal runs look like: reference curves of an experiment, and how a run compares with them.
+"""Reference curves of an experiment, and how a run compares with them.
 
 A reference is a CSV of metric, step, mean, low and high, made from runs with several seeds
-(experiments/reference/make.py), with a JSON beside it that describes them. Curves are smoothed in the same way before
-they are compared.
+(experiments/reference/make.py), and a JSON of the same name that describes them. Curves are smoothed in the same way
+before they are compared.
 """
 
 import csv
@@ -26,20 +26,20 @@ PUBLISHED = {  # facts about the released ImageNet models, not our own runs
 }
 SETTINGS_THAT_MATTER = ("model", "module", "data", "steps", "epochs", "accumulate")
 REASONS = {  # metric, side: why
-    "train/loss above": "learning rate too high or too low (module.base_lr), another batch size, tokens of another tokenizer, or"
+    "train/loss above": "learning rate too high or too low (module.base_lr), a different batch size or tokenizer, or"
     " wrong labels",
     "train/loss below": "an easier task than the reference: fewer or repeated images, fewer codes in use, or val images in train",
-    "val/loss above": "too little data for the size (train falls, val does not): more data, flips, crops, or fewer epochs",
-    "val/loss below": "another validation set, or training images in it",
-    "val/err above": "the same as for val/loss",
+    "val/loss above": "too little data for the model size (train falls, val does not): use more data, flips, crops, or fewer epochs",
+    "val/loss below": "a different validation set, or training images in it",
+    "val/err above": "see val/loss",
     "train/grad_norm above": "learning rate too high, warm-up too short, bad data, or bf16 where fp32 is needed",
-    "train/grad_norm below": "weights hardly change: learning rate too low, or gates still closed (init_adaln_gamma)",
-    "train/perplexity below": "the codebook collapses, coarse scales first: callbacks.kmeans,"
+    "train/grad_norm below": "weights hardly change: learning rate too low, or gates still near 0 (init_adaln_gamma)",
+    "train/perplexity below": "the codebook collapses, coarse scales first: try callbacks.kmeans,"
     " callbacks.reset_dead_codes, model.quantizer.scale_dropout (docs: train on your own images)",
-    "train/codebook_usage below": "codes are dead: callbacks.reset_dead_codes, a smaller codebook, or more images per step",
-    "train/vq_loss above": "encoder and codes diverge: lower module.base_lr, or initialize the codes by callbacks.kmeans",
-    "val/psnr below": "reconstruction is behind: train longer, or lower the perceptual and adversarial weights",
-    "train/reconstruction_loss above": "reconstruction is behind: images of another kind or size, or a wrong learning rate",
+    "train/codebook_usage below": "codes are dead: try callbacks.reset_dead_codes, a smaller codebook, or more images per step",
+    "train/vq_loss above": "encoder and codes diverge: lower module.base_lr, or initialize the codes with callbacks.kmeans",
+    "val/psnr below": "reconstructions are worse: train longer, or lower the perceptual and adversarial weights",
+    "train/reconstruction_loss above": "reconstructions are worse: different images or resolution, or a wrong learning rate",
 }
 
 Curves = dict[str, dict[int, float]]
@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def is_normal(self) -> bool:
-        """Inside for at least 90 % of the steps: noise leaves a band now and then."""
+        """Inside the band for at least 90 % of the steps, since noise occasionally leaves it."""
         return self.share_inside >= 0.9
 
 
@@ -80,8 +80,8 @@ def smooth(curve: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def band(runs: Sequence[Curves]) -> dict[str, Band]:
-    """The band of several runs of one experiment: 95 % of further runs would be inside at a step if runs are normally
-    distributed (Student's t, since the spread is estimated from few runs)."""
+    """The band of several runs of one experiment: a 95 % prediction interval for a further run at each step, assuming
+    normally distributed runs (Student's t, since the spread is estimated from few runs)."""
     factor = float(stats.t.ppf(0.975, len(runs) - 1)) * np.sqrt(1 + 1 / len(runs))
     found = {}
     for metric in runs[0]:
@@ -99,7 +99,7 @@ def band(runs: Sequence[Curves]) -> dict[str, Band]:
 
 
 def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> None:
-    """Saves a reference: the CSV, and beside it a JSON of what it was made from."""
+    """Saves a reference: the CSV, and a JSON of the same name that describes its runs."""
     with atomic_write(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["metric", "step", "mean", "low", "high"])
@@ -110,7 +110,7 @@ def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> Non
 
 
 def read_band(path: Path) -> dict[str, Band]:
-    """A reference. Raises ValueError naming the file when it is not one."""
+    """Reads a reference. Raises ValueError naming the file if it is not one."""
     rows: dict[str, list[list[float]]] = {}
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -145,7 +145,7 @@ def compare_to_bands(curves: Curves, bands: dict[str, Band]) -> list[Comparison]
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of a run that decide its curves, flat."""
+    """The settings of a run that affect its curves, flattened."""
     from omegaconf import DictConfig, OmegaConf
 
     file = next((file for file in (folder / "job.yaml", folder / ".hydra/config.yaml") if file.is_file()), None)
@@ -163,23 +163,25 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def experiment_of(folder: Path) -> str:
-    """The experiment a run was started as. Raises ValueError when that is not recorded."""
+    """The experiment that a run was started with. Raises ValueError if it is not recorded."""
     from omegaconf import OmegaConf
 
     file = folder / ".hydra/hydra.yaml"
     if not file.is_file():
-        raise ValueError(f"{file} is missing, so the experiment of the run is unknown: give the CSV of a reference")
+        raise ValueError(
+            f"{file} is missing, so the experiment of the run is unknown: give the CSV file of a reference"
+        )
     return str(OmegaConf.select(OmegaConf.load(file), "hydra.runtime.choices.experiment"))
 
 
 def references() -> Path:
-    """The folder of shipped references: inside the package, or in the checkout."""
+    """The folder of included references: in the package, or in the checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(f for f in (package / "reference", package.parents[1] / "experiments/reference") if f.is_dir())
 
 
 def published_bands(curves: Curves) -> dict[str, Band]:
-    """The few published facts about ImageNet models, at a run's last step."""
+    """Bands at a run's last step from the few published facts about ImageNet models."""
     bands = {}
     for metric, (low, high, _) in PUBLISHED.items():
         if metric in curves:
@@ -190,7 +192,7 @@ def published_bands(curves: Curves) -> dict[str, Band]:
 
 
 def reason(comparison: Comparison) -> str | None:
-    """Why a metric may be out of its band."""
+    """A possible reason why a metric is out of its band, or None."""
     fitting = [
         why
         for key, why in REASONS.items()
@@ -211,7 +213,9 @@ def report(folder: Path, reference: Path | None = None) -> str:
     if reference.is_file():
         bands = read_band(reference)
         made = load_json(reference.with_suffix(".json"), "experiments/reference/make.py")
-        lines.append(f"{folder} over {reference} ({len(made['seeds'])} runs, {made['machine']}, {made['date']})")
+        lines.append(
+            f"{folder} compared with {reference} ({len(made['seeds'])} runs, {made['machine']}, {made['date']})"
+        )
         mine = settings_of(folder)
         differing = [
             f"{key}={mine[key]} (reference {value})"
@@ -222,12 +226,12 @@ def report(folder: Path, reference: Path | None = None) -> str:
             lines.append(f"  settings that differ, so differences are expected: {', '.join(differing)}")
     elif experiment_of(folder) in ("var_d16", "var_d20", "var_d24", "var_d30"):
         bands = published_bands(curves)
-        lines.append(f"{folder}: there is no reference run; published, at the end of the whole recipe:")
+        lines.append(f"{folder}: there is no reference run; published values at the end of the full recipe:")
         lines += [f"  {metric}: {why}" for metric, (_, _, why) in PUBLISHED.items()]
     else:
         known = ", ".join(sorted(file.stem for file in references().glob("*.csv")))
         raise ValueError(
-            f"there is no reference {reference}: known are {known}; give a CSV, or make one (experiments/reference/make.py)"
+            f"there is no reference {reference}: choose one of {known}, give a CSV file, or make one (experiments/reference/make.py)"
         )
     comparisons = compare_to_bands(curves, bands)
     normal = [comparison for comparison in comparisons if comparison.is_normal]
@@ -243,7 +247,7 @@ def report(folder: Path, reference: Path | None = None) -> str:
     if row.is_file() and "speed/images_per_second" in curves:
         speed = np.median(list(curves["speed/images_per_second"].values()))
         lines.append(
-            f"  {speed:.3g} images per second on {json.loads(row.read_text())['device']} (not compared: machines differ)"
+            f"  {speed:.3g} images per second on {json.loads(row.read_text())['device']} (not compared, since machines differ)"
         )
     plot(curves, bands, comparisons, folder / "doctor.png")
     return "\n".join([*lines, f"  figure: {folder / 'doctor.png'}"])

@@ -1,4 +1,4 @@
-"""The record of a run: its row in the table of runs, its progress bar, its summary."""
+"""The record of a run: its row in the table of runs (`run.json`), its progress bar, its summary."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from varlab.training.var_module import VARModule
 
 
 def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
-    """What a run's row says about its network, its schedule and its cost for one image."""
+    """The fields of `run.json` about the network, the schedule and the cost per image."""
     schedule, batch = module.schedule, module.data.global_batch_size
     branch_step = schedule.branch_step(module.total_steps)
     shared = {
@@ -64,7 +64,7 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
 
 
 def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
-    """Tokens and FLOPs of one image of which `num_scales` scales are trained."""
+    """Tokens and FLOPs per image if `num_scales` scales are trained."""
     sizes = {**module.net.sizes, "patch_nums": module.net.patch_nums[:num_scales]}
     return {
         "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
@@ -74,7 +74,7 @@ def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
 
 
 class RunRecord(Callback):
-    """Counts what a run costs and writes its row, `run.json`, at each validation and at the end.
+    """Counts the cost of a run and writes `run.json` at each validation and at the end.
 
     Counters (images, tokens, FLOPs, device seconds) are part of the checkpoint, so they survive a restart.
     """
@@ -113,7 +113,7 @@ class RunRecord(Callback):
             print(self.describe_run(trainer), flush=True)
 
     def describe_run(self, trainer: Trainer) -> str:
-        """The run in one line, to check before it takes days."""
+        """A one-line description of the run, to check before it takes days."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         images, tokens = self.total_steps * data.global_batch_size, self.facts["tokens_per_image"]
         unique, flops = sum(data.shard_counts), self.facts["flops_exact_per_image"]
@@ -160,7 +160,7 @@ class RunRecord(Callback):
         self.validation_start = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # so that curves over images or compute are exact
+        if not trainer.sanity_checking:  # so that curves against images or compute are exact
             pl_module.log_dict({f"count/{key}": float(self.counters[key]) for key in ("images_seen", "flops_exact")})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +181,7 @@ class RunRecord(Callback):
         self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the run's row; units in the README of `experiments/`."""
+        """Writes `run.json`; the README of `experiments/` lists the units."""
         if not trainer.is_global_zero or not self.facts:
             return
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -216,8 +216,8 @@ class RunRecord(Callback):
         save_json(self.folder / "run.json", row)
 
     def unique_loss(self, unique: int) -> float | None:
-        """Mean of the training loss logged in the last tenth of a run in which no image was seen twice; else None.
-        Labels are dropped as in training."""
+        """Mean of the training loss logged in the last tenth of a run in which no image was seen twice; else None. The
+        loss includes label dropout."""
         if self.counters["images_seen"] > unique:
             return None
         curve = read_curves(self.folder / "metrics.csv").get("train/loss", {})
@@ -234,8 +234,8 @@ def git_commit() -> str | None:
 
 
 class Progress(ProgressBar):
-    """One bar over the whole run: loss, error, images per second, MFU where the device's peak is known; the remaining
-    time is that of the run, not of the epoch."""
+    """One bar for the whole run: loss, error, images per second, MFU if the device's peak is known; the remaining time
+    is that of the run, not of the epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class Progress(ProgressBar):
 
 
 def summary(folder: Path) -> str:
-    """The results of a run and their files; draws `curves.png` beside them."""
+    """The results of a run and its files, as text; also writes `curves.png`."""
     row = json.loads((folder / "run.json").read_text())
     scores = [f"{key} {row[key]:.4g}" for key in ("val_loss", "val_loss_last", "val_err", "val_psnr") if key in row]
     seconds, devices = row["device_seconds"], row["num_devices"]
@@ -286,12 +286,12 @@ def summary(folder: Path) -> str:
         f"  checkpoints: {', '.join(str(path) for path in saved)}",
     ]
     if plot_curves(folder):
-        lines.append(f"  curves: {folder / 'curves.png'} (figures: {folder / 'metrics.csv'})")
+        lines.append(f"  curves: {folder / 'curves.png'} (data: {folder / 'metrics.csv'})")
     return "\n".join(lines)
 
 
 def plot_curves(folder: Path) -> bool:
-    """Loss, error or PSNR, gradient norm and speed against the step; False where nothing was logged."""
+    """Plots loss, error or PSNR, gradient norm and speed against the step; returns False if nothing was logged."""
     curves = read_curves(folder / "metrics.csv")
     panels = [
         {name: curves[name] for name in names if name in curves}

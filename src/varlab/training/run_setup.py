@@ -10,17 +10,17 @@ from varlab.training.schedules import Schedule
 
 
 def check_length(cfg: DictConfig) -> None:
-    """Raises ValueError for a run without an end, or with a length or a branch that is not valid."""
+    """Raises ValueError for a run without a length, or with an invalid length or branch."""
     for name in ("epochs", "steps"):
         if not isinstance(cfg[name], int):
             raise ValueError(
-                f"{name}={cfg[name]}: give an integer; -1 leaves the length to the other of epochs and steps"
+                f"{name}={cfg[name]}: give an integer, or -1 if the other of epochs and steps sets the length"
             )
     if cfg.epochs < 0 and cfg.steps < 0:
-        raise ValueError("the run has no end: give epochs=N or steps=N")
+        raise ValueError("the run has no length: give epochs=N or steps=N")
     if not 0 < cfg.branch <= 1:
         raise ValueError(
-            f"branch={cfg.branch}: give the share of the run that this branch trains, above 0 and at most 1"
+            f"branch={cfg.branch}: give the length of the branch as a fraction of the run, above 0 and at most 1"
         )
 
 
@@ -34,29 +34,29 @@ def check_branch(cfg: DictConfig, schedule: Schedule) -> None:
     if depends_on_length:
         raise ValueError(
             f"branch={cfg.branch}: a branch shares its first steps with the whole run, so it needs steps=N, a schedule that can be"
-            " branched (schedule@module.schedule=wsd), a warm-up in steps (module.warmup_tokens, or module.schedule.warmup from 1 on)"
-            " and constant weight decay"
+            " branched (schedule@module.schedule=wsd), a warm-up in steps (module.warmup_tokens, or module.schedule.warmup of at"
+            " least 1) and constant weight decay"
         )
 
 
 def steps_of_branch(cfg: DictConfig) -> int:
-    """Optimizer steps of this run; -1 where epochs end it."""
+    """Optimizer steps of this run; -1 if `epochs` sets its length."""
     return cfg.steps if cfg.steps < 0 else max(1, round(cfg.steps * cfg.branch))
 
 
 def branch_point(cfg: DictConfig) -> Path | None:
-    """The checkpoint of the whole run (`trunk`) at the step where this branch begins to cool down. None where there is
-    none: the branch then trains its first steps itself, with the same result."""
+    """The checkpoint of the whole run (`trunk`) at the step where this branch begins its cooldown. If there is none,
+    None: the branch then trains its first steps itself, with the same result."""
     found = sorted(Path(cfg.trunk or "").glob(f"checkpoints/branch-{cfg.branch:g}-*.ckpt")) if cfg.trunk else []
     if found:
-        print(f"branches from {found[-1]}", flush=True)
+        print(f"branching from {found[-1]}", flush=True)
         return found[-1]
-    print(f"trunk={cfg.trunk} has no checkpoint for branch={cfg.branch}: all steps are trained here", flush=True)
+    print(f"trunk={cfg.trunk} has no checkpoint for branch={cfg.branch}: training all steps", flush=True)
     return None
 
 
 def check_new_run(folder: Path, ckpt_path: str | None) -> None:
-    """Raises ValueError before a new run would write among the checkpoints of an old one."""
+    """Raises ValueError if a new run would write into a folder with checkpoints, or if `ckpt_path` does not exist."""
     if ckpt_path is None and any(folder.glob("*.ckpt")):
         raise ValueError(
             f"{folder} already holds checkpoints: continue that run with ckpt_path=last, or choose another name=..."
@@ -71,7 +71,7 @@ def silence_warnings() -> None:
     for message in (
         r"Found \d+ module\(s\) in eval mode",  # the frozen tokenizer
         r".*isinstance\(treespec, LeafSpec\)",
-        r"Checkpoint directory .* exists and is not empty",  # that of the run being continued
+        r"Checkpoint directory .* exists and is not empty",  # the folder of the run being continued
         r".*does not have many workers",
         r"The number of training batches",
         r"The dirpath has changed from",  # a branch starts from the checkpoint of another run

@@ -1,4 +1,4 @@
-"""What both LightningModules share: optimizer and schedule, logging, validation of averaged and raw weights."""
+"""Base class of both LightningModules: optimizer and schedule, logging, validation of averaged and raw weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,8 @@ class ScheduledModule(LightningModule):
     """Trains `net` with one optimizer and a schedule that is a function of the step.
 
     `optimizer`: called with parameter groups and `lr`. The peak learning rate is base_lr * global batch / 256.
-    `weight_decay`: start and end of the run. `num_scores`: values per image that `score` averages in validation.
+    `weight_decay`: values at the start and end of the run. `num_scores`: values per image that `score` averages in
+    validation.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ScheduledModule(LightningModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimizer, each marked `is_decayed` or not."""
+        """Groups for the optimizer, each with the key `is_decayed`."""
         raise NotImplementedError
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -92,7 +93,7 @@ class ScheduledModule(LightningModule):
         self.score(batch, self.val_scores)
 
     def validation_step_raw(self, batch: Any) -> None:
-        """The same for the weights as trained, where an average of them is validated (see `EMA`)."""
+        """The same for the raw weights, when averaged weights are validated (see `EMA`)."""
         self.score(batch, self.val_scores_raw)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,6 +1,6 @@
 """Schedules of learning rate and weight decay: pure functions of the step, so a resumed run needs no scheduler state.
 
-A schedule of your own subclasses `Schedule` and overrides `decay`.
+A custom schedule subclasses `Schedule` and overrides `decay`.
 """
 
 import math
@@ -15,11 +15,11 @@ import torch
 class Schedule:
     """Multiplier of the peak learning rate by optimizer step (0-based) of a run of `total_steps` (released recipe).
 
-    The warm-up rises from `warmup_start` to 1 over `warmup` (a share of the run; from 1 on, steps); then `decay` falls
-    to `final_ratio`.
+    The warm-up rises from `warmup_start` to 1 over `warmup` (below 1 a fraction of the run, otherwise steps); then
+    `decay` falls to `final_ratio`.
 
-    `branch_share`: share of the steps after the warm-up that runs of other lengths have in common, so that a shorter
-    run can be branched off a longer one there; None for a schedule whose every step depends on the length.
+    `branch_share`: fraction of the steps after the warm-up that do not depend on the length of the run, so that a
+    shorter run can branch off a longer one there; None for a schedule in which every step depends on the length.
     """
 
     warmup: float = 0.02
@@ -29,13 +29,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or (self.warmup > 1 and self.warmup != round(self.warmup)):
-            raise ValueError(f"warmup={self.warmup}: give a share of the run below 1, or a number of steps")
+            raise ValueError(f"warmup={self.warmup}: give a fraction of the run below 1, or a number of steps")
         if not 0 <= self.final_ratio <= 1:
-            raise ValueError(f"final_ratio={self.final_ratio}: give a share of the peak between 0 and 1")
+            raise ValueError(f"final_ratio={self.final_ratio}: give a fraction of the peak between 0 and 1")
 
     @property
     def name(self) -> str:
-        """What run.json calls it."""
+        """Name of the schedule in run.json."""
         return type(self).__name__.lower()
 
     def decay(self, q: float) -> float:
@@ -54,8 +54,8 @@ class Schedule:
         return self.decay(min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0))
 
     def branch_step(self, total_steps: int) -> int | None:
-        """Steps that a run of this length has in common with all longer ones of the same warm-up; None where there are
-        none."""
+        """Number of steps that a run of this length shares with all longer ones of the same warm-up; None without a
+        `branch_share`."""
         if self.branch_share is None:
             return None
         warmup_steps = self.warmup_steps(total_steps)
@@ -77,7 +77,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine (released: cos)."""
+    """Falls by half a cosine (released: cos)."""
 
     def decay(self, q: float) -> float:
         return self.final_ratio + (1 - self.final_ratio) * (1 + math.cos(math.pi * q)) / 2
@@ -106,7 +106,7 @@ class WSD(Schedule):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The peak to the end."""
+    """Holds the peak to the end."""
 
     def decay(self, q: float) -> float:
         return 1.0
@@ -121,7 +121,7 @@ class TwoSlopes(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.knee < 1:
-            raise ValueError(f"knee={self.knee}: give a share of the run between 0 and 1")
+            raise ValueError(f"knee={self.knee}: give a fraction of the run between 0 and 1")
 
     def decay(self, q: float) -> float:
         middle = (1 + self.final_ratio + (1 - self.final_ratio) * (1 - self.knee)) / 2
@@ -131,7 +131,7 @@ class TwoSlopes(Schedule):
 
 
 def weight_decay_at(step: int, total_steps: int, start: float, end: float) -> float:
-    """Weight decay at this step: from its start to its end value by half a cosine over the whole run (released recipe)."""
+    """Weight decay at this step, from `start` to `end` by half a cosine over the whole run (released recipe)."""
     q = min(step / max(total_steps - 1, 1), 1.0)
     return end + (start - end) * (1 + math.cos(math.pi * q)) / 2
 
@@ -154,11 +154,11 @@ def set_step(
 
 @dataclass(frozen=True)
 class Progressive:
-    """Training that begins with the coarse scales and adds one finer scale after the other (released trainer).
+    """Training that begins with the coarse scales and adds the finer scales one by one (released trainer).
 
-    The first `first_scales + 1` scales are trained during the warm-up, all of them after `share` of the run. The weight
-    of a new scale is small at first and rises to 1 within 1/300 of the run. Each token keeps its weight 1/L, so the
-    loss grows with every scale. The authors offer it as a speed-up that costs quality.
+    The first `first_scales + 1` scales are trained during the warm-up, all scales after the fraction `share` of the
+    run. The weight of a new scale starts small and rises to 1 within 1/300 of the run. Each token keeps its weight 1/L,
+    so the loss grows with every scale. The authors offer it as a speed-up at the cost of quality.
     """
 
     share: float = 0.5
@@ -166,12 +166,12 @@ class Progressive:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise ValueError(f"progressive.share={self.share}: give a share of the run between 0 and 1")
+            raise ValueError(f"progressive.share={self.share}: give a fraction of the run between 0 and 1")
         if self.first_scales < 0:
             raise ValueError(f"progressive.first_scales={self.first_scales}: cannot be negative")
 
     def schedule(self, schedule: Schedule) -> Schedule:
-        """The released schedule for it."""
+        """The released schedule for progressive training, with the given warm-up and final ratio."""
         return TwoSlopes(schedule.warmup, schedule.warmup_start, schedule.final_ratio, knee=self.share)
 
     def last_scale(self, step: int, total_steps: int, warmup_steps: int, num_scales: int) -> int:
@@ -185,7 +185,7 @@ class Progressive:
         return first + round((last - first) * done)  # half to even, as released
 
     def stage(self, step: int, total_steps: int, warmup_steps: int, num_scales: int) -> tuple[int, float]:
-        """(number of scales trained, weight of the finest). A pure function of the step, so that a run resumes into it."""
+        """(number of scales trained, weight of the finest one), a pure function of the step."""
         scale = self.last_scale(step, total_steps, warmup_steps, num_scales)
         entered = bisect_left(
             range(step), scale, key=lambda i: self.last_scale(i, total_steps, warmup_steps, num_scales)

@@ -32,12 +32,12 @@ from varlab.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files, written atomically. Loads folders of sharded runs as well."""
+    """Writes checkpoint files atomically. Also loads the folders of sharded runs."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
         with atomic_write(target) as partial:
-            if target.is_dir():  # a sharded run continues unsharded
+            if target.is_dir():  # checkpoint of a sharded run that continues unsharded
                 shutil.rmtree(target)
             torch.save(checkpoint, partial)
 
@@ -48,11 +48,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BF16Weights(MixedPrecision):
-    """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), half the
+    """bf16-true: the network's weights, gradients and Adam's moments in bf16 (`VARModule` converts them), at half the
     memory.
 
-    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's own plugin, which rounds all.
-    An update below 1/512 of a bf16 weight is lost: for the full recipe use bf16-mixed.
+    Logits and loss are fp32, and the frozen tokenizer stays fp32, unlike with Lightning's plugin, which converts
+    everything. An update below 1/512 of a bf16 weight is lost: use bf16-mixed for the full recipe.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -66,9 +66,10 @@ class BF16Weights(MixedPrecision):
 class FSDP2(ModelParallelStrategy):
     """Every block of the transformer sharded over devices (`fully_shard`, see `VARModule`).
 
-    `num_replicas`: groups of devices that hold all weights together (HSDP): 1 shards over all devices of all nodes, the
-    number of nodes shards within each node and averages gradients across. Checkpoints are folders with one file a rank,
-    or, without `save_distributed_checkpoint`, one ordinary file. Either kind can be resumed, on any number of devices.
+    `num_replicas`: number of groups of devices that each hold all weights (HSDP): 1 shards over all devices of all
+    nodes; the number of nodes shards within each node and averages gradients across nodes. Checkpoints are folders with
+    one file per rank, or, without `save_distributed_checkpoint`, one regular file. Both can be resumed on any number of
+    devices.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class FSDP2(ModelParallelStrategy):
         return rest
 
     def load_unsharded(self, path: Path) -> dict[str, Any]:
-        """Weights and optimizer of an unsharded run, or of a folder of an older format, each rank taking its part."""
+        """Loads weights and optimizer of an unsharded run, or of a folder in an older format; each rank keeps its
+        shard."""
         checkpoint, whole = read_checkpoint(path), StateDictOptions(full_state_dict=True)
         assert self.model is not None
         if self.optimizers:

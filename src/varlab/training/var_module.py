@@ -25,21 +25,21 @@ from varlab.training.schedules import Progressive, Schedule
 
 
 class VARModule(ScheduledModule):
-    """Next-scale cross entropy over all L tokens, each token weight 1/L (VAR, section 3; recipe of the released code).
+    """Next-scale cross entropy over all L tokens, each with weight 1/L (VAR, section 3; recipe of the released code).
 
-    `net`: a VAR that still lacks what tokenizer and data decide. `tokenizer`: path of a tokenizer checkpoint, used
-    frozen in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
+    `net`: a partial of a VAR that lacks the arguments given by tokenizer and data. `tokenizer`: path of a tokenizer
+    checkpoint, used frozen in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
 
-    With `lr_reference_depth` the peak learning rate is multiplied by that depth over the network's own: for sweeps,
-    where width and depth grow together. With `mup_lr_scaling` that factor acts only on the matrices whose input grows
-    with the width, not on embeddings, positions, biases (the rule of muP for Adam; initial weights stay the paper's).
-    Weight decay moves to `weight_decay_end` if given. With `warmup_tokens` the warm-up lasts so many tokens per
-    parameter of the blocks, but at most 5 % of `full_steps`, the length of the whole run that this one may be a branch
-    of (Porian et al. 2024).
+    `lr_reference_depth`: multiplies the peak learning rate by this depth divided by the network's, for sweeps, where
+    width and depth grow together. `mup_lr_scaling`: applies that factor only to the matrices whose input dimension
+    grows with the width, not to embeddings, positions, biases (muP's rule for Adam; the initialization stays the
+    paper's). `weight_decay_end`: weight decay at the end of the run, by default unchanged. `warmup_tokens`: length of
+    the warm-up in tokens per parameter of the blocks, at most 5 % of `full_steps`, the length of the whole run, of
+    which this one may be a branch (Porian et al. 2024).
 
-    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in so many parts,
-    of which only one is in memory at a time, for one more matrix product of the head. `is_compiled`: torch.compile for
-    each block. `progressive`: trains scale by scale.
+    `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in this many
+    chunks, with only one in memory at a time, at the cost of one more matrix product of the head. `is_compiled`:
+    applies torch.compile to each block. `progressive`: trains scale by scale.
     """
 
     net: VAR
@@ -94,7 +94,7 @@ class VARModule(ScheduledModule):
         if hasattr(self, "net"):
             return
         self.class_names = self.data.class_names
-        torch.manual_seed(torch.initial_seed())  # the same first weights whatever used random numbers before
+        torch.manual_seed(torch.initial_seed())  # initial weights do not depend on earlier random numbers
         quantizer = self.tokenizer.quantizer
         self.net = self.make_net(
             patch_nums=quantizer.patch_nums,
@@ -116,28 +116,30 @@ class VARModule(ScheduledModule):
             self.shard()
 
     def check_net(self) -> None:
-        """Raises ValueError for a network that a checkpoint could not rebuild, or that does not fit the data."""
+        """Raises ValueError for a network that a checkpoint could not rebuild or that does not match the data."""
         describe(self.net)
         takes, gets = self.net.embedder.condition_shape, tuple(self.data.condition_shape)
         if takes != gets:
             raise ValueError(
-                f"data.condition={self.data.condition} gives conditions of shape {gets}, {type(self.net.embedder).__name__} takes {takes}"
+                f"data.condition={self.data.condition} gives conditions of shape {gets},"
+                f" but {type(self.net.embedder).__name__} takes {takes}"
             )
         if self.progressive is not None and self.net.order == "raster":
             raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
 
     def warmed_up_by_size(self, batch: int) -> Schedule:
-        """The schedule with the warm-up that `warmup_tokens` asks for."""
+        """The schedule with the warm-up set by `warmup_tokens`."""
         if self.warmup_tokens is None:
             return self.schedule
         if self.full_steps < 0:
-            raise ValueError("module.warmup_tokens needs the length of the run in steps=N, not in epochs")
+            raise ValueError("module.warmup_tokens needs the length of the run as steps=N, not epochs=N")
         parameters = parameter_counts(self.net.sizes)["params_main"]
         steps = self.warmup_tokens * parameters / (scales.num_tokens(self.net.patch_nums) * batch)
         return replace(self.schedule, warmup=float(max(1, round(min(steps, 0.05 * self.full_steps)))))
 
     def shard(self) -> None:
-        """FSDP2, or HSDP on a mesh of two dimensions. Blocks are gathered in bf16 where they compute in bf16 anyway."""
+        """Shards the network by FSDP2, or by HSDP on a two-dimensional mesh. With bf16-mixed, weights are gathered in
+        bf16."""
         assert self.device_mesh is not None
         is_hybrid = self.device_mesh.ndim == 2 and "replicate" in (self.device_mesh.mesh_dim_names or ())
         mesh = self.device_mesh if is_hybrid else self.device_mesh["data_parallel"]
@@ -154,21 +156,22 @@ class VARModule(ScheduledModule):
         if isinstance(data, TokenDataModule):
             if data.manifest["patch_nums"] != self.tokenizer.patch_nums:
                 raise ValueError(
-                    f"{data.path} holds tokens of patch_nums {data.manifest['patch_nums']}, the tokenizer has {self.tokenizer.patch_nums}"
+                    f"{data.path} holds tokens of patch_nums {data.manifest['patch_nums']},"
+                    f" but the tokenizer has {self.tokenizer.patch_nums}"
                 )
             if data.manifest["tokenizer"] != self.tokenizer_fingerprint:
                 raise ValueError(
-                    f"{data.path} was made by tokenizer {data.manifest['tokenizer']}, this one is {self.tokenizer_fingerprint}:"
+                    f"{data.path} was made by tokenizer {data.manifest['tokenizer']}, but this one is {self.tokenizer_fingerprint}:"
                     " run `varlab tokenize` with it into another folder"
                 )
         elif (data.resolution, data.resolution) != self.tokenizer.image_size:
             raise ValueError(
-                f"data.resolution={data.resolution}, but the tokenizer codes images of {self.tokenizer.image_size} pixels"
+                f"data.resolution={data.resolution}, but the tokenizer encodes images of {self.tokenizer.image_size} pixels"
             )
 
     @property
     def depth_ratio(self) -> float:
-        """Factor of the learning rate by `lr_reference_depth`."""
+        """Factor of the learning rate from `lr_reference_depth`."""
         return 1.0 if self.lr_reference_depth is None else self.lr_reference_depth / self.net.depth
 
     @property
@@ -189,7 +192,7 @@ class VARModule(ScheduledModule):
 
     @torch.no_grad()
     def inputs(self, token_maps: list[Tensor]) -> Tensor:
-        """What the network sees of the true coarser scales."""
+        """The network's teacher-forcing inputs."""
         return self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
@@ -200,7 +203,7 @@ class VARModule(ScheduledModule):
         target, is_logged = sequence[:, :num_active], self.is_logged
 
         def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
-            """Loss to train with; where it is logged, cross entropy and error besides. B l n"""
+            """Training loss and, on logged steps, cross entropy and error (B l n)."""
             tokens = target[:, token_slice]
             loss = self.loss(logits, tokens)
             if not is_logged:
@@ -216,7 +219,7 @@ class VARModule(ScheduledModule):
         if newest_weight != 1:
             newest = scales.lengths(self.net.patch_nums)[num_scales - 1]
             by_token = torch.cat([by_token[:, :-newest], newest_weight * by_token[:, -newest:]], dim=1)
-        loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # each token 1/L, however many are active
+        loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # weight 1/L per token, no matter how many are active
         if is_logged:
             loss_by_scale, error_by_scale = (
                 losses.by_scale(score, self.net.patch_nums[:num_scales]).mean(dim=0) for score in scores
@@ -228,8 +231,7 @@ class VARModule(ScheduledModule):
         return loss
 
     def active_scales(self) -> tuple[int, float]:
-        """(number of scales that this step trains, weight of the finest of them): all and 1 except in progressive
-        training."""
+        """(number of scales that this step trains, weight of the finest one): (K, 1) except in progressive training."""
         num_scales = len(self.net.patch_nums)
         if self.progressive is None:
             return num_scales, 1.0
@@ -237,8 +239,8 @@ class VARModule(ScheduledModule):
         return self.progressive.stage(self.global_step, self.total_steps, warmup_steps, num_scales)
 
     def log_scores(self, split: str, loss: Tensor, error: Tensor, others: dict[str, Tensor] | None = None) -> None:
-        """Loss (nats per token, without smoothing) and error (percent): over all (active) tokens, of the last scale, of
-        each scale."""
+        """Logs loss (nats per token, without label smoothing) and error (percent): over all active tokens, of the last
+        scale, and of each scale."""
         patch_nums = self.net.patch_nums[: len(loss)]
         values = dict(others or {})
         for name, by_scale in [("loss", loss), ("err", error)]:
@@ -248,7 +250,7 @@ class VARModule(ScheduledModule):
         self.log_means(values, prog_bar=(f"{split}/loss", f"{split}/err"))
 
     def score(self, batch: ImageBatch | TokenBatch, scores: ImageMean) -> None:
-        """Adds loss and error of a batch, by scale, and the square of the loss."""
+        """Adds loss and error of a batch per scale, and the square of the loss."""
         sequence, token_maps = self.tokens(batch)
         logits = self.net(self.inputs(token_maps), batch.condition)
         found = losses.token_scores(logits, sequence, self.net.patch_nums)

@@ -1,4 +1,4 @@
-"""Uploads to W&B what runs logged locally, the parts of a resumed run as one curve."""
+"""Uploads locally logged runs to W&B; a resumed run becomes one curve."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from varlab.training.loggers import run_id
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Folders of runs. Raises ValueError when there are none."""
+    """Folders of runs below `folder`. Raises ValueError if there are none."""
     found = [file.parent for file in sorted(folder.rglob("run_id"))]
     if not found:
         raise ValueError(f"{folder} holds no run (a folder with metrics.csv and run_id)")
@@ -17,7 +17,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """The run's config, if it is beside it."""
+    """The run's config, or {} if its folder has none."""
     from omegaconf import OmegaConf
 
     for file in (folder / "job.yaml", folder / ".hydra/config.yaml"):
@@ -27,7 +27,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def upload(folder: Path) -> int:
-    """Sends one run; returns the number of steps that were new."""
+    """Uploads one run; returns the number of new steps."""
     import wandb
 
     curves, config = read_curves(folder / "metrics.csv"), settings(folder)

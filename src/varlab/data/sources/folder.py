@@ -1,4 +1,4 @@
-"""`source=folder`: a folder of images, one folder for each class."""
+"""`source=folder`: a folder of images, one subfolder per class."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from varlab.data.write_shards import Source
 
 
 def class_tree(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class folder, both sorted. Raises ValueError when there is none."""
+    """Image files by class folder, both sorted. Raises ValueError if there are none."""
     classes = {
         sub.name: sorted(file for file in sub.rglob("*") if extension_of(file) in EXTENSIONS)
         for sub in sorted(folder.iterdir())
@@ -23,12 +23,12 @@ def class_tree(folder: Path) -> dict[str, list[Path]]:
 
 
 def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0) -> Source:
-    """A folder of class folders, or of `train` and `val` with class folders each. Labels are ranks of the sorted names.
+    """A folder of class folders, or of `train` and `val` with class folders each. Labels number the sorted names.
 
-    Without `val`, a share of each class (at least one image, if it has two) becomes the validation set.
+    Without `val`, `val_share` of each class (at least one image, if it has two) becomes the validation set.
     """
     if path is None:
-        raise ValueError("source=folder needs path=FOLDER, which holds one folder for each class")
+        raise ValueError("source=folder needs path=FOLDER with one subfolder per class")
     check_share(val_share)
     path = Path(path)
     if not path.is_dir():
@@ -40,7 +40,7 @@ def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0
     }
     names = sorted(trees["train"])
     if has_splits and (unknown := sorted(trees["val"].keys() - trees["train"].keys())):
-        raise ValueError(f"{path / 'val'} has class {unknown[0]!r}, which {path / 'train'} has not")
+        raise ValueError(f"{path / 'val'} has class {unknown[0]!r}, which {path / 'train'} does not have")
     splits = {
         split: [
             Item(label, extension_of(file), file=file)

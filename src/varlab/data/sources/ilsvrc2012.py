@@ -1,4 +1,4 @@
-"""`source=ilsvrc2012`: ImageNet-1k from the archives as downloaded."""
+"""`source=ilsvrc2012`: ImageNet-1k from the original archives."""
 
 import io
 import re
@@ -12,9 +12,9 @@ from varlab.data.write_shards import Source
 
 
 def ilsvrc2012_source(train: str | Path | None, val: str | Path | None, devkit: str | Path | None) -> Source:
-    """ImageNet-1k from the three archives as downloaded. Nothing is extracted: images are byte ranges of the archives.
+    """ImageNet-1k from the three original archives. Nothing is extracted: images are byte ranges of the archives.
 
-    Labels are ranks of the sorted WordNet ids, as is usual; the ids and words come from the devkit.
+    Labels number the sorted WordNet ids, as is standard; the ids and words come from the devkit.
     """
     if train is None or val is None or devkit is None:
         raise ValueError("source=ilsvrc2012 needs train=, val= and devkit=: the three archives as downloaded")
@@ -29,7 +29,7 @@ def ilsvrc2012_source(train: str | Path | None, val: str | Path | None, devkit: 
         for member in outer:
             wordnet_id = Path(member.name).stem
             if wordnet_id not in words:
-                raise ValueError(f"{train} holds {member.name!r}, which the devkit does not know")
+                raise ValueError(f"{train} holds {member.name!r}, which is not in the devkit")
             stream.seek(member.offset_data)
             with tarfile.open(fileobj=stream, mode="r:") as inner:
                 label = ids.index(wordnet_id)

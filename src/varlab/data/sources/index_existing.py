@@ -1,5 +1,4 @@
-"""Shards that others packed, used as they are: only an index and a manifest are written, the images stay where they
-are."""
+"""Existing webdataset shards, used in place: only an index and a manifest are written."""
 
 import json
 import logging
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to index; what was found goes to `part`, so that a killed call need not read it again."""
+    """One shard to index; the result is saved in `part`, so that a restarted call does not read the shard again."""
 
     url: str
     number: int
@@ -31,7 +30,7 @@ class Job:
 
 
 def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
-    """(entry of the manifest and problems, index) of a shard, from an earlier run if there was one."""
+    """(entry of the manifest and problems, index) of a shard; reuses the result of an earlier run."""
     described = job.part.with_suffix(".json")
     if not described.is_file():
         if is_remote(job.url):
@@ -53,11 +52,11 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
 
 @dataclass(frozen=True)
 class ExistingShards:
-    """Webdataset shards (image and `.cls` for each key) of two splits: paths, globs, brace patterns or URLs with these.
+    """Webdataset shards (image and `.cls` for each key) of two splits: paths or URLs, with globs or brace patterns.
 
-    Class i is called by line i of the file `class_names`, or "i" without one. Keys without exactly one image and one
-    label are left out and named; raises ValueError when they are more than `max_skipped_share` of a split, or when a
-    tar is damaged.
+    Line i of the file `class_names` names class i; without the file its name is "i". Keys without exactly one image and
+    one label are left out and logged; raises ValueError if they exceed `max_skipped_share` of a split, or if a tar is
+    damaged.
     """
 
     train: str | None
@@ -67,7 +66,7 @@ class ExistingShards:
     storage: Storage = field(default_factory=Storage)
 
     def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
-        """Indexes the shards, which stay where they are; returns the manifest."""
+        """Indexes the shards without copying them; returns the manifest."""
         if self.train is None or self.val is None:
             raise ValueError("source=shards needs train= and val=: paths, globs or URLs of shards")
         names = Path(self.class_names).read_text().splitlines() if self.class_names else None
@@ -104,7 +103,7 @@ def index_existing(
             log.warning("left out: %s", problem)
         if not num_images or len(problems) > max_skipped_share * num_images:
             raise ValueError(
-                f"{pattern}: {len(problems)} keys cannot be used beside {num_images} good ones, max_skipped_share="
+                f"{pattern}: {len(problems)} keys cannot be used and {num_images} can, but max_skipped_share="
                 f"{max_skipped_share} allows fewer; the first: {problems[0] if problems else 'the shards are empty'}"
             )
         num_classes = max(num_classes, 1 + max(int(index.rows["label"].max()) for index in indexes if len(index.rows)))
@@ -115,7 +114,7 @@ def index_existing(
             "shards": [shard["entry"] for shard in described],
         }
     if class_names is not None and len(class_names) < num_classes:
-        raise ValueError(f"label {num_classes - 1} is out of range, class_names gives {len(class_names)} names")
+        raise ValueError(f"label {num_classes - 1} is out of range, class_names has {len(class_names)} names")
     manifest |= {"class_names": class_names or [str(i) for i in range(num_classes)], "splits": splits}
     save_json(out / "manifest.json", manifest)
     shutil.rmtree(out / "indexing")

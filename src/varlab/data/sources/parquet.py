@@ -1,7 +1,7 @@
-"""`source=parquet`: parquet files as public hubs serve image sets, a column of encoded images and one of labels.
+"""`source=parquet`: parquet files as on public hubs, with a column of encoded images and one of labels.
 
-Rows of a parquet file cannot be read one by one at a reasonable cost, and packing mixes images over all shards. So each
-file is first staged beside the shards (`staging/`, as large as the images, removed when packing is done).
+Random access to rows of a parquet file is slow, and packing shuffles images over all shards. So each file is first
+staged next to the shards (`staging/`, as large as the images, removed when packing is done).
 """
 
 import io
@@ -25,8 +25,8 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One parquet file and what it becomes: `flat` (all images concatenated) and `table` (offset, label, extension of
-    each)."""
+    """One parquet file and its staged form: `flat` (all images concatenated) and `table` (label, extension, offset and
+    size of each)."""
 
     parquet: Path
     flat: Path
@@ -36,7 +36,7 @@ class StagedFile:
 
 
 def stage(file: StagedFile) -> list[Item]:
-    """The images of a parquet file, staged unless an earlier run did it. Raises ValueError naming file and row."""
+    """The images of a parquet file, staged unless an earlier run did so. Raises ValueError naming file and row."""
     if not file.table.is_file():
         write_flat(file)
     with np.load(file.table) as table:
@@ -61,7 +61,7 @@ def write_flat(file: StagedFile) -> None:
                 encoded = image["bytes"] if isinstance(image, dict) else image
                 if not isinstance(encoded, bytes) or not isinstance(label, int) or label < 0:
                     raise ValueError(
-                        f"{file.parquet}, row {len(rows)}: expected encoded image and label from 0 up, found"
+                        f"{file.parquet}, row {len(rows)}: expected an encoded image and a label of at least 0, found"
                         f" {type(encoded).__name__} and {label!r}"
                     )
                 rows.append((label, extension_of(encoded), stream.tell(), len(encoded)))
@@ -72,7 +72,7 @@ def write_flat(file: StagedFile) -> None:
 
 
 def open_parquet(file: Path) -> Any:
-    """A parquet file. Raises ValueError when it is not one, or the package is missing."""
+    """Opens a parquet file. Raises ValueError if it is not one or if pyarrow is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -85,7 +85,7 @@ def open_parquet(file: Path) -> Any:
 
 
 def extension_of(encoded: bytes) -> str:
-    """File extension by content; jpg for what cannot be recognized."""
+    """File extension detected from the content; jpg if it cannot be recognized."""
     try:
         kind = (Image.open(io.BytesIO(encoded)).format or "jpeg").lower()
     except (OSError, SyntaxError, ValueError):
@@ -94,7 +94,7 @@ def extension_of(encoded: bytes) -> str:
 
 
 def names_in(file: Path, label_column: str) -> list[str] | None:
-    """Class names that the hub's metadata of a file gives, if any."""
+    """Class names in the hub's metadata of a file, if any."""
     metadata = open_parquet(file).schema_arrow.metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     return features.get(label_column, {}).get("names")
@@ -102,10 +102,10 @@ def names_in(file: Path, label_column: str) -> list[str] | None:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files by split: paths, globs or brace patterns. Without `val`, a share of each class becomes the
+    """Parquet files by split: paths, globs or brace patterns. Without `val`, `val_share` of each class becomes the
     validation set.
 
-    Class names come from the files' metadata, else they are the labels.
+    Class names come from the files' metadata; without it they are the labels.
     """
 
     train: str | None
@@ -145,5 +145,7 @@ class ParquetSource:
         num_classes = 1 + max(item.label for items in splits.values() for item in items)
         names = names_in(files["train"][0], self.label_column) or [str(i) for i in range(num_classes)]
         if len(names) < num_classes:
-            raise ValueError(f"{files['train'][0]} names {len(names)} classes, the labels go up to {num_classes - 1}")
+            raise ValueError(
+                f"{files['train'][0]} names {len(names)} classes, but the labels go up to {num_classes - 1}"
+            )
         return Source("parquet", "parquet", names, splits)
