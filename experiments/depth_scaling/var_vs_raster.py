@@ -109,7 +109,7 @@ def main() -> None:
     sheet = Image.new("RGB", (sum(image.width + 10 for image in shown), shown[0].height + 18), "white")
     for i, (image, (arm, _)) in enumerate(zip(shown, grids, strict=True)):
         sheet.paste(image, (i * (image.width + 10), 18))
-        ImageDraw.SampleRequest(sheet).text((i * (image.width + 10) + 2, 3), f"{arm}, depth {DEPTHS[-1]}", fill="black")
+        ImageDraw.Draw(sheet).text((i * (image.width + 10) + 2, 3), f"{arm}, depth {DEPTHS[-1]}", fill="black")
     image_grid.save(sheet, target / "samples.png")
 
 
