@@ -3,7 +3,7 @@ GPU.
 
 python experiments/performance/batches.py        (any machine, about two minutes)
 
-Estimates, within 5 % of the sum over all tensors on a CPU (tests/test_planning.py); not measured on a GPU. Writes
+Estimates, within 5 % of the sum over all tensors on a CPU (tests/cost/test_plan.py); not measured on a GPU. Writes
 batches.csv and prints a table.
 """
 
@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from varlab.cost.activation_memory import activation_bytes
-from varlab.cost.plan import GPUS, RESERVED, Facts, Setup, memory
+from varlab.cost.plan import GPUS, RESERVED, Layout, PlannedRun, memory
 from varlab.models.var import VAR
 
 RESULTS = Path(__file__).with_name("batches.csv")
@@ -31,11 +30,11 @@ def main() -> None:
     for depth in DEPTHS:
         sizes = sizes_of(depth)
         for recompute, chunks in LAYOUTS:
-            setup = Setup(1, False, recompute, 1, chunks)
+            layout = Layout(recompute=recompute, loss_chunks=chunks)
             kept = activation_bytes(sizes, PRECISION, recompute, chunks) / 1e6
             for gpu in ("h100", "h200"):
                 room = GPUS[gpu].memory - RESERVED
-                largest = bisect(range(1, 1 << 14), room, key=partial(total, sizes, setup))
+                largest = bisect(range(1, 1 << 14), room, key=partial(total, sizes, layout))
                 rows.append([depth, recompute, chunks, f"{kept:.0f}", GPUS[gpu].memory, largest])
         print(depth, [row[-1] for row in rows[-2 * len(LAYOUTS) :]], flush=True)
     with open(RESULTS, "w", newline="") as file:
@@ -51,10 +50,12 @@ def main() -> None:
         )
 
 
-def total(sizes: dict, setup: Setup, batch: int) -> float:
+def total(sizes: dict, layout: Layout, batch: int) -> float:
     """GB at the peak of a step, without the tokenizer: the tokens are cached and its codebook is small."""
-    cfg = OmegaConf.create({"trainer": {"precision": PRECISION}, "data": {"global_batch_size": batch}, "callbacks": {}})
-    return sum(memory(cfg, Facts(sizes, 1, 0, []), setup).values())
+    run = PlannedRun(
+        "largest", sizes, num_images=1, steps=1, batch=batch, precision=PRECISION, layout=layout, tokenizer_params=0
+    )
+    return sum(memory(run).values())
 
 
 def sizes_of(depth: int) -> dict:

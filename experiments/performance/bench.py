@@ -41,6 +41,7 @@ from varlab.data.sources.folder import folder_source
 from varlab.data.write_shards import pack
 from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.generate import compile_scales, generate, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
@@ -77,7 +78,7 @@ class Bench:
     def tokenizer(self, patch_nums: tuple[int, ...], channels: int) -> MSVQVAE:
         """A tokenizer with random weights, whose codes are as far apart as features."""
         torch.manual_seed(0)
-        tokenizer = MSVQVAE(patch_nums, channels=channels)
+        tokenizer = MSVQVAE(MultiScaleQuantizer(patch_nums), channels=channels)
         torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
         return tokenizer.eval().requires_grad_(False)
 
@@ -107,7 +108,7 @@ class Bench:
                 inputs = tokenizer.quantizer.teacher_forcing_inputs(token_maps)
             sequence = torch.cat(token_maps, dim=1)
             with self.cast(precision):
-                return net(inputs, labels, lambda x, place: losses.cross_entropy(x, sequence[:, place])).mean()
+                return losses.cross_entropy(net(inputs, labels), sequence).mean()
 
         def their_loss(net: torch.nn.Module, precision: str) -> torch.Tensor:
             assert their_vae is not None
@@ -126,7 +127,7 @@ class Bench:
 
         flops = training_flops(first.sizes)
         if from_images:
-            flops += tokenizer_flops(tokenizer.sizes)["encode"]
+            flops += tokenizer_flops(tokenizer)["encode"]
         found = []
         for precision in self.precisions:
             for code in ("released", "varlab, masked", "varlab", "varlab, compiled"):
@@ -170,9 +171,14 @@ class Bench:
         inputs = torch.randn(batch, length - 1, 32, device=self.device)
         sequence = torch.randint(4096, (batch, length), device=self.device)
 
+        def loss_of(logits: torch.Tensor, place: slice) -> torch.Tensor:
+            return losses.cross_entropy(logits, sequence[:, place])
+
         def step(net: VAR, optimizer: torch.optim.Optimizer, chunks: int) -> None:
             with self.cast(precision):
-                loss = net(inputs, labels, lambda x, place: losses.cross_entropy(x, sequence[:, place]), chunks).mean()
+                hidden = net(inputs, labels, returns_hidden=True)
+                head = partial(net.predict, vector=hidden.vector)
+                loss = losses.in_chunks(head, hidden.x, loss_of, chunks).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -220,7 +226,7 @@ class Bench:
         print(
             f"tokenizer: {agreeing:.2%} of tokens of random weights are the same in bf16 (trained weights: agreement.py)"
         )
-        flops = tokenizer_flops(ours.sizes)
+        flops = tokenizer_flops(ours)
         for what, by_code in runs.items():
             yield [
                 Contender(
@@ -277,7 +283,7 @@ class Bench:
             )
         # guidance takes two forward passes, each a third of a training step; with a cache, each token is computed once
         network_flops = 2 * training_flops(var.sizes) / 3
-        flops = network_flops + tokenizer_flops(tokenizer.sizes)["decode"]
+        flops = network_flops + tokenizer_flops(tokenizer)["decode"]
         return [
             Contender(
                 what="sampling",

@@ -23,6 +23,7 @@ from measure import interleaved, machine, save
 from varlab.cost.flops import training_flops
 from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.generate import generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
@@ -51,7 +52,7 @@ def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, floa
     """Seconds per image of a training step and of sampling (transformer and token sampling, no decoder)."""
     torch.manual_seed(0)
     patch_nums, codes, batch = setup["patch_nums"], setup["codes"], setup["batch"]
-    tokenizer = MSVQVAE(patch_nums, channels=32, codebook_size=codes).to(device).eval()
+    tokenizer = MSVQVAE(MultiScaleQuantizer(patch_nums, codes), channels=32).to(device).eval()
     var = VAR(setup["depth"], patch_nums, codes, 32, 1000).to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(var), lr=0.0, fused=True)
     length, labels = scales.num_tokens(patch_nums), torch.arange(batch, device=device)
@@ -61,7 +62,7 @@ def measure(setup: dict[str, Any], device: str, is_bf16: bool) -> dict[str, floa
     def step() -> None:
         var.train()
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
-            loss = var(inputs, labels, lambda x, place: losses.cross_entropy(x, sequence[:, place])).mean()
+            loss = losses.cross_entropy(var(inputs, labels), sequence).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

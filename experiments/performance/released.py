@@ -26,9 +26,9 @@ def released_tokenizer(folder: str, ours: MSVQVAE) -> Any:
     from models.vqvae import VQVAE  # pyright: ignore[reportMissingImports]
 
     theirs = VQVAE(
-        vocab_size=ours.sizes["codebook_size"],
-        z_channels=ours.sizes["codebook_dim"],
-        ch=ours.sizes["channels"],
+        vocab_size=ours.quantizer.codebook_size,
+        z_channels=ours.quantizer.codebook_dim,
+        ch=ours.arguments["channels"],
         share_quant_resi=4,
         v_patch_nums=tuple(ours.patch_nums),
         test_mode=True,

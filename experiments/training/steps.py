@@ -54,9 +54,7 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
     is_bf16 = arguments.precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
-    tokenizer = MSVQVAE(
-        patch_nums=PATCH_NUMS, codebook_size=4096, codebook_dim=32, channels=160, channel_mult=(1, 1, 2, 2, 4)
-    )
+    tokenizer = MSVQVAE()
     tokenizer = tokenizer.eval().requires_grad_(False).to(device)
     var = (
         VAR(depth=depth, patch_nums=PATCH_NUMS, codebook_size=4096, codebook_dim=32, num_classes=1000)
@@ -86,7 +84,7 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
     before = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     seconds = sorted(timed(step, device) for _ in range(arguments.repeats))
     median = seconds[len(seconds) // 2]
-    flops = batch * (training_flops(var.sizes) + (tokenizer_flops(tokenizer.sizes)["encode"] if from_images else 0))
+    flops = batch * (training_flops(var.sizes) + (tokenizer_flops(tokenizer)["encode"] if from_images else 0))
     peak = (
         max(before, torch.cuda.max_memory_allocated())
         if device.type == "cuda"
@@ -117,13 +115,12 @@ def measure(depth: int, batch: int, from_images: bool, arguments: argparse.Names
 
 def planned(sizes: dict, batch: int, arguments: argparse.Namespace) -> float:
     """Memory in GB as `plan=true` estimates it."""
-    from omegaconf import OmegaConf
-
-    from varlab.cost.plan import RELEASED_PARAMS, Facts, Setup, memory
+    from varlab.cost.plan import Layout, PlannedRun, memory
 
     precision = "bf16-mixed" if arguments.precision == "bf16" else "32-true"
-    cfg = OmegaConf.create({"trainer": {"precision": precision}, "data": {"global_batch_size": batch}, "callbacks": {}})
-    return sum(memory(cfg, Facts(sizes, 1, RELEASED_PARAMS, []), Setup(1, False, arguments.recompute, 1)).values())
+    return sum(
+        memory(PlannedRun("step", sizes, 1, 1, batch, precision, Layout(recompute=arguments.recompute))).values()
+    )
 
 
 def in_own_process(depth: int, batch: int, road: str, argv: list[str]) -> dict | None:
