@@ -211,7 +211,7 @@ class ImageDataModule(OrderedDataModule):
         path: str,
         resolution: int,
         global_batch_size: int,
-        num_workers: int = 4,
+        num_workers: int = 8,
         resize_ratio: float = 1.125,
         random_crop: bool = True,
         random_flip: bool = False,
