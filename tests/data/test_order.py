@@ -79,3 +79,19 @@ def test_too_little_data_is_an_error_at_the_start():
         TrainBatches(Order([10]), 8, 0, 2)
     with pytest.raises(ValueError, match="validation set is empty"):
         ValidationBatches(0, 4)
+
+
+def test_the_last_window_of_a_lane_is_shuffled_too():
+    """One lane of 30 samples in windows of 20: the last ten are a window of their own."""
+    order = Order([30], seed=0, lanes=1, window=20)
+    epochs = np.array([order.epoch(epoch)[20:] for epoch in range(20)])
+    assert (np.sort(epochs, axis=1) == np.arange(20, 30)).all()
+    assert len({tuple(row) for row in epochs}) > 15
+
+
+def test_shards_come_in_another_order_in_each_epoch():
+    counts = [10] * 12
+    order = Order(counts, seed=0, lanes=1, window=10)
+    shards = [tuple(order.epoch(epoch)[::10] // 10) for epoch in range(10)]
+    assert all(sorted(row) == list(range(12)) for row in shards)
+    assert len(set(shards)) == 10

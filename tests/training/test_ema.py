@@ -1,0 +1,61 @@
+"""The exponential moving average of the weights."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import nn
+
+from varlab.training.ema import EMA
+
+
+class Weight(LightningModule):
+    """One trained number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+def at(step: int) -> Trainer:
+    """A trainer that has taken `step` optimizer steps."""
+    return Mock(spec=Trainer, global_step=step)
+
+
+def averages(decay: float, num_steps: int) -> list[float]:
+    """The average of a weight whose value at step n is n, after each step."""
+    module, ema, found = Weight(), EMA(decay), []
+    ema.on_train_start(at(0), module)
+    for step in range(1, num_steps + 1):
+        module.weight.data.fill_(step)
+        ema.on_train_batch_end(at(step), module, None, None, step)
+        found.append(float(ema.average["weight"]))
+    return found
+
+
+def test_the_decay_rises_from_2_11_to_its_value():
+    expected, average = [], 0.0
+    for step in range(1, 41):
+        decay = min(0.7, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * step
+        expected.append(average)
+    assert averages(0.7, 40) == pytest.approx(expected, rel=1e-5)
+    assert averages(0.7, 1) == pytest.approx([9 / 11])
+
+
+def test_a_batch_that_only_accumulates_changes_nothing():
+    module, ema = Weight(), EMA(0.5)
+    ema.on_train_start(at(0), module)
+    before = ema.average["weight"].clone()
+    module.weight.data += 1
+    ema.on_train_batch_end(at(0), module, None, None, 0)
+    assert torch.equal(ema.average["weight"], before)
+    ema.on_train_batch_end(at(1), module, None, None, 1)
+    assert not torch.equal(ema.average["weight"], before)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_a_decay_out_of_range_is_named(decay):
+    with pytest.raises(ValueError, match=f"EMA decay={decay}: must be between 0 and 1"):
+        EMA(decay)
