@@ -17,9 +17,10 @@ from varlab.sampling.editing import box_mask, edit, keep_masks
 from varlab.sampling.generate import decode, generate, generate_tokens
 from varlab.sampling.token_sampling import Randomness, SamplingSettings, filter_logits, smooth_temperature
 from varlab.training.optimizers import is_decayed
-from varlab.training.schedules import Cosine, Exponential, Linear, Schedule, TwoSlopes, weight_decay_at
 
 CASES = [("1", 0), ("1", 1), ("1", 2), ("2", 0), ("4", 0)]
+
+
 DETAILED = [("1", 0), ("1", 1), ("4", 0)]
 
 
@@ -296,41 +297,3 @@ def test_parameter_counts_of_every_depth():
     assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == {
         name: counts[name] for name in parts
     }
-
-
-def schedule_of(shape: str, warmup: float, warmup_start: float, final_ratio: float) -> Schedule:
-    """The schedule by the released trainer's name."""
-    shared = (warmup, warmup_start, final_ratio)
-    holds = {"lin0": 0.05, "lin00": 0.0, "lin": 0.15}
-    if shape in holds:
-        return Linear(*shared, hold=holds[shape])
-    if shape.startswith("lin"):
-        return TwoSlopes(*shared, knee=float(shape.removeprefix("lin")))
-    return {"cos": Cosine, "exp": Exponential}[shape](*shared)
-
-
-def test_schedules():
-    record = rule.golden("schedules")
-    total, peak = record["total_steps"], record["peak_lr"]
-    for shape, rows in record["schedules"].items():
-        schedule = schedule_of(
-            shape, record["warmup_steps"] / total, record["warmup_start_ratio"], record["final_ratio"]
-        )
-        for step, lr, weight_decay in rows:
-            assert peak * schedule(step, total) == pytest.approx(lr, rel=1e-5), (shape, step)
-            decay = weight_decay_at(step, total, record["weight_decay_start"], record["weight_decay_end"])
-            assert decay == pytest.approx(weight_decay, rel=1e-5), (shape, step)
-    for record in [rule.golden("tables")["progressive_schedule_lr"], rule.golden("tables")["lin0_knee"]]:
-        for shape, rows in record.get("schedules", {"lin0": record.get("rows")}).items():
-            schedule = schedule_of(shape, record["warmup_steps"] / record["total_steps"], 0.005, record["final_ratio"])
-            for step, lr in rows:
-                assert record["peak_lr"] * schedule(step, record["total_steps"]) == pytest.approx(lr, rel=1e-5), (
-                    shape,
-                    step,
-                )
-
-
-@pytest.mark.parametrize("knee", [0.0, 1.0, 2.0])
-def test_a_knee_outside_of_the_run_is_refused(knee):
-    with pytest.raises(ValueError, match=f"knee={knee}"):
-        TwoSlopes(knee=knee)

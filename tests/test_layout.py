@@ -36,3 +36,9 @@ def test_every_place_that_contributing_names_exists():
     for row in rows:
         for name in row.split("|")[2].replace("`", "").replace(";", ",").split(","):
             assert (SRC / name.strip()).is_file(), name
+
+
+def test_every_module_has_a_test_of_its_name():
+    for module in SRC.rglob("*.py"):
+        test = ROOT / "tests" / module.relative_to(SRC).with_name(f"test_{module.name}")
+        assert test.is_file() or module.name.startswith("__"), f"{test} is missing"

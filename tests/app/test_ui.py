@@ -1,70 +1,24 @@
 """The page in a real browser: sample, edit, drop an image, watch a sweep, compare; what attackers and mistakes get."""
 
-import io
 import json
 import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from support.networks import make_tokenizer, make_var
+from support.image_files import make_photo
 from support.scaling_runs import make_runs
-from support.servers import free_port
-
-from varlab.app.session import Model, indices_picture, read_upload
-from varlab.checkpoints.export_folder import save_pretrained
-from varlab.image_grid import to_uint8
-from varlab.sampling.generate import generate
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
+
+
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two export folders of untrained networks with named classes."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("first", "second")):
-        torch.manual_seed(seed)
-        save_pretrained(folder / name, make_tokenizer(), make_var(), ["cat", "dog", "owl"], {})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """Runs of three depths."""
-    folder = tmp_path_factory.mktemp("sweep")
-    make_runs(folder, depths=(1, 2, 3))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(models, sweep):
-    """Address of the page, served as a user would."""
-    port = free_port()
-    given = [f"checkpoint={models / 'first'}", f"compare={models / 'second'}", f"runs={sweep}", f"port={port}"]
-    command = [sys.executable, "-m", "varlab", "app", *given, "refresh_s=1", "max_upload_mb=0.5"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert server.stdout is not None
-    said = server.stdout.readline()
-    assert f"http://127.0.0.1:{port}" in said, said
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    rest = server.communicate(timeout=30)[0]
-    assert server.returncode == 0, rest
-    assert "a request to the page failed" not in rest, rest
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +30,12 @@ def browser():
 
 
 @pytest.fixture(params=[1280, 390], ids=["wide", "narrow"])
-def page(request, browser, url):
+def page(request, browser, page_url):
     """The page, open; nothing may stick out, and no script may fail."""
     page, errors = browser.new_page(viewport={"width": request.param, "height": 820}), []
     page.on("pageerror", lambda error: errors.append(error))
     page.set_default_timeout(30_000)
-    page.goto(url)
+    page.goto(page_url)
     page.wait_for_selector("#sample-button")
     yield page
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
@@ -109,13 +63,6 @@ def sample(page, seed: int = 0) -> list[str]:
     page.locator("#sample-status").get_by_text(f"4x4, seed {seed}").wait_for()
     page.wait_for_selector("#film img")
     return sources(page, "#samples")
-
-
-def picture(folder: Path) -> Path:
-    """A noisy image of 40 x 30 pixels."""
-    file = folder / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)).save(file)
-    return file
 
 
 @needs_browser
@@ -173,7 +120,7 @@ def test_a_painted_mask_edits_a_sample(page):
 @needs_browser
 def test_a_dropped_image_shows_what_each_scale_adds(page, tmp_path):
     open_tab(page, "Tokenizer")
-    page.set_input_files("#drop input[type=file]", picture(tmp_path))
+    page.set_input_files("#drop input[type=file]", make_photo(tmp_path))
     page.wait_for_selector("#indices img")
     assert [len(sources(page, f"#{name}")) for name in ("reconstructions", "residuals", "indices")] == [5, 4, 4]
     text = page.inner_text("#scales")
@@ -193,13 +140,13 @@ def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
 
 
 @needs_browser
-def test_a_sweep_is_read_again_while_it_grows(page, sweep):
+def test_a_sweep_is_read_again_while_it_grows(page, page_sweep):
     open_tab(page, "Scaling")
     page.wait_for_selector("#figures img")
     assert "val_loss" in page.inner_text("#words")
     assert all(f"d{depth}-38400" in page.inner_text("#runs") for depth in (1, 2, 3))
-    before, new = page.inner_text("#words"), max(int(run.name[1:].split("-")[0]) for run in sweep.iterdir()) + 1
-    make_runs(sweep, depths=(new,))
+    before, new = page.inner_text("#words"), max(int(run.name[1:].split("-")[0]) for run in page_sweep.iterdir()) + 1
+    make_runs(page_sweep, depths=(new,))
     page.locator("#runs").get_by_text(f"d{new}-38400").first.wait_for()
     assert page.inner_text("#words") != before
 
@@ -214,10 +161,10 @@ def test_two_models_are_compared(page):
 
 
 @needs_browser
-def test_visitors_at_once_each_get_their_images(browser, url):
+def test_visitors_at_once_each_get_their_images(browser, page_url):
     pages = [browser.new_page() for _ in range(3)]
     for seed, page in enumerate(pages):
-        page.goto(url)
+        page.goto(page_url)
         page.get_by_label("seed").first.fill(str(20 * seed))
         page.get_by_label("seed").first.blur()
     for page in pages:
@@ -230,8 +177,8 @@ def test_visitors_at_once_each_get_their_images(browser, url):
     assert len(set(shown)) == 24
 
 
-def test_only_this_machine_reaches_the_page(url):
-    port = int(url.rsplit(":", 1)[1])
+def test_only_this_machine_reaches_the_page(page_url):
+    port = int(page_url.rsplit(":", 1)[1])
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(OSError):  # of a server that listens everywhere, 127.0.0.2 is an address too
         socket.create_connection(("127.0.0.2", port), timeout=5)
@@ -250,84 +197,29 @@ def refused(address: str, data: bytes | None = None, kind: str = "application/js
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "//etc/passwd", "..%2f..%2f..%2fetc/passwd", "file:///etc/passwd"])
-def test_no_file_of_the_host_is_served(url, path, models):
-    assert refused(f"{url}/gradio_api/file={path}") in (400, 403, 404)
-    assert refused(f"{url}/gradio_api/file={models / 'first/config.json'}") in (400, 403, 404)
+def test_no_file_of_the_host_is_served(page_url, path, page_models):
+    assert refused(f"{page_url}/gradio_api/file={path}") in (400, 403, 404)
+    assert refused(f"{page_url}/gradio_api/file={page_models / 'first/config.json'}") in (400, 403, 404)
 
 
-def test_a_forged_upload_cannot_name_a_file_of_the_host(url, tmp_path):
+def test_a_forged_upload_cannot_name_a_file_of_the_host(page_url, tmp_path):
     """The place of an uploaded file comes from the browser: one that was not uploaded is refused."""
     secret = tmp_path / "secret.png"
-    picture(tmp_path).rename(secret)
-    with urllib.request.urlopen(f"{url}/config", timeout=20) as answer:
+    make_photo(tmp_path).rename(secret)
+    with urllib.request.urlopen(f"{page_url}/config", timeout=20) as answer:
         config = json.load(answer)
     drop = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "drop")
     handler = next(one for one in config["dependencies"] if one["targets"] and one["targets"][0] == [drop, "change"])
     given = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     body = {"data": [given], "fn_index": handler["id"], "session_hash": "forged"}
-    assert refused(f"{url}/gradio_api/queue/join", json.dumps(body).encode()) in (200, 403, 422)
-    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=forged", timeout=30) as stream:
+    assert refused(f"{page_url}/gradio_api/queue/join", json.dumps(body).encode()) in (200, 403, 422)
+    with urllib.request.urlopen(f"{page_url}/gradio_api/queue/data?session_hash=forged", timeout=30) as stream:
         events = stream.read().decode()
     assert '"success":false' in events.replace(" ", "") and "image.png" not in events
 
 
-def test_an_upload_above_the_limit_is_refused(url):
+def test_an_upload_above_the_limit_is_refused(page_url):
     boundary, content = "x" * 20, os.urandom(600_000)
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
     body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
-    assert refused(f"{url}/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}") == 413
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["max_batch=0"], "max_batch, max_upload_mb and refresh_s must be positive"),
-        (["checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
-        (["port=TAKEN"], "cannot be used"),
-    ],
-)
-def test_what_cannot_be_served_is_said(models, url, settings, message):
-    settings = [setting.replace("TAKEN", url.rsplit(":", 1)[1]) for setting in settings]
-    command = [sys.executable, "-m", "varlab", "app", f"checkpoint={models / 'first'}", *settings]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert answer.returncode == 1 and message in answer.stdout
-    assert "Traceback" not in answer.stdout + answer.stderr
-
-
-@pytest.mark.parametrize("size", [(16, 16), (90, 30), (7, 200)])
-def test_uploads_become_the_square_that_the_model_sees(size, tmp_path):
-    Image.new("RGB", size, (200, 30, 10)).save(tmp_path / "a.png")
-    seen = read_upload(tmp_path / "a.png", 16)
-    assert seen.size == (16, 16) and seen.getpixel((8, 8)) == (200, 30, 10)
-
-
-def test_a_bomb_is_refused(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("L", (10_000, 6_000)).save(buffer, "png")
-    (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match="10000 x 6000 pixels: upload one of at most 50 million"):
-        read_upload(tmp_path / "bomb.png", 16)
-
-
-def test_the_last_sample_is_the_image_of_generate_and_energy_falls(models):
-    model = Model(str(models / "first"), "cpu")
-    frames = [drawn for drawn, _ in model.sample(1, 3, 7, cfg_scale=2.0, top_k=5)]
-    assert len(frames) == 4 and all(len(frame) == 3 for frame in frames)
-    images = generate(model.var, model.tokenizer, torch.tensor([1, 1, 1]), seed=7, cfg_scale=2.0, top_k=5)
-    for shown, pixels in zip(frames[-1], to_uint8(images), strict=True):
-        assert np.array_equal(np.asarray(shown), pixels)
-    found = model.dissect(frames[-1][0])
-    features = model.tokenizer.features(model.tensor(frames[-1][0])).detach()
-    partial = model.tokenizer.quantizer.partial_sums(model.tokenizer.encode(model.tensor(frames[-1][0])))
-    left = [100 * float((features - f_hat.detach()).square().mean() / features.square().mean()) for f_hat in partial]
-    assert [row[3] for row in found.rows] == pytest.approx(left, abs=0.06)
-
-
-def test_the_same_code_has_the_same_color_and_others_another():
-    picture = np.asarray(indices_picture(np.array([[3, 700], [3, 701]]), 4096))
-    side = len(picture) // 2
-    assert (picture[0, 0] == picture[side, 0]).all()
-    colors = {
-        tuple(color) for color in np.asarray(indices_picture(np.arange(4096).reshape(64, 64), 4096)).reshape(-1, 3)
-    }
-    assert len(colors) > 4000
+    assert refused(f"{page_url}/gradio_api/upload", body, f"multipart/form-data; boundary={boundary}") == 413

@@ -10,21 +10,23 @@ import torch
 from support.runs import command, fit, log_to, logged_losses
 
 from varlab.checkpoints.export_folder import load_pretrained, tokenizer_fingerprint
-from varlab.checkpoints.formats import upgrade_checkpoint
-from varlab.checkpoints.load import load, load_tokenizer, read_checkpoint
+from varlab.checkpoints.load import load_tokenizer
 from varlab.data.shards import ShardReader
 from varlab.data.token_datamodule import TokenDataModule
-from varlab.models.custom_classes import build
-from varlab.models.msvqvae import MSVQVAE
-from varlab.models.var import VAR
 from varlab.sampling.generate import generate
 
 OLD = Path(__file__).parents[1] / "fixtures/v0.1.0"
+
+
 EXPECTED = json.loads((OLD / "expected.json").read_text())
+
+
 SHORT = [
     "data.global_batch_size=8", "steps=6", "val_every=6", "save_every=3", "log_every=1", "logger=csv", "callbacks.pictures=null",
     "callbacks.best=null", "callbacks.progress=null", "+trainer.enable_progress_bar=false",
 ]  # fmt: skip
+
+
 TOKENIZER = [
     "experiment=tokenizer_tiny", "model.channels=4", "model.num_groups=4", "model.quantizer.codebook_size=12",
     "model.quantizer.codebook_dim=6", "model.num_blocks=1", "adversarial=patch", "adversarial.discriminator.channels=4",
@@ -32,6 +34,8 @@ TOKENIZER = [
     f"data.path={OLD / 'shards'}",
     "callbacks.reset_dead_codes={_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 2}",
 ]  # fmt: skip
+
+
 VAR_RUN = [
     "experiment=var_digits", "model.depth=2", "model.width=16", "model.num_heads=2", "model.drop_path=0.2",
     f"tokenizer={OLD / 'exported'}", f"data.path={OLD / 'tokens'}",
@@ -59,14 +63,6 @@ def test_shards_and_token_cache_belong_together_as_they_did():
     assert data.manifest["tokenizer"] == tokenizer_fingerprint(tokenizer)
     assert len(reader) == len(data.val_set) == 11
     assert np.array_equal(reader.labels, data.val_set.conditions)
-
-
-@pytest.mark.parametrize("name", ["var.ckpt", "var_sharded.ckpt"])
-def test_a_checkpoint_holds_the_networks_it_held(name):
-    tokenizer, var, class_names = load(OLD / name)
-    assert tokenizer_fingerprint(tokenizer) == EXPECTED["tokenizer_fingerprint"]
-    assert (var.depth, var.width, var.num_heads, len(class_names)) == (2, 16, 2, 10)
-    assert read_checkpoint(OLD / name)["varlab"]["format"] == 2
 
 
 def continued(tmp_path, name: str, *settings: str) -> dict[int, float]:
@@ -103,18 +99,3 @@ def test_a_sharded_run_continues_sharded(tmp_path):
     row = json.loads((tmp_path / "run/run.json").read_text())
     assert row["step"] == 6 and row["images_seen"] == 48
     assert row["val_loss"] == pytest.approx(EXPECTED["val_loss"], rel=1e-2)
-
-
-def test_a_custom_class_of_0_1_keeps_its_name():
-    entry = {"format": 1, "class_names": None, "tokenizer_fingerprint": "", **dict.fromkeys(("tokenizer", "var"))}
-    old = load(OLD / "var.ckpt")
-    flat = {
-        "patch_nums": [1, 2, 3, 4], "codebook_size": 12, "codebook_dim": 6, "channels": 4, "channel_mult": [1, 2, 2], "num_blocks": 1,
-        "num_groups": 4, "num_phis": 4, "phi_ratio": 0.5, "lookup": "l2", "beta": 0.25, "dropout": 0.0,
-    }  # fmt: skip
-    entry |= {"tokenizer": flat, "var": {**old[1].sizes, "class": "nowhere.Net"}}
-    upgraded = upgrade_checkpoint({"varlab": entry, "state_dict": {"net.class_embedding.weight": 1}})
-    assert upgraded["state_dict"] == {"net.embedder.embedding.weight": 1}
-    assert type(build(MSVQVAE, upgraded["varlab"]["tokenizer"])) is MSVQVAE
-    with pytest.raises(ValueError, match="holds nowhere.Net, which cannot be imported"):
-        build(VAR, upgraded["varlab"]["var"])

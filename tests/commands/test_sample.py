@@ -1,99 +1,14 @@
 """A set of samples depends on seed and settings alone, not on how it was drawn."""
 
-import json
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
-from PIL import Image
-from support.runs import config
-
-from varlab.checkpoints.export_folder import save_pretrained
-from varlab.commands import sample
-
-NAMES = ["one", "two", "three"]
+from support.runs import draw
 
 
-@pytest.fixture
-def model(tmp_path, tokenizer, var):
-    save_pretrained(tmp_path / "model", tokenizer, var, NAMES, {})
-    return tmp_path / "model"
-
-
-def settings(model, out, *more):
-    return [f"checkpoint={model}", f"out={out}", "num=7", "top_p=0.9", "film_rows=2", *more]
-
-
-def run(model, out, *more):
-    sample.run(config(out, *settings(model, out, *more), verb="sample"))
-    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((out / "images").iterdir())}
-
-
-def equal(a, b):
-    """Batches of other sizes add up in another order: one level at most."""
-    return a.keys() == b.keys() and all(np.abs(a[name] - b[name]).max() <= 1 for name in a)
-
-
-def test_the_set_does_not_depend_on_batch_size_restarts_or_processes(model, tmp_path):
-    whole = run(model, tmp_path / "whole", "batch_size=7")
-    assert list(whole)[:4] == [
-        "000000-class0000.png",
-        "000001-class0001.png",
-        "000002-class0002.png",
-        "000003-class0000.png",
-    ]
-    assert equal(whole, run(model, tmp_path / "small", "batch_size=2"))
-    begun = run(model, tmp_path / "restarted", "batch_size=3", "num=4")
-    stamps = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "restarted/images").iterdir()}
-    (tmp_path / "restarted/images/000001-class0001.png").unlink()
-    assert len(begun) == 4 and equal(whole, run(model, tmp_path / "restarted", "batch_size=3"))
-    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "restarted/images").iterdir()}
-    assert kept["000002-class0002.png"] == stamps["000002-class0002.png"]
-    processes = []
-    for rank in (1, 0):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "varlab", "sample", *settings(model, tmp_path / "two")]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0], processes[0].stderr.read()
-    two = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "two/images").iterdir()}
-    assert equal(whole, dict(sorted(two.items())))
-
-
-def test_a_process_that_starts_late_still_draws_its_own_share(model, tmp_path, monkeypatch):
-    """The first of three has drawn its images before the others look."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("varlab.distributed.wait_for_files", lambda files: None)
-    for rank, drawn in [("1", {1, 4}), ("2", {1, 2, 4, 5}), ("0", set(range(7)))]:
-        monkeypatch.setenv("RANK", rank)
-        images = run(model, tmp_path / "out")
-        assert {int(name[:6]) for name in images} == drawn
-
-
-def test_other_settings_do_not_mix_into_a_folder(model, tmp_path):
-    run(model, tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"holds images made with other settings \(cfg_scale, seed\): choose another out="
-    ):
-        run(model, tmp_path / "out", "cfg_scale=3", "seed=9")
-
-
-def test_an_npz_for_the_adm_evaluator(model, tmp_path):
-    images = run(model, tmp_path / "out", "classes=balanced", "num=6", "npz=true")
-    array = np.load(tmp_path / "out/samples.npz")["arr_0"]
-    assert array.dtype == np.uint8 and array.shape == (6, 16, 16, 3)
-    for pixels, image in zip(array, images.values(), strict=True):
-        assert (pixels == image).all()
-    told = json.loads((tmp_path / "out/samples.json").read_text())
-    assert told["labels"] == [0, 1, 2, 0, 1, 2] and told["rounding"] == "nearest" and len(told["checkpoint"]) == 33
-
-
-def test_classes_by_name_and_settings_by_scale(model, tmp_path):
-    images = run(
-        model,
+def test_classes_by_name_and_settings_by_scale(export_folder, tmp_path):
+    images = draw(
+        export_folder,
         tmp_path / "out",
-        "classes=[three,0]",
+        "classes=[tabby cat,0]",
         "num=4",
         "top_k=[1,1,2,12]",
         "cfg_scale=[0,1,1,2]",
@@ -111,18 +26,7 @@ def test_classes_by_name_and_settings_by_scale(model, tmp_path):
         ("num=0", "num=0 and batch_size=50 must be positive"),
     ],
 )
-def test_a_wrong_setting_leaves_nothing_behind(setting, message, model, tmp_path):
+def test_a_wrong_setting_leaves_nothing_behind(setting, message, export_folder, tmp_path):
     with pytest.raises(ValueError, match=message):
-        run(model, tmp_path / "out", setting)
+        draw(export_folder, tmp_path / "out", setting)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_compiled_network_draws_the_same_images(model, tmp_path):
-    """In a process without the tests' type checks; the last batch is not full."""
-    eager = run(model, tmp_path / "eager", "batch_size=4")
-    command = [sys.executable, "-m", "varlab", "sample", *settings(model, tmp_path / "compiled", "batch_size=4")]
-    answer = subprocess.run([*command, "is_compiled=true"], capture_output=True, text=True, check=False, timeout=300)
-    assert answer.returncode == 0, answer.stderr
-    assert "recompile_limit" not in answer.stderr
-    drawn = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "compiled/images").iterdir()}
-    assert equal(eager, drawn)

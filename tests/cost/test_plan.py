@@ -4,11 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.runs import config
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from varlab.commands import train
-from varlab.cost.activation_memory import activation_bytes, saved_by
 from varlab.cost.flops import parameter_counts
 from varlab.cost.plan import Layout, PlannedRun, memory
 from varlab.models import losses
@@ -61,46 +58,6 @@ def test_the_memory_of_a_step_is_predicted_within_5_percent(recompute, loss_chun
     layout = Layout(recompute=recompute, loss_chunks=loss_chunks)
     parts = memory(PlannedRun("run", var.sizes, 1000, 10, 6, precision, layout, tokenizer_params=0))
     assert sum(parts.values()) == pytest.approx(peak_gb(var, 6, precision, loss_chunks), rel=0.05)
-
-
-def test_activations_of_a_larger_network_lie_on_the_line():
-    for recompute in ("none", "selective", "all"):
-        var = VAR(depth=5, width=320, num_heads=5, drop_path=0.1, **SIZES).train()
-        for block in var.blocks:
-            block.recompute = recompute
-        planned = activation_bytes(var.sizes, "32-true", recompute) / 1e9
-        counted = (saved_by(var, 3, "32-true", 1) - saved_by(var, 2, "32-true", 1)) / 1e9
-        assert planned == pytest.approx(counted, rel=0.02), recompute
-
-
-def test_the_plan_of_the_paper_says_what_the_run_will_count(tmp_path, capsys):
-    train.run(config(tmp_path, "experiment=var_d16", "trainer=ddp", "plan=true"))
-    said = capsys.readouterr().out
-    assert "VAR of depth 16, width 1024, 310.3 M parameters" in said
-    assert "680 tokens per image" in said and "333,600 steps of 768 images = 256.2 M images = 200 epochs" in said
-    assert "896 GFLOP per image, 2.29e+20 FLOP in total" in said
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_the_plan_counts_with_the_tokenizer_and_data_given(tmp_path, capsys, var_overrides):
-    train.run(config(tmp_path, *var_overrides, "plan=true"))
-    said = capsys.readouterr().out
-    assert (
-        "30 tokens per image on maps of 1, 2, 3, 4" in said and "9 steps of 8 images" in said and "assumed" not in said
-    )
-
-
-def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
-    alone = ["experiment=var_d30", "trainer=gpu", "plan=true"]
-    with pytest.raises(
-        ValueError,
-        match=r"needs [\d.]+ GB of the 77.0 GB on each h100 .*: the cheapest layout that fits is trainer=gpu",
-    ):
-        train.run(config(tmp_path, *alone))
-    with pytest.raises(ValueError, match="does not fit 1 x h100 .80 GB. in any layout: use more devices"):
-        train.run(config(tmp_path, *alone, "model.depth=60"))
-    with pytest.raises(ValueError, match="planned_gpu='v100': choose one of a100, h100, h200"):
-        train.run(config(tmp_path, *alone, "planned_gpu=v100"))
 
 
 def test_sharding_divides_what_ddp_repeats():

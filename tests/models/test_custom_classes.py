@@ -1,11 +1,7 @@
 """Custom networks: those that the documentation shows, recorded, rebuilt, and refused where they are not what they say."""
 
-import sys
-from functools import partial
-
 import pytest
 import torch
-from support.docs import ROOT, code
 from support.networks import make_tokenizer, make_var
 from torch import nn
 
@@ -15,7 +11,6 @@ from varlab.models.custom_classes import RecordedModule, build, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
-from varlab.sampling.generate import generate
 
 SIZES = {
     "width": 32,
@@ -27,18 +22,8 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def page(tmp_path, monkeypatch):
-    """The page's files, importable by name."""
-    for title, text in code(ROOT / "docs/extend.md", "python"):
-        (tmp_path / title).write_text(text)
-        monkeypatch.delitem(sys.modules, title.removesuffix(".py"), raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    return __import__
-
-
-def test_the_signs_of_a_vector_name_the_nearest_corner(page):
-    quantizer = page("binary_spherical").BinarySphericalQuantizer([1, 2, 3, 4], bits=6)
+def test_the_signs_of_a_vector_name_the_nearest_corner(extend_page):
+    quantizer = extend_page("binary_spherical").BinarySphericalQuantizer([1, 2, 3, 4], bits=6)
     tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
     z = torch.randn(3, 50, 6)
     assert torch.equal(tokenizer.quantizer.nearest(z), MultiScaleQuantizer.nearest(tokenizer.quantizer, z))
@@ -48,10 +33,10 @@ def test_the_signs_of_a_vector_name_the_nearest_corner(page):
 
 
 @torch.no_grad()
-def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(page, labels):
+def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(extend_page, labels):
     plain, gated = (
         make_var().eval(),
-        page("gated_attention").GatedVAR(2, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval(),
+        extend_page("gated_attention").GatedVAR(2, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval(),
     )
     gated.load_state_dict(plain.state_dict(), strict=False)
     inputs = torch.randn(2, 29, 6)
@@ -69,27 +54,15 @@ def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(page, label
 
 
 @torch.no_grad()
-def test_an_argument_of_a_custom_network_survives_saving(page, tmp_path, labels):
-    gated = page("gated_attention").GatedVAR(2, gate_scale=5.0, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval()
+def test_an_argument_of_a_custom_network_survives_saving(extend_page, tmp_path, labels):
+    gated = (
+        extend_page("gated_attention").GatedVAR(2, gate_scale=5.0, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval()
+    )
     save_pretrained(tmp_path / "saved", make_tokenizer(), gated, None, {})
     var = load_pretrained(tmp_path / "saved")[1]
     assert type(var) is type(gated) and var.blocks[0].attention.gate_scale == 5.0
     inputs = torch.randn(2, 29, 6)
     assert torch.equal(var(inputs, labels), gated(inputs, labels))
-
-
-def test_a_custom_embedder_is_rebuilt_and_guides(page, tmp_path):
-    embedder = partial(page("vectors").VectorEmbedder, dim=5)
-    var = make_var(embedder=embedder).eval()
-    save_pretrained(tmp_path / "saved", make_tokenizer(), var, None, {})
-    tokenizer, again, _ = load_pretrained(tmp_path / "saved")
-    condition = torch.randn(3, 5)
-    plain = generate(again, tokenizer, condition, cfg_scale=0.0)
-    assert torch.equal(plain, generate(var, tokenizer, condition, cfg_scale=0.0))
-    assert not torch.equal(plain, generate(again, tokenizer, condition, cfg_scale=4.0))
-    assert not torch.equal(plain, generate(again, tokenizer, condition + 1, cfg_scale=0.0))
-    with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), VectorEmbedder takes \(5,\)"):
-        generate(again, tokenizer, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.networks import make_tokenizer
 
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import MultiScaleQuantizer, perplexity, rotated
 
 
 def quantizer(patch_nums=(1, 2, 3, 4), **kwargs) -> MultiScaleQuantizer:
@@ -120,19 +120,76 @@ def test_an_unknown_lookup_is_named():
         quantizer(lookup="dot")
 
 
-def test_images_of_another_size_are_refused_with_both_sizes(tokenizer):
-    with pytest.raises(ValueError, match=r"\(20, 20\).*\(16, 16\)"):
-        tokenizer.encode(torch.zeros(1, 3, 20, 20))
+def test_perplexity_counts_codes_in_use():
+    assert perplexity(torch.tensor([[5.0, 5, 5, 5], [7, 0, 0, 0]])).tolist() == pytest.approx([4, 1])
 
 
-def test_widths_that_do_not_divide_into_norm_groups_are_refused():
-    with pytest.raises(ValueError, match="num_groups=3"):
-        make_tokenizer(num_groups=3)
+def test_rotation_gives_the_codes_and_turns_the_gradient():
+    f, f_hat = torch.randn(2, 6, 3, 3, requires_grad=True), torch.randn(2, 6, 3, 3)
+    through = rotated(f, f_hat)
+    torch.testing.assert_close(through, f_hat)
+    wanted = torch.randn_like(f_hat)
+    through.backward(wanted)
+    ratio = f_hat.norm(dim=1) / f.detach().norm(dim=1)
+    torch.testing.assert_close(f.grad.norm(dim=1), ratio * wanted.norm(dim=1))
+    angle = (wanted * f_hat).sum(dim=1) / f_hat.norm(dim=1)
+    turned = (f.grad * f.detach()).sum(dim=1) / f.detach().norm(dim=1)
+    torch.testing.assert_close(turned, ratio * angle)  # along the code before, along the feature after
 
 
-@torch.no_grad()
-def test_the_filmstrip_ends_with_the_reconstruction(tokenizer):
-    token_maps = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
-    strip = tokenizer.filmstrip(token_maps)
-    assert torch.equal(strip[-1], tokenizer.decode(token_maps))
-    assert torch.equal(strip[1], tokenizer.decode(token_maps[:2]))
+def test_the_rotation_of_a_zero_map_stays_finite():
+    f = torch.zeros(1, 6, 2, 2, requires_grad=True)
+    rotated(f, torch.zeros(1, 6, 2, 2)).sum().backward()
+    assert torch.isfinite(f.grad).all()
+
+
+def test_scale_dropout_stops_some_images_and_only_while_training():
+    tokenizer = make_tokenizer(scale_dropout=0.5, dropout_from=1)
+    quantizer = tokenizer.quantizer.train()
+    last = quantizer.last_scales(4000, torch.device("cpu"))
+    assert last.min() == 1 and last.max() == 3
+    assert (last < 3).float().mean() == pytest.approx(0.5 * 2 / 3, abs=0.04)
+    f = torch.randn(64, 6, 4, 4)
+    torch.manual_seed(3)
+    dropped = quantizer(f)
+    torch.manual_seed(3)
+    last = quantizer.last_scales(64, torch.device("cpu"))
+    partial = quantizer.partial_sums(dropped.token_maps)
+    expected = torch.stack([partial[int(k)][i] for i, k in enumerate(last)])
+    torch.testing.assert_close(dropped.f_hat, expected)
+    quantizer.eval()
+    torch.testing.assert_close(quantizer(f).f_hat, quantizer.partial_sums(quantizer.encode(f))[-1])
+    with pytest.raises(ValueError, match="scale_dropout=2.0: give a fraction"):
+        make_tokenizer(scale_dropout=2.0)
+
+
+@pytest.mark.parametrize("lookup", ["l2", "cosine"])
+def test_distances_in_chunks_are_the_same(lookup, monkeypatch):
+    quantizer = make_tokenizer(lookup=lookup).quantizer
+    z = torch.randn(5, 9, 6)
+    whole = quantizer.nearest(z)
+    monkeypatch.setattr("varlab.models.quantizer.MAX_DISTANCES", 12 * 4)
+    assert torch.equal(whole, quantizer.nearest(z))
+    exact = torch.cdist(z.double(), quantizer.codebook.weight.double()[None]).argmin(dim=2)
+    assert lookup == "cosine" or torch.equal(whole, exact)
+
+
+@pytest.mark.parametrize("value", [1 / 255, 0.7, -1.0])
+def test_constant_images_are_coded(value):
+    tokenizer = make_tokenizer(gradient="rotation").train()
+    images = torch.full((4, 3, 16, 16), value)
+    output = tokenizer(images)
+    output.images.sum().backward()
+    assert torch.isfinite(output.images).all() and torch.isfinite(output.vq_loss)
+    assert all(torch.isfinite(p.grad).all() for p in tokenizer.parameters() if p.grad is not None)
+    assert torch.equal(tokenizer.encode(images)[3][0], tokenizer.encode(images)[3][1])
+
+
+def test_images_that_cannot_be_coded_are_refused():
+    tokenizer = make_tokenizer()
+    images = torch.zeros(1, 3, 16, 16)
+    images[0, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        tokenizer.encode(images)
+    with pytest.raises(ValueError, match=r"images are \(16, 20\) pixels; patch_nums .* need \(16, 16\)"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 20))

@@ -3,10 +3,12 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 from PIL import Image
 from scipy.io import savemat
 
@@ -76,3 +78,17 @@ def make_parquet(folder, names=None):
             table = pyarrow.table(columns).replace_schema_metadata(metadata)
             pyarrow.parquet.write_table(table, folder / f"{split}-{part}.parquet", row_group_size=2)
     return expected
+
+
+def make_photo(folder: Path) -> Path:
+    """A noisy image of 40 x 30 pixels."""
+    file = folder / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+def pattern(side: int, num: int = 2) -> torch.Tensor:
+    """Smooth images in [-1, 1], the same everywhere."""
+    x = torch.linspace(0, 6, side)
+    waves = torch.sin(x[:, None] * torch.arange(1, 3 * num + 1)[:, None, None] + x[None, :] * 2)
+    return waves.view(num, 3, side, side)

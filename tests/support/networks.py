@@ -43,3 +43,6 @@ def make_var(**sizes) -> VAR:
         "num_classes": 3,
     }
     return VAR(**{**defaults, "init_adaln_gamma": 0.5, "init_head": 1.0, **sizes})
+
+
+CLASS_NAMES = ["tench, Tinca tinca", "golden retriever", "tabby cat"]

@@ -1,15 +1,18 @@
 """Tiny training runs through the real configs."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
-from varlab.commands import train
+from varlab.commands import evaluate, sample, train
 from varlab.config import conf_dir
 
 TOKENIZER = [
@@ -92,3 +95,32 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def images_overrides(digits_folder):
     return [*TOKENIZER, *SHORT, f"data.path={digits_folder}", "data.resize_ratio=1.25", "data.random_flip=true"]
+
+
+def sample_settings(export_folder, out, *more):
+    return [f"checkpoint={export_folder}", f"out={out}", "num=7", "top_p=0.9", "film_rows=2", *more]
+
+
+def draw(export_folder, out, *more):
+    sample.run(config(out, *sample_settings(export_folder, out, *more), verb="sample"))
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((out / "images").iterdir())}
+
+
+def wandb_records(folder: Path) -> list[dict]:
+    """All that W&B wrote for the runs in a folder, by its own reader."""
+    found = []
+    for run in sorted(folder.glob("offline-run-*")):
+        answer = subprocess.run(
+            ["wandb", "leet", "inspect", str(run), "--json"], capture_output=True, text=True, check=True,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        found += [json.loads(line) for line in answer.stdout.splitlines() if line.strip()]
+    return found
+
+
+def score(tmp_path, *settings):
+    evaluate.run(config(tmp_path, f"out={tmp_path / 'scores'}", "batch_size=8", *settings, verb="evaluate"))
+
+
+def ledger(tmp_path):
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/sweep/*/job.json"))}

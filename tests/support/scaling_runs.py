@@ -55,3 +55,14 @@ def make_runs(folder, depths=(1, 2, 3, 4), budgets=(38400,), noise=0.0, **change
 def scale(folder, source, *overrides):
     given = [f"source={source}", f"out={folder / 'fit'}", "bootstraps=50"]
     scaling.run(config(folder, *given, *overrides, verb="scaling"))
+
+
+def noisy_run(seed: int, offset: float = 0.0, from_step: int = 0) -> dict[str, dict[int, float]]:
+    """A falling loss and a gradient norm, noisy; the loss lies off from some step on."""
+    random = np.random.default_rng(seed)
+    level = 0.02 * random.standard_normal()
+    steps = range(0, 2000, 10)
+    loss = {
+        i: 5 * (i + 50) ** -0.2 + level + 0.02 * random.standard_normal() + offset * (i >= from_step) for i in steps
+    }
+    return {"train/loss": loss, "train/grad_norm": {i: 1 + 0.1 * random.standard_normal() for i in steps}}

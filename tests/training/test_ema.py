@@ -1,12 +1,18 @@
 """The exponential moving average of the weights."""
 
+import json
 from unittest.mock import Mock
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from support.runs import (
+    fit,
+    weights,
+)
 from torch import nn
 
+from varlab.checkpoints.load import load
 from varlab.training.ema import EMA
 
 
@@ -59,3 +65,29 @@ def test_a_batch_that_only_accumulates_changes_nothing():
 def test_a_decay_out_of_range_is_named(decay):
     with pytest.raises(ValueError, match=f"EMA decay={decay}: must be between 0 and 1"):
         EMA(decay)
+
+
+def test_averaged_weights_validate_and_are_loaded(tmp_path, var_overrides):
+    fit(tmp_path, *var_overrides, "callbacks.ema={_target_:varlab.training.ema.EMA,decay:0.5}")
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    name = "net.head.weight"
+    assert not torch.equal(saved["ema"][name], saved["state_dict"][name])
+    assert torch.equal(load(tmp_path / "checkpoints/last.ckpt")[1].head.weight, saved["ema"][name])
+    assert torch.equal(
+        load(tmp_path / "checkpoints/last.ckpt", use_ema=False)[1].head.weight, saved["state_dict"][name]
+    )
+
+
+AVERAGED = ["callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9}"]
+
+
+def test_raw_weights_are_validated_beside_their_average(tmp_path, still):
+    beside = "callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9, is_raw_validated: true}"
+    fit(tmp_path / "both", *still, beside)
+    fit(tmp_path / "average", *still, *AVERAGED)
+    fit(tmp_path / "raw", *still)
+    both, average, raw = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "average", "raw"))
+    assert both["val_loss"] == average["val_loss"] != raw["val_loss"] == both["val_raw_loss"]
+    assert both["val_raw_err_last"] == raw["val_err_last"]
+    for (name, a), b in zip(weights(tmp_path / "both").items(), weights(tmp_path / "raw").values(), strict=True):
+        assert torch.equal(a, b), name

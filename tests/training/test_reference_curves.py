@@ -4,9 +4,8 @@ import csv
 
 import numpy as np
 import pytest
-from support.runs import fit
+from support.scaling_runs import noisy_run
 
-from varlab.commands.doctor import main
 from varlab.training.reference_curves import (
     band,
     compare_to_bands,
@@ -19,42 +18,31 @@ from varlab.training.reference_curves import (
 )
 
 
-def run(seed: int, offset: float = 0.0, from_step: int = 0) -> dict[str, dict[int, float]]:
-    """A falling loss and a gradient norm, noisy; the loss lies off from some step on."""
-    random = np.random.default_rng(seed)
-    level = 0.02 * random.standard_normal()
-    steps = range(0, 2000, 10)
-    loss = {
-        i: 5 * (i + 50) ** -0.2 + level + 0.02 * random.standard_normal() + offset * (i >= from_step) for i in steps
-    }
-    return {"train/loss": loss, "train/grad_norm": {i: 1 + 0.1 * random.standard_normal() for i in steps}}
-
-
 @pytest.fixture
 def bands():
-    return band([run(seed) for seed in range(3)])
+    return band([noisy_run(seed) for seed in range(3)])
 
 
 def test_most_runs_of_the_same_kind_lie_in_the_band():
     """Five fresh runs for each of 30 bands of three runs, both metrics."""
     comparisons = []
     for first in range(0, 240, 8):
-        bands = band([run(first + i) for i in range(3)])
-        comparisons += [comparison for i in range(3, 8) for comparison in compare_to_bands(run(first + i), bands)]
+        bands = band([noisy_run(first + i) for i in range(3)])
+        comparisons += [comparison for i in range(3, 8) for comparison in compare_to_bands(noisy_run(first + i), bands)]
     assert sum(comparison.is_normal for comparison in comparisons) / len(comparisons) > 0.9
 
 
 def test_a_run_that_leaves_the_band_is_named_with_side_step_and_reason(bands):
-    (loss,) = [v for v in compare_to_bands(run(7, offset=0.5, from_step=1000), bands) if not v.is_normal]
+    (loss,) = [v for v in compare_to_bands(noisy_run(7, offset=0.5, from_step=1000), bands) if not v.is_normal]
     assert (loss.metric, loss.side) == ("train/loss", "above")
     assert loss.first_outside == pytest.approx(1000, abs=60) and 0.4 < loss.share_inside < 0.6
     assert "learning rate" in reason(loss)
-    (loss,) = [v for v in compare_to_bands(run(8, offset=-0.5), bands) if v.metric == "train/loss"]
+    (loss,) = [v for v in compare_to_bands(noisy_run(8, offset=-0.5), bands) if v.metric == "train/loss"]
     assert loss.side == "below" and loss.share_inside < 0.05 and "easier task" in reason(loss)
 
 
 def test_a_loss_that_is_not_a_number_is_out_of_band(bands):
-    broken = run(3)
+    broken = noisy_run(3)
     broken["train/loss"] = {step: value if step < 500 else np.nan for step, value in broken["train/loss"].items()}
     assert [v.metric for v in compare_to_bands(broken, bands) if not v.is_normal] == ["train/loss"]
 
@@ -82,22 +70,6 @@ def test_the_shipped_references_are_whole():
         for metric, lies in read_band(file).items():
             assert (lies.low <= lies.mean).all() and (lies.mean <= lies.high).all(), (file, metric)
             assert (np.diff(lies.steps) > 0).all() or len(lies.steps) == 1
-
-
-def test_a_run_is_compared_from_its_folder(tmp_path, var_overrides, capsys, monkeypatch):
-    """A tiny run is not a run of the demo: the reference is given, the differing settings are named."""
-    fit(tmp_path / "run", *var_overrides)
-    (tmp_path / "run/.hydra").mkdir()
-    (tmp_path / "run/.hydra/config.yaml").write_text("steps: 9\nmodule: {base_lr: 0.5}\n")
-    said = report(tmp_path / "run", references() / "var_digits.csv")
-    assert "steps=9 (reference 1200)" in said and "module.base_lr=0.5 (reference 0.002)" in said
-    assert "metrics" in said and (tmp_path / "run/doctor.png").read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr("sys.argv", ["varlab", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match=r"varlab doctor: .*metrics.csv holds no curves"):
-        main()
-    monkeypatch.setattr("sys.argv", ["varlab", str(tmp_path / "run")])
-    with pytest.raises(SystemExit, match=r"hydra.yaml is missing, so the experiment of the run is unknown"):
-        main()
 
 
 def test_an_imagenet_run_is_held_against_published_facts_marked_as_such(tmp_path):

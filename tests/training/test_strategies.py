@@ -1,27 +1,27 @@
 """Ways of training that change nothing about the result: sharded, recomputed, compiled, in bf16, stopped and moved."""
 
-import csv
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
-from support.networks import PATCH_NUMS, make_var
+from support.networks import make_var
 from support.runs import command, config, fit, kill_at, log_to, logged_losses, weights
 
 from varlab.checkpoints.load import load, read_checkpoint
 from varlab.commands import export
-from varlab.training.schedules import Cosine, Progressive, TwoSlopes
 
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+
+
 FSDP = ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"]
-EMA = ["callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9}"]
+
+
+AVERAGED = ["callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9}"]
 
 
 def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
@@ -40,8 +40,8 @@ def same(a: Path, b: Path, rtol: float = 1e-3) -> None:
 
 def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
     """FSDP2 on two processes until step 3, one process until 6, FSDP2 again: all as in one process throughout."""
-    fit(tmp_path / "whole", *still, *EMA, *log_to(tmp_path / "whole.log"))
-    moved = [tmp_path / "moved", *still, *EMA, *log_to(tmp_path / "moved.log"), "ckpt_path=last"]
+    fit(tmp_path / "whole", *still, *AVERAGED, *log_to(tmp_path / "whole.log"))
+    moved = [tmp_path / "moved", *still, *AVERAGED, *log_to(tmp_path / "moved.log"), "ckpt_path=last"]
     command(*moved, *FSDP, *kill_at(5), processes=2)
     assert (tmp_path / "moved/checkpoints/last.ckpt/.metadata").is_file()
     command(*moved, *kill_at(7))
@@ -52,7 +52,7 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
     assert list((tmp_path / "moved/pictures").glob("samples-*.png"))
     folder, file = tmp_path / "moved/checkpoints/last.ckpt", tmp_path / "one.ckpt"
     export.run(config(tmp_path, f"checkpoint={folder}", "to=checkpoint", f"out={file}", verb="export"))
-    fit(tmp_path / "on", *still, *EMA, f"ckpt_path={file}", "steps=12", *log_to(tmp_path / "on.log"))
+    fit(tmp_path / "on", *still, *AVERAGED, f"ckpt_path={file}", "steps=12", *log_to(tmp_path / "on.log"))
     assert sorted(logged_losses(tmp_path / "on.log")) == [10, 11, 12]
     _, var, _ = load(tmp_path / "moved/checkpoints/last.ckpt")  # as it is, from its folder
     assert torch.equal(
@@ -64,8 +64,8 @@ def test_a_run_goes_from_sharded_to_unsharded_and_back(tmp_path, still):
 
 
 def test_a_sharded_run_can_write_one_file(tmp_path, still):
-    fit(tmp_path / "whole", *still, *EMA)
-    one_file = [*still, *EMA, *FSDP, "trainer.strategy.save_distributed_checkpoint=false"]
+    fit(tmp_path / "whole", *still, *AVERAGED)
+    one_file = [*still, *AVERAGED, *FSDP, "trainer.strategy.save_distributed_checkpoint=false"]
     finished = command(tmp_path / "file", *one_file, processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert (tmp_path / "file/checkpoints/last.ckpt").is_file()
@@ -212,24 +212,6 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, still):
     assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "killed.log")
 
 
-def test_the_best_checkpoints_are_kept_by_validation_loss(tmp_path, still):
-    fit(tmp_path, *still, "val_every=2", "callbacks.best.save_top_k=3")
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["best-0000004.ckpt", "best-0000006.ckpt", "best-0000008.ckpt", "last.ckpt"]  # the loss falls
-
-
-def test_raw_weights_are_validated_beside_their_average(tmp_path, still):
-    beside = "callbacks.ema={_target_: varlab.training.ema.EMA, decay: 0.9, is_raw_validated: true}"
-    fit(tmp_path / "both", *still, beside)
-    fit(tmp_path / "average", *still, *EMA)
-    fit(tmp_path / "raw", *still)
-    both, average, raw = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "average", "raw"))
-    assert both["val_loss"] == average["val_loss"] != raw["val_loss"] == both["val_raw_loss"]
-    assert both["val_raw_err_last"] == raw["val_err_last"]
-    for (name, a), b in zip(weights(tmp_path / "both").items(), weights(tmp_path / "raw").values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_path, still):
     fit(tmp_path / "whole", *still, *log_to(tmp_path / "whole.log"))
@@ -258,69 +240,3 @@ def test_the_signal_before_the_time_limit_puts_a_slurm_job_back_into_the_queue(t
     queue = {"SLURM_JOB_ID": "4711", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert command(tmp_path / "run", *warned, **queue).returncode == 75
     assert (tmp_path / "said").read_text() == "requeue 4711\n"
-
-
-PROGRESSIVE = Progressive(share=0.5, first_scales=1)
-
-
-def test_scales_enter_one_by_one_as_released():
-    """Against the rule as the specification writes it, step by step."""
-    total, warmup, num_scales = 1000, 20, 10
-    progressive, in_stage, before = Progressive(share=0.4, first_scales=4), 0, None
-    seen = []
-    for step in range(total):
-        stage = 4 + round((9 - 4) * (step - warmup) / (0.4 * total - warmup))
-        stage = 4 if step <= warmup else 9 if step >= 0.4 * total else stage
-        in_stage = in_stage + 1 if stage == before else 0
-        before = stage
-        weight = 1.0 if stage == 4 else min(max(in_stage / (total / 300), 0.01), 1.0)
-        assert progressive.stage(step, total, warmup, num_scales) == (stage + 1, pytest.approx(weight)), step
-        seen.append(stage)
-    assert seen[0] == 4 and sorted(set(seen)) == [4, 5, 6, 7, 8, 9]
-
-
-def test_progressive_training_takes_the_released_schedule():
-    assert PROGRESSIVE.schedule(Cosine(warmup=0.1)) == TwoSlopes(warmup=0.1, knee=0.5)
-    with pytest.raises(ValueError, match=r"progressive.share=1.5: give a fraction of the run between 0 and 1"):
-        Progressive(share=1.5)
-
-
-def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, still):
-    """The first step sees 1 + 4 of 30 tokens, each with weight 1/30, and costs the FLOPs of those."""
-    gradual = "module.progressive={_target_: varlab.training.schedules.Progressive, share: 0.5, first_scales: 1}"
-    fit(tmp_path / "gradual", *still, gradual, *log_to(tmp_path / "gradual.log"))
-    fit(tmp_path / "plain", *still, *log_to(tmp_path / "plain.log"))
-    first, plain = (float.fromhex(logged_losses(tmp_path / f"{name}.log")[1]) for name in ("gradual", "plain"))
-    assert first == pytest.approx(plain * 5 / 30, rel=0.02)  # all tokens cost ln V at the start
-    rows = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("gradual", "plain")]
-    assert rows[0]["tokens_seen"] < rows[1]["tokens_seen"] and rows[0]["flops_exact"] < rows[1]["flops_exact"]
-    seen = [PROGRESSIVE.stage(step, 9, 0, len(PATCH_NUMS))[0] for step in range(9)]
-    assert rows[0]["tokens_seen"] == 8 * sum(sum(pn * pn for pn in PATCH_NUMS[:n]) for n in seen)
-    killed = command(
-        tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), *kill_at(4), "ckpt_path=last"
-    )
-    assert killed.returncode == -9
-    fit(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
-    assert logged_losses(tmp_path / "gradual.log") == logged_losses(tmp_path / "killed.log")
-
-
-def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
-    spike = "+callbacks.poison={_target_: support.fault_callbacks.Grow, step: 7, factor: 1000.0}"
-    fit(tmp_path, *still, spike)
-    assert any(
-        "step 7: the gradient norm is" in record.message and "usually" in record.message for record in caplog.records
-    )
-    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Health"]
-    assert saved["num_spikes"] == 1
-
-
-def test_a_loss_scale_that_vanishes_ends_the_run(tmp_path, still, monkeypatch):
-    """16-mixed needs a GPU: here a scaler is put beside the precision of a CPU run."""
-    scale = [1024.0]
-    monkeypatch.setattr(Precision, "scaler", SimpleNamespace(get_scale=lambda: scale[0]), raising=False)
-    fit(tmp_path / "fine", *still)
-    rows = list(csv.DictReader((tmp_path / "fine/metrics.csv").open()))
-    assert {row["train/grad_scaler_scale"] for row in rows} - {""} == {"1024.0"}
-    scale[0] = 1e-6
-    with pytest.raises(ValueError, match="the scale of 16-mixed's gradient scaler fell to 1e-06"):
-        fit(tmp_path / "vanished", *still)

@@ -79,7 +79,7 @@ class LogImages(Callback):
                 logger.log_image(name, [image])
 
 
-class Mirror(Callback):
+class WandbArtifacts(Callback):
     """Sends W&B what is not a curve: data and tokenizer as artifacts (manifest and path), a table of the loss by scale,
     and `run.json` as the summary."""
 

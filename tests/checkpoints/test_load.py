@@ -1,0 +1,76 @@
+"""One way to load, and what it refuses."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from varlab.checkpoints.export_folder import tokenizer_fingerprint
+from varlab.checkpoints.formats import upgrade_checkpoint
+from varlab.checkpoints.load import load, load_any, load_tokenizer, read_checkpoint
+from varlab.models.custom_classes import build
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.var import VAR
+
+
+class Hostile:
+    """Would touch a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "evil.ckpt"])
+def test_a_hostile_file_is_refused_unread(name, tmp_path):
+    marker = tmp_path / "was-here"
+    torch.save({"state_dict": Hostile(marker)}, tmp_path / name)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(marker)))
+    for file in (tmp_path / name, tmp_path / "plain.pth"):
+        with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values, or it is damaged"):
+            load_any(file)
+        with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values"):
+            load_tokenizer(file)
+    assert not marker.exists()
+
+
+OLD = Path(__file__).parents[1] / "fixtures/v0.1.0"
+
+
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["var.ckpt", "var_sharded.ckpt"])
+def test_a_checkpoint_holds_the_networks_it_held(name):
+    tokenizer, var, class_names = load(OLD / name)
+    assert tokenizer_fingerprint(tokenizer) == EXPECTED["tokenizer_fingerprint"]
+    assert (var.depth, var.width, var.num_heads, len(class_names)) == (2, 16, 2, 10)
+    assert read_checkpoint(OLD / name)["varlab"]["format"] == 2
+
+
+def test_a_custom_class_of_0_1_keeps_its_name():
+    entry = {"format": 1, "class_names": None, "tokenizer_fingerprint": "", **dict.fromkeys(("tokenizer", "var"))}
+    old = load(OLD / "var.ckpt")
+    flat = {
+        "patch_nums": [1, 2, 3, 4], "codebook_size": 12, "codebook_dim": 6, "channels": 4, "channel_mult": [1, 2, 2], "num_blocks": 1,
+        "num_groups": 4, "num_phis": 4, "phi_ratio": 0.5, "lookup": "l2", "beta": 0.25, "dropout": 0.0,
+    }  # fmt: skip
+    entry |= {"tokenizer": flat, "var": {**old[1].sizes, "class": "nowhere.Net"}}
+    upgraded = upgrade_checkpoint({"varlab": entry, "state_dict": {"net.class_embedding.weight": 1}})
+    assert upgraded["state_dict"] == {"net.embedder.embedding.weight": 1}
+    assert type(build(MSVQVAE, upgraded["varlab"]["tokenizer"])) is MSVQVAE
+    with pytest.raises(ValueError, match="holds nowhere.Net, which cannot be imported"):
+        build(VAR, upgraded["varlab"]["var"])
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, var_overrides, tokenizer_run):
+    junk = tmp_path / "junk.ckpt"
+    junk.write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match=r"junk.ckpt is not a checkpoint"):
+        load_tokenizer(junk)
+    with pytest.raises(ValueError, match="holds a tokenizer only"):
+        load(tokenizer_run / "checkpoints/last.ckpt")

@@ -1,0 +1,105 @@
+"""From bytes to the square that a network sees."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.shards import digits
+
+from varlab.data import images as image_data
+from varlab.data import shards as format
+from varlab.data import write_shards as packing
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, open_rgb, preprocess
+from varlab.data.order import SampleRequest
+from varlab.data.sources.items import Item
+
+
+def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplog):
+    source = digits(40)
+    items = source.splits["train"]
+    items[7] = Item(items[7].label, "png", content=b"no image")
+    packing.pack(source, tmp_path, shard_images=20, seed=0)
+    reader = format.ShardReader(tmp_path, "train")
+    bad = next(i for i in range(40) if reader.read(i) == b"no image")
+    dataset = ImageDataset(reader, 16, 1.0, random_crop=False, random_flip=False)
+    batch = dataset.__getitems__([SampleRequest(i, 0, True) for i in range(40)])
+    assert batch.skipped.tolist() == [int(i == bad) for i in range(40)]
+    assert np.array_equal(batch.images[bad], batch.images[(bad + 1) % 40])
+    assert batch.condition[bad] == reader.labels[(bad + 1) % 40]
+    assert "cannot be decoded" in caplog.text
+    assert len(batch.condition) == 40
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 61), (100, 33), (16, 16), (5, 9), (3, 400)])
+@pytest.mark.parametrize("crop", [Crop(), Crop(0.0, 0.0), Crop(1.0, 1.0, is_flipped=True)])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_preprocessing_is_flip_resize_crop(size, crop, has_kernel, monkeypatch):
+    """Pillow's resize of the whole image, then the cut, is the reference for torch's kernel and for resizing the cut only."""
+    if has_kernel and not image_data.HAS_LANCZOS:
+        pytest.skip("this torch has no Lanczos kernel")
+    monkeypatch.setattr(image_data, "HAS_LANCZOS", has_kernel)
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((size[0], size[1]), Image.Resampling.BOX)
+    ours = preprocess(image, 16, 1.125, crop).astype(int)
+    if crop.is_flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    width, height = (max(18, round(side * 18 / min(size))) for side in size)
+    top, left = round(crop.top * (height - 16)), round(crop.left * (width - 16))
+    whole = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    difference = np.abs(ours - whole[top : top + 16, left : left + 16])
+    assert difference[3:-3, 3:-3].max() <= (2 if has_kernel else 1)
+    assert difference.mean() < 1
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample_alone(digits_folder):
+    dataset = ImageDataset(
+        format.ShardReader(digits_folder, "train"), 16, 1.5, random_crop=True, random_flip=True, seed=1
+    )
+    crops = {dataset.crop_of(SampleRequest(sample, epoch, True)) for sample in range(20) for epoch in range(20)}
+    assert len(crops) == 400
+    assert {crop.is_flipped for crop in crops} == {True, False}
+    assert dataset.crop_of(SampleRequest(3, 4, True)) == dataset.crop_of(SampleRequest(3, 4, True))
+
+
+def test_more_replaced_images_than_allowed_stop_the_run(digits_folder):
+    data = ImageDataModule(str(digits_folder), 16, 8, num_workers=0, max_skipped_share=0.05)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+
+    class Training:
+        training = True
+
+    data.trainer = Training()
+    data.on_before_batch_transfer(batch._replace(skipped=batch.skipped + 0), 0)
+    data.on_before_batch_transfer(
+        batch._replace(skipped=batch.skipped.index_fill(0, batch.condition.new_tensor([0, 1]), 1)), 0
+    )
+    assert data.skipped == 2
+    with pytest.raises(ValueError, match=r"3 images could not be read, but max_skipped_share=0.05 allows 2 of 48"):
+        data.on_before_batch_transfer(
+            batch._replace(skipped=batch.skipped.index_fill(0, batch.condition.new_tensor([0]), 1)), 0
+        )
+
+
+def saved(image, kind, **kwargs) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return open_rgb(Image.open(io.BytesIO(buffer.getvalue())))
+
+
+def test_odd_images_become_upright_rgb():
+    assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "jpeg").getpixel((1, 1))[0] > 200
+    gray = Image.fromarray(np.full((3, 3), 51400, dtype=np.uint16))
+    assert saved(gray, "png").getpixel((0, 0)) == (200, 200, 200)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert saved(clear, "png").getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("LA", (2, 2), (0, 128))
+    assert saved(half, "png").getpixel((0, 0))[0] == pytest.approx(127, abs=1)
+    frames = [Image.new("RGB", (5, 5), color) for color in ("red", "blue")]
+    assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    assert saved(Image.new("RGB", (8, 4)), "jpeg", exif=exif).size == (4, 8)
+    pixel = preprocess(saved(Image.new("RGB", (1, 1), (9, 9, 9)), "png"), 16, 1.125, Crop())
+    assert pixel.shape == (16, 16, 3) and (pixel == 9).all()

@@ -1,0 +1,49 @@
+"""Conditions, and their absence."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.networks import CLASS_NAMES, make_tokenizer, make_var
+
+from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
+from varlab.pipeline import label_of
+from varlab.sampling.generate import generate
+
+
+def test_classes_go_by_name_or_number_and_unknown_ones_list_the_nearest():
+    assert [label_of(label, CLASS_NAMES, 3) for label in ("Golden Retriever", "tinca tinca", "2", 1, 3)] == [
+        1,
+        0,
+        2,
+        1,
+        3,
+    ]
+    with pytest.raises(ValueError, match="no class is called 'golden retreiver': the nearest are 'golden retriever'"):
+        label_of("golden retreiver", CLASS_NAMES, 3)
+    with pytest.raises(ValueError, match="label 9 is out of range: there are 3 classes, 0..2"):
+        label_of(9, CLASS_NAMES, 3)
+    with pytest.raises(ValueError, match="label 77 is out of range"):
+        label_of("77", CLASS_NAMES, 3)
+
+
+def test_labels_are_dropped_in_training_only():
+    var, labels = make_var(label_dropout=0.25), torch.zeros(4000, dtype=torch.long)
+    dropped = var.train().embedder.drop(labels)
+    assert set(dropped.tolist()) == {0, var.null_label}
+    assert (dropped == var.null_label).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(var.eval().embedder.drop(labels), labels)
+
+
+def test_a_custom_embedder_is_rebuilt_and_guides(extend_page, tmp_path):
+    embedder = partial(extend_page("vectors").VectorEmbedder, dim=5)
+    var = make_var(embedder=embedder).eval()
+    save_pretrained(tmp_path / "saved", make_tokenizer(), var, None, {})
+    tokenizer, again, _ = load_pretrained(tmp_path / "saved")
+    condition = torch.randn(3, 5)
+    plain = generate(again, tokenizer, condition, cfg_scale=0.0)
+    assert torch.equal(plain, generate(var, tokenizer, condition, cfg_scale=0.0))
+    assert not torch.equal(plain, generate(again, tokenizer, condition, cfg_scale=4.0))
+    assert not torch.equal(plain, generate(again, tokenizer, condition + 1, cfg_scale=0.0))
+    with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), VectorEmbedder takes \(5,\)"):
+        generate(again, tokenizer, torch.randn(3, 4))

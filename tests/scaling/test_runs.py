@@ -1,0 +1,57 @@
+"""Which runs are fitted together."""
+
+import pytest
+from support.scaling_runs import make_runs, scale
+
+from varlab.scaling.runs import collect, read_table, write_csv
+
+
+def test_an_unfinished_run_is_left_out_or_used_up_to_where_it_came(tmp_path, capsys):
+    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), state="failed", val_loss=9.0)
+    scale(tmp_path, tmp_path / "sweep")
+    printed = capsys.readouterr().out
+    assert "d1-38400 (depth 1, failed at step 10): left out" in printed
+    assert "4 runs, depths [2, 3, 4, 5]" in printed
+    (tmp_path / "sweep/d1-38400/metrics.csv").write_text(
+        "step,val/loss,val/loss_last,val/err,count/images_seen,count/flops_exact\n7,8.0,8.1,90,26880,1e9\n"
+    )
+    used = collect([str(tmp_path / "sweep")], use_unfinished=True)
+    row = next(row for row in used.rows if row["depth"] == 1)
+    assert (row["step"], row["val_loss"], row["images_seen"], row["flops_exact"]) == (7, 8.0, 26880, 1e9)
+    assert "used up to step 7" in used.left_out[0]
+
+
+def test_a_run_whose_loss_is_not_finite_is_left_out(tmp_path):
+    make_runs(tmp_path / "sweep", val_loss=float("nan"))
+    runs = collect([str(tmp_path / "sweep")])
+    assert len(runs.rows) == 3 and "not finite" in runs.left_out[0]
+
+
+def test_raster_networks_are_fitted_by_themselves(tmp_path):
+    make_runs(tmp_path / "sweep", order="raster")
+    assert [row["depth"] for row in collect([str(tmp_path / "sweep")]).rows] == [2, 3, 4]
+    assert [row["depth"] for row in collect([str(tmp_path / "sweep")], order="raster").rows] == [1]
+
+
+def test_several_sources_make_one_table_each_run_once(tmp_path):
+    make_runs(tmp_path / "a", depths=(1, 2))
+    make_runs(tmp_path / "b", depths=(2, 3, 4))
+    runs = collect([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [row["depth"] for row in runs.rows] == [1, 2, 3, 4] and len(runs.curves) == 8
+    with pytest.raises(ValueError, match="nowhere holds no VAR runs"):
+        collect([str(tmp_path / "a"), str(tmp_path / "nowhere")])
+
+
+def test_the_table_survives_a_round_trip(tmp_path):
+    rows = [
+        {
+            "run_id": "00012e34",
+            "name": "a",
+            "val_loss": 1.5,
+            "patch_nums": [1, 2],
+            "git_commit": None,
+            "sizes": {"a": 1},
+        }
+    ]
+    write_csv(rows, tmp_path / "runs.csv")
+    assert read_table(tmp_path / "runs.csv") == rows
