@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from data import decoding_contenders, make_photos, token_contender
-from measure import Ceilings, Contender, compete, machine, save, timed
+from measure import Candidate, Ceilings, benchmark, machine, save, timed
 from released import released_tokenizer, released_var
 from show import show
 
@@ -82,14 +82,14 @@ class Bench:
         torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
         return tokenizer.eval().requires_grad_(False)
 
-    def training(self) -> Iterator[list[Contender]]:
+    def training(self) -> Iterator[list[Candidate]]:
         """A training step from cached tokens (forward, loss, backward, clip, AdamW), and one from images."""
         for name in self.given.trained:
             yield self.training_of(int(name[1:]), self.given.batch, from_images=False)
         name = self.given.trained[0]
         yield self.training_of(int(name[1:]), self.given.batch, from_images=True)
 
-    def training_of(self, depth: int, batch: int, from_images: bool) -> list[Contender]:
+    def training_of(self, depth: int, batch: int, from_images: bool) -> list[Candidate]:
         """Contenders for one network; the learning rate is 0, so that all do the same work in every step."""
         tokenizer = self.tokenizer(FULL, 160)
         first = VAR(depth, FULL, 4096, 32, 1000, drop_path=0.0, label_dropout=0.0, init_adaln_gamma=0.5, init_head=1.0)
@@ -149,7 +149,7 @@ class Bench:
                 with torch.no_grad():
                     print(f"d{depth} {code} {precision}: loss {float(loss_of(net, precision)):.5f}", flush=True)
                 found.append(
-                    Contender(
+                    Candidate(
                         what="step from images" if from_images else "step from tokens",
                         network=f"d{depth}, batch {batch}",
                         code=code,
@@ -163,7 +163,7 @@ class Bench:
                 )
         return found
 
-    def memory(self) -> Iterator[list[Contender]]:
+    def memory(self) -> Iterator[list[Candidate]]:
         """The same step with fewer activations kept for the backward pass."""
         name, batch, precision = self.given.trained[-1], self.given.batch, self.base
         labels = torch.arange(batch, device=self.device)
@@ -195,12 +195,12 @@ class Bench:
                 block.recompute = recompute
             optimizer = torch.optim.AdamW(parameter_groups(net), lr=0.0, fused=True)
             run, flops = partial(step, net, optimizer, chunks), training_flops(net.sizes)
-            contender = Contender("memory for time", f"{name}, batch {batch}", code, precision, run, batch)
-            found.append(replace(contender, flops=flops * batch, is_reference=code == "all kept"))
+            candidate = Candidate("memory for time", f"{name}, batch {batch}", code, precision, run, batch)
+            found.append(replace(candidate, flops=flops * batch, is_reference=code == "all kept"))
         yield found
 
     @torch.no_grad()
-    def tokenizing(self) -> Iterator[list[Contender]]:
+    def tokenizing(self) -> Iterator[list[Candidate]]:
         """Encoding and decoding 256 px images, 109M parameters."""
         batch = self.given.coded
         ours = self.tokenizer(FULL, 160)
@@ -229,7 +229,7 @@ class Bench:
         flops = tokenizer_flops(ours)
         for what, by_code in runs.items():
             yield [
-                Contender(
+                Candidate(
                     what=what,
                     network=f"256 px, batch {batch}",
                     code=code,
@@ -244,7 +244,7 @@ class Bench:
                 if (what, code, precision) != ("encode", "released", "bf16")  # it fails when it adds bf16 to fp32
             ]
 
-    def sampling(self) -> Iterator[list[Contender]]:
+    def sampling(self) -> Iterator[list[Candidate]]:
         """Sampling images of classes with guidance, including the decoder."""
         for name in self.given.sampled:
             depth, patch_nums, channels = (2, (1, 2, 3, 4), 32) if name == "tiny" else (int(name[1:]), FULL, 160)
@@ -285,7 +285,7 @@ class Bench:
         network_flops = 2 * training_flops(var.sizes) / 3
         flops = network_flops + tokenizer_flops(tokenizer)["decode"]
         return [
-            Contender(
+            Candidate(
                 what="sampling",
                 network=f"{name}, batch {batch}",
                 code=code,
@@ -299,18 +299,18 @@ class Bench:
             for code, run in runs.items()
         ]
 
-    def data(self) -> Iterator[list[Contender]]:
+    def data(self) -> Iterator[list[Candidate]]:
         """Reading images from shards and token batches, in one process."""
         with tempfile.TemporaryDirectory() as folder:
             counts, runs = decoding_contenders(Path(folder))
             yield [
-                Contender(
+                Candidate(
                     "read images", "500x375 to 256", code, "fp32", run, counts[code], is_reference="plain" in code
                 )
                 for code, run in runs.items()
             ]
         run, count = token_contender()
-        yield [Contender("read tokens", "680 tokens", "varlab, from memory", "fp32", run, count, "sequences")]
+        yield [Candidate("read tokens", "680 tokens", "varlab, from memory", "fp32", run, count, "sequences")]
 
     def start(self) -> list[dict[str, Any]]:
         """Seconds of the help commands and of a run of one training step, each in its own process."""
@@ -357,7 +357,7 @@ def measure_part(given: argparse.Namespace, part: str) -> list[dict[str, Any]]:
     comparisons = {
         "training": bench.training, "memory": bench.memory, "tokenizer": bench.tokenizing, "sampling": bench.sampling, "data": bench.data,
     }[part]  # fmt: skip
-    return rows + [row for contenders in comparisons() for row in compete(contenders, given.device, ceilings)]
+    return rows + [row for candidates in comparisons() for row in benchmark(candidates, given.device, ceilings)]
 
 
 def main() -> None:

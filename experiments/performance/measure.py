@@ -19,9 +19,9 @@ GB = 1e9
 
 
 @dataclass
-class Contender:
+class Candidate:
     """One implementation of a task. `run` does it once, for `count` units at `flops` FLOPs; ratios are relative to the
-    contender for the same task and network that is marked `is_reference`."""
+    candidate for the same task and network that is marked `is_reference`."""
 
     what: str
     network: str
@@ -125,31 +125,31 @@ class Ceilings:
         return cls(flops, 2 * x.nbytes / min(interleaved({0: lambda: y.copy_(x)}, device)[0]))
 
 
-def compete(contenders: list[Contender], device: str, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """Times contenders in turn; returns one row each."""
-    seconds = interleaved({i: contender.run for i, contender in enumerate(contenders)}, device)
+def benchmark(candidates: list[Candidate], device: str, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """Times candidates in turn; returns one row each."""
+    seconds = interleaved({i: candidate.run for i, candidate in enumerate(candidates)}, device)
     medians = {i: statistics.median(values) for i, values in seconds.items()}
-    reference = next((medians[i] for i, contender in enumerate(contenders) if contender.is_reference), None)
+    reference = next((medians[i] for i, candidate in enumerate(candidates) if candidate.is_reference), None)
     rows = []
-    for i, contender in enumerate(contenders):
+    for i, candidate in enumerate(candidates):
         median = medians[i]
-        moved = None if contender.is_compiled else traffic(contender.run)
-        speed = contender.flops / median
+        moved = None if candidate.is_compiled else traffic(candidate.run)
+        speed = candidate.flops / median
         row = {
-            "what": contender.what,
-            "network": contender.network,
-            "code": contender.code,
-            "precision": contender.precision,
+            "what": candidate.what,
+            "network": candidate.network,
+            "code": candidate.code,
+            "precision": candidate.precision,
             "seconds": f"{median:.4g}",
             "spread": f"{(max(seconds[i]) - min(seconds[i])) / median:.2f}",
             "ratio": "" if reference is None else f"{reference / median:.2f}",
-            "per_second": f"{contender.count / median:.4g}",
-            "unit": contender.unit,
-            "gflop": f"{contender.flops / 1e9:.4g}" if contender.flops else "",
-            "share_of_matmul": f"{speed / ceilings.flops[contender.precision]:.2f}" if contender.flops else "",
+            "per_second": f"{candidate.count / median:.4g}",
+            "unit": candidate.unit,
+            "gflop": f"{candidate.flops / 1e9:.4g}" if candidate.flops else "",
+            "share_of_matmul": f"{speed / ceilings.flops[candidate.precision]:.2f}" if candidate.flops else "",
             "gb_moved": f"{moved:.4g}" if moved else "",
             "share_of_copy": f"{moved * GB / median / ceilings.bytes:.2f}" if moved else "",
-            "peak_gb": f"{peak_memory(contender.run, device):.3g}",
+            "peak_gb": f"{peak_memory(candidate.run, device):.3g}",
         }
         rows.append(row)
         print(

@@ -10,7 +10,7 @@ from varlab.models.inception import Inception, resize_as_tensorflow
 
 def test_the_inceptions_three_outputs():
     network, images = Inception(is_random=True).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
-    pooled, spatial, probabilities = network.everything(images)
+    pooled, spatial, probabilities = network.all_outputs(images)
     assert pooled.shape == (2, 2048) and spatial.shape == (2, 7 * 17 * 17) and (spatial >= 0).all()
     torch.testing.assert_close(pooled, network.pooled(images))
     torch.testing.assert_close(probabilities, (pooled @ network.fc.weight.T).softmax(dim=1))

@@ -37,7 +37,7 @@ def test_block_zero_never_drops_and_kept_branches_are_scaled():
 @pytest.mark.parametrize("form", FORMS)
 def test_split_attention_gives_the_same_logits_and_gradients(form, labels, monkeypatch):
     """Scales of four tokens and more in calls of their own; a sequence cut short as well."""
-    monkeypatch.setattr(models_var, "SPLIT_FROM", 4)
+    monkeypatch.setattr(models_var, "MIN_SPLIT_TOKENS", 4)
     var = make_var(**form).eval()
     inputs = torch.randn(2, 29, 6)
     found = {}

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from varlab.data.order import Order, TrainBatches, ValidationBatches
 
-LONGEST_WAIT = 1800  # timeout for one batch in seconds; a worker that hangs longer ends the run
+BATCH_TIMEOUT = 1800  # timeout for one batch in seconds; a worker that hangs longer ends the run
 
 
 class OrderedDataModule(LightningDataModule):
@@ -85,7 +85,7 @@ class OrderedDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pins and torch.cuda.is_available(),
-            timeout=LONGEST_WAIT if self.num_workers else 0,
+            timeout=BATCH_TIMEOUT if self.num_workers else 0,
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -120,9 +120,9 @@ def extract(
 
 @torch.no_grad()
 def outputs(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
-    """The network's outputs for a batch: all of `everything` (Inception), or only pooled features."""
-    if hasattr(network, "everything"):
-        values = network.everything(images)  # pyright: ignore[reportCallIssue]
+    """The network's outputs for a batch: those of `all_outputs` (Inception), or the pooled features alone."""
+    if hasattr(network, "all_outputs"):
+        values = network.all_outputs(images)  # pyright: ignore[reportCallIssue]
         return {
             name: value.float().cpu().numpy()
             for name, value in zip(("pooled", "spatial", "probabilities"), values, strict=True)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from varlab.models.feature_networks import fill_exactly, frozen
+from varlab.models.feature_networks import frozen, load_weights
 from varlab.models.weight_files import WeightFile, locate, read_state_dict
 
 DINO_FILE = WeightFile("dino_deitsmall16_pretrain.pth")
@@ -83,7 +83,7 @@ class DINO(nn.Module):
                     " (dino_deitsmall16_pretrain.pth); adversarial=patch needs none"
                 )
             path = locate(DINO_FILE, weights)
-            fill_exactly(self, read_state_dict(path), str(path))
+            load_weights(self, read_state_dict(path), str(path))
             for name, bias in self.named_parameters():  # the key bias shifts all scores equally; the authors zero it
                 if name.endswith("qkv.bias"):
                     bias.data[self.width : 2 * self.width] = 0

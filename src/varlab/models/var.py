@@ -20,7 +20,7 @@ from varlab.models.conditioning import ClassEmbedder, ConditionEmbedder
 from varlab.models.custom_classes import RecordedModule
 from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, BlockCache, Modulation, Split, modulate
 
-SPLIT_FROM = 64  # scales with at least this many tokens get their own attention call
+MIN_SPLIT_TOKENS = 64  # scales with at least this many tokens get their own attention call
 
 
 def block_causal_mask(patch_nums: scales.PatchNums, order: scales.Order = "scales") -> Bool[Tensor, "L L"]:
@@ -256,7 +256,7 @@ class VAR(RecordedModule):
             ends = tuple(last for _, last in self.step_bounds if last <= length)
             return flex_mask(ends, self.mask.device)
         apart = tuple(
-            (first, last) for first, last in self.step_bounds if last - first >= SPLIT_FROM and last <= length
+            (first, last) for first, last in self.step_bounds if last - first >= MIN_SPLIT_TOKENS and last <= length
         )
         if self.attention == "masked" or not apart:
             return self.mask[:length, :length]

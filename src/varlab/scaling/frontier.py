@@ -13,7 +13,7 @@ from varlab.scaling.power_law import PowerLaw, Values, fit
 
 Row = dict[str, Any]
 SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are treated as one
-EACH_SIDE = 3  # maximum number of points on each side of the minimum that a parabola is fitted to
+POINTS_PER_SIDE = 3  # maximum number of points on each side of the minimum that a parabola is fitted to
 
 
 def frontier(compute: Values, loss: Values) -> list[int]:
@@ -94,7 +94,7 @@ def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 100
         sizes = np.array(sorted({row["params_main"] for row in group}))
         means = np.array([np.mean([row[column] for row in group if row["params_main"] == size]) for size in sizes])
         lowest = int(means.argmin())
-        near = sizes[max(lowest - EACH_SIDE, 0) : lowest + EACH_SIDE + 1]
+        near = sizes[max(lowest - POINTS_PER_SIDE, 0) : lowest + POINTS_PER_SIDE + 1]
         chosen = [row for row in group if row["params_main"] in near]
         x, y = np.log([row["params_main"] for row in chosen]), np.array([row[column] for row in chosen])
         center = x.mean()

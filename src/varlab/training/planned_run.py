@@ -65,7 +65,7 @@ def planned_run(
 
 
 def planned_steps(cfg: DictConfig, schedule: Schedule, steps_per_epoch: int) -> int:
-    """Optimizer steps that this run takes itself, from `compute`, `steps` or `epochs`, without those that a branch
+    """Optimizer steps that this run takes itself, from `steps` or `epochs`, without those that a branch
     shares with its trunk."""
     steps = round(cfg.steps * cfg.branch) if cfg.steps >= 0 else cfg.epochs * steps_per_epoch
     shared = schedule.branch_step(steps) if cfg.branch < 1 and cfg.trunk is not None else None
