@@ -1,13 +1,17 @@
-"""File utilities: atomic writes, hashes, JSON, the log of a run."""
+"""File utilities: atomic writes, the lock of an output folder, hashes, JSON, the log of a run."""
 
 import csv
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,150 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed processes left of half-written files. Only for the holder of the folder's lock."""
+    for path in [*folder.rglob(".*.partial"), *folder.rglob(".consolidating.*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Exclusive use of an output folder, also between hosts that share a file system.
+
+    `.lock` in the folder names its holder (host, process, SLURM job), who renews its modification time every `BEAT`
+    seconds. It binds nobody any more once its process is gone from this host, once its SLURM job starts again, or, for
+    another host, `STALE` seconds after it was last renewed. What killed processes left half written is removed.
+
+    `rank`, `num_ranks`: of the processes that fill the folder together; only the first holds the lock. Raises ValueError
+    naming the holder if the folder is in use.
+    """
+
+    BEAT, STALE = 15.0, 120.0
+
+    def __init__(self, folder: Path, command: str, rank: int = 0, num_ranks: int = 1) -> None:
+        self.file, self.command = folder / ".lock", command
+        self.rank, self.num_ranks = rank, num_ranks
+        self.content, self.released, self.is_new = b"", threading.Event(), False
+
+    def __enter__(self) -> "FolderLock":
+        if self.rank:
+            return self
+        self.is_new = not self.file.parent.exists()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        pid = os.getpid()
+        process = {"host": this_host(), "pid": pid, "started": process_start(pid)}
+        job = os.environ.get("SLURM_JOB_ID")
+        self.content = json.dumps({**process, "slurm_job": job, "command": self.command}).encode()
+        while True:
+            try:
+                with os.fdopen(os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "wb") as file:
+                    file.write(self.content)
+                break
+            except FileExistsError:
+                self.remove_if_void()
+        threading.Thread(target=self.renew, daemon=True).start()
+        if self.num_ranks == 1:
+            remove_partials(self.file.parent)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.released.set()
+        if self.is_mine():
+            self.file.unlink(missing_ok=True)
+        if self.is_new:
+            with suppress(OSError):
+                self.file.parent.rmdir()  # if nothing was written
+
+    def is_mine(self) -> bool:
+        """Whether the lock still is that of this object."""
+        return self.file.is_file() and self.file.read_bytes() == self.content
+
+    def remove_if_void(self) -> None:
+        """Removes the lock of a holder that is gone. Raises ValueError if the holder is there."""
+        try:
+            found, age = self.file.read_bytes(), lock_age(self.file)
+        except FileNotFoundError:
+            return
+        if holder := living_holder(found, age):
+            folder, wait = self.file.parent, max(self.STALE - age, 0)
+            elsewhere = f"; if that host is gone, try again in {wait:.0f} s" if holder["host"] != this_host() else ""
+            host = holder["host"].partition("/")[0]
+            job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+            raise ValueError(
+                f"{folder} is in use by `{holder['command']}` (process {holder['pid']} on {host}{job}): wait for it, or"
+                f" choose another folder{elsewhere}"
+            )
+        aside = self.file.with_name(f".lock.{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):
+            self.file.rename(aside)
+            if aside.read_bytes() != found:  # another process had already replaced it
+                with suppress(FileExistsError):
+                    os.link(aside, self.file)
+            aside.unlink()
+
+    def renew(self) -> None:
+        """Keeps the lock alive; ends the process if another one took the folder while this one was suspended."""
+        while not self.released.wait(self.BEAT):
+            if self.is_mine():
+                os.utime(self.file)
+            elif not self.released.is_set():
+                print(f"{self.file} was taken over by another process: this one ends", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def lock_holder(folder: Path) -> dict[str, Any] | None:
+    """Who uses an output folder (host, process, SLURM job, command); None if nobody does."""
+    try:
+        return living_holder((folder / ".lock").read_bytes(), lock_age(folder / ".lock"))
+    except FileNotFoundError:
+        return None
+
+
+def this_host() -> str:
+    """Name of this host and, where the system has one, identity of its start: two machines may have one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
+
+
+def lock_age(file: Path) -> float:
+    """Seconds since a lock was renewed, by the clock of its file system."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".clock.") as now:
+        return os.stat(now.name).st_mtime - file.stat().st_mtime
+
+
+def living_holder(content: bytes, age: float) -> dict[str, Any] | None:
+    """The holder that the content of a lock names; None if it is gone."""
+    try:
+        holder = json.loads(content)
+    except json.JSONDecodeError:  # being written, or left by a full disk
+        return {"host": "", "pid": "?", "command": "?"} if age < FolderLock.BEAT else None
+    job = os.environ.get("SLURM_JOB_ID")
+    if holder["host"] == this_host():
+        is_alive = process_start(holder["pid"]) == holder["started"] is not None
+    elif job is not None and holder["slurm_job"] == job:  # requeued after its node died
+        is_alive = False
+    else:
+        is_alive = age < FolderLock.STALE
+    return holder if is_alive else None
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, in a unit of its own; None if there is no such process."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.joinpath("self").exists():
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] == "Z" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,9 @@
 """`varlab train`: plans and refusals."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 from support.runs import (
     command,
@@ -17,7 +21,7 @@ from varlab.commands import train
         ("model.depth=abc", r"model.depth='abc' has type str"),
         ("+model.dpeth=3", r"dpeth: varlab.models.var.VAR has no such setting"),
         ("+module.schedule.shape=cosine", r"shape: varlab.training.schedules.Linear has no such setting"),
-        ("data.global_batch_size=96", "48 images, fewer than one batch of 96"),
+        ("data.global_batch_size=96", "48 images, fewer than one step of 1 x 96"),
         ("steps=-1", "the run has no length: give epochs=N or steps=N"),
         ("epochs=null", "epochs=None: give an integer"),
         ("module.recompute=some", "module.recompute='some': choose one of none, selective, all"),
@@ -74,3 +78,15 @@ def test_a_plan_that_fits_no_gpu_is_refused_with_one_that_does(tmp_path):
         train.run(config(tmp_path, *alone, "model.depth=60"))
     with pytest.raises(ValueError, match="planned_gpu='v100': choose one of a100, h100, h200"):
         train.run(config(tmp_path, *alone, "planned_gpu=v100"))
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path, var_overrides):
+    settings = [f"run_dir={tmp_path}", "name=test", f"hydra.run.dir={tmp_path}", *var_overrides, "ckpt_path=last"]
+    first = subprocess.Popen([sys.executable, "-m", "varlab", "train", *settings, "steps=100000"])
+    while not (tmp_path / "checkpoints/last.ckpt").is_file():
+        assert first.poll() is None
+        time.sleep(0.2)
+    second = command(tmp_path, *var_overrides, "ckpt_path=last")
+    assert second.returncode == 1 and f"{tmp_path} is in use by `varlab train` (process {first.pid}" in second.stdout
+    first.kill()
+    first.wait()

@@ -49,5 +49,5 @@ def test_every_rank_gets_as_many_batches_and_validation_sees_each_image_once(
 def test_a_rank_without_images_is_an_error_at_the_start(digits_folder):
     data = ImageDataModule(str(digits_folder), 16, 96, num_workers=0)
     data.setup()
-    with pytest.raises(ValueError, match="48 images, fewer than one batch of 96"):
+    with pytest.raises(ValueError, match="48 images, fewer than one step of 1 x 96"):
         data.train_dataloader()

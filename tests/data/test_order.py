@@ -75,7 +75,7 @@ def test_neighbors_are_mixed_within_the_window():
 
 
 def test_too_little_data_is_an_error_at_the_start():
-    with pytest.raises(ValueError, match="10 images, fewer than one batch of 8 on each of 2 ranks"):
+    with pytest.raises(ValueError, match="10 images, fewer than one step of 1 x 8 on each of 2 ranks"):
         TrainBatches(Order([10]), 8, 0, 2)
     with pytest.raises(ValueError, match="validation set is empty"):
         ValidationBatches(0, 4)

@@ -11,14 +11,38 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 
+def num_batches(trainer: Trainer) -> int:
+    """Batches since the run began; with accumulation several per step."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
 class Kill(Callback):
-    """SIGKILL after an optimizer step, before anything is saved for it."""
+    """SIGKILL after a batch, before anything is saved for it."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if num_batches(trainer) == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInValidation(Callback):
+    """SIGKILL in the validation after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -42,18 +66,33 @@ class KillWhileSaving(Callback):
 
 
 class Signal(Callback):
-    """A signal after a step, to this process or to the one that started it; only where no checkpoint was loaded."""
+    """Signals after a step, to this process or to the one that started it; only where no checkpoint was loaded.
 
-    def __init__(self, step: int, name: str, to_parent: bool = False) -> None:
+    `where`: `batch`, before the next batch, or `validation`, in the validation after the step.
+    """
+
+    def __init__(self, step: int, name: str, to_parent: bool = False, times: int = 1, where: str = "batch") -> None:
         self.step, self.number, self.to_parent, self.is_fresh = step, signal.Signals[name], to_parent, True
+        self.times, self.where = times, where
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.is_fresh = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.is_fresh and trainer.global_step == self.step and trainer.is_global_zero:
-            os.kill(os.getppid() if self.to_parent else os.getpid(), self.number)
-            time.sleep(0.5)
+        self.send(trainer, "batch")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.send(trainer, "validation")
+
+    def send(self, trainer: Trainer, where: str) -> None:
+        """Sends the signals, once."""
+        if self.is_fresh and trainer.global_step == self.step and trainer.is_global_zero and where == self.where:
+            self.is_fresh = False
+            for _ in range(self.times):
+                os.kill(os.getppid() if self.to_parent else os.getpid(), self.number)
+                time.sleep(0.3)
 
 
 class GraphLog(Callback):
@@ -116,7 +155,7 @@ class CodebookLog(Callback):
 
 
 class LossLog(Callback):
-    """Appends (global step, loss as hex) to a file, one a rank."""
+    """Appends (number of batches, loss as hex) to a file, one a rank."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -125,4 +164,4 @@ class LossLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         with open(f"{self.file}.{trainer.global_rank}", "a") as log:
-            log.write(f"{trainer.global_step} {float(outputs['loss']).hex()}\n")
+            log.write(f"{num_batches(trainer)} {float(outputs['loss']).hex()}\n")

@@ -76,16 +76,16 @@ def log_to(file: Path) -> list[str]:
     return ["+callbacks.losses._target_=support.fault_callbacks.LossLog", f"+callbacks.losses.file={file}"]
 
 
-def kill_at(step: int) -> list[str]:
-    return ["+callbacks.kill._target_=support.fault_callbacks.Kill", f"+callbacks.kill.step={step}"]
+def kill_at(batch: int) -> list[str]:
+    return ["+callbacks.kill._target_=support.fault_callbacks.Kill", f"+callbacks.kill.batch={batch}"]
 
 
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:
-    """Loss (hex) by step; a step that was repeated after a kill must repeat its loss."""
+    """Loss (hex) by batch; a batch that was repeated after a kill must repeat its loss."""
     losses: dict[int, str] = {}
     for line in Path(f"{file}.{rank}").read_text().splitlines():
         step, loss = line.split()
-        assert losses.setdefault(int(step), loss) == loss, f"step {step} differs after the restart"
+        assert losses.setdefault(int(step), loss) == loss, f"batch {step} differs after the restart"
     return losses
 
 

@@ -51,7 +51,7 @@ def test_skipped_steps_in_a_row_end_the_run_which_goes_on_from_before(tmp_path, 
 
 def test_a_checkpoint_every_few_minutes_serves_as_well(tmp_path, var_overrides):
     """An interval of nothing: after every step."""
-    timed = [*var_overrides, "save_every=1000", "callbacks.timed.train_time_interval.minutes=0"]
+    timed = [*var_overrides, "save_every=1000", "callbacks.last.minutes=0.0"]
     fit(tmp_path / "whole", *timed, *log_to(tmp_path / "whole.log"))
     killed = command(tmp_path / "killed", *timed, *log_to(tmp_path / "killed.log"), *kill_at(5), "ckpt_path=last")
     assert killed.returncode == -9

@@ -231,12 +231,3 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
     if processes == 1:
         assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "log")
     same(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_the_signal_before_the_time_limit_puts_a_slurm_job_back_into_the_queue(tmp_path, still):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "said"}\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    warned = [*still, "+callbacks.kill={_target_: support.fault_callbacks.Signal, step: 4, name: SIGUSR1}"]
-    queue = {"SLURM_JOB_ID": "4711", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert command(tmp_path / "run", *warned, **queue).returncode == 75
-    assert (tmp_path / "said").read_text() == "requeue 4711\n"

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from varlab.config import hydra_command
+from varlab.files import FolderLock
 
 
 def run(cfg: DictConfig) -> None:
@@ -32,8 +33,10 @@ def run(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     num_workers = cfg.num_workers or usable_cores()
     options = PackOptions(cfg.shard_images, cfg.shard_size, cfg.seed, num_workers, cfg.short_side, cfg.quality)
-    manifest = instantiate(cfg.sources[cfg.source], _convert_="all").write(out, options)
-    write_card(out, storage)
+    source = instantiate(cfg.sources[cfg.source], _convert_="all")
+    with FolderLock(out, "varlab pack"):
+        manifest = source.write(out, options)
+        write_card(out, storage)
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(f"{out}: {counts} images of {len(manifest['class_names'])} classes; README.md describes them")
 

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import hydra_command
+from varlab.files import FolderLock
 
 SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_from", "temperature", "top_k", "top_p", "min_p", "smooth")
 
@@ -30,17 +31,22 @@ def run(cfg: DictConfig) -> None:
         conditions = read_conditions(cfg.condition, cfg.num, shape)
     else:
         conditions = labels_of(given["classes"], cfg.num, class_names, var.num_classes)
-    write_samples(
-        Path(cfg.out),
-        tokenizer,
-        var,
-        conditions,
-        SamplingSettings(**{name: given[name] for name in SETTINGS}),
-        class_names=class_names,
-        device=default_device(cfg.device),
-        **{name: cfg[name] for name in ("seed", "batch_size", "precision", "is_compiled", "npz", "grid", "film_rows")},
-    )
-    if WorkSplit.of_environment().rank == 0:
+    work = WorkSplit.of_environment()
+    with FolderLock(Path(cfg.out), "varlab sample", work.rank, work.num_ranks):
+        write_samples(
+            Path(cfg.out),
+            tokenizer,
+            var,
+            conditions,
+            SamplingSettings(**{name: given[name] for name in SETTINGS}),
+            class_names=class_names,
+            device=default_device(cfg.device),
+            **{
+                name: cfg[name]
+                for name in ("seed", "batch_size", "precision", "is_compiled", "npz", "grid", "film_rows")
+            },
+        )
+    if work.rank == 0:
         npz = ", samples.npz" if cfg.npz else ""
         print(f"{cfg.out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json{npz}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from varlab.config import hydra_command
+from varlab.files import FolderLock
 
 
 def run(cfg: DictConfig) -> None:
@@ -17,20 +18,21 @@ def run(cfg: DictConfig) -> None:
 
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
-    manifest = write_cache(
-        Path(cfg.out),
-        cfg.shards,
-        tokenizer,
-        cfg.resize_ratio,
-        cfg.crops,
-        cfg.flips,
-        cfg.seed,
-        cfg.batch_size,
-        device,
-        cfg.part_images,
-        share,
-        instantiate(cfg.storage),
-    )
+    with FolderLock(Path(cfg.out), "varlab tokenize", share.rank, share.num_ranks):
+        manifest = write_cache(
+            Path(cfg.out),
+            cfg.shards,
+            tokenizer,
+            cfg.resize_ratio,
+            cfg.crops,
+            cfg.flips,
+            cfg.seed,
+            cfg.batch_size,
+            device,
+            cfg.part_images,
+            share,
+            instantiate(cfg.storage),
+        )
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(
         f"{cfg.out}: {counts or 'parts of'} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}"

@@ -1,5 +1,11 @@
 """`varlab train`: trains a tokenizer or a VAR."""
 
+# a signal may arrive while the rest is imported
+from varlab.training import signals
+
+if __name__ == "__main__":
+    signals.install()
+
 import logging
 import sys
 from pathlib import Path
@@ -8,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import check_types, hydra_command, is_sweep, report_user_errors
-from varlab.sweeps.jobs import STOPPED, run_job
+from varlab.files import FolderLock
+from varlab.sweeps.jobs import run_job
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -23,18 +30,26 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def fit(cfg: DictConfig) -> float | None:
-    """Seeds, builds and fits; returns the last validation loss."""
+    """Trains one run in this process, alone in its folder; returns the last validation loss."""
+    from varlab.training.run_setup import silence_warnings
+
+    silence_warnings()
+    check_types(cfg)
+    set_steps(cfg)
+    with FolderLock(Path(cfg.run_dir), "varlab train", rank=0 if signals.is_first_process() else 1):
+        return fit_locked(cfg)
+
+
+def fit_locked(cfg: DictConfig) -> float | None:
+    """Seeds, builds and fits."""
     from hydra.utils import instantiate
     from lightning import seed_everything
 
     from varlab import __version__
     from varlab.checkpoints.load import latest_checkpoint
     from varlab.training.run_record import git_commit, summary
-    from varlab.training.run_setup import branch_point, check_new_run, silence_warnings
+    from varlab.training.run_setup import branch_point, check_new_run
 
-    silence_warnings()
-    check_types(cfg)
-    set_steps(cfg)
     folder = Path(cfg.run_dir) / "checkpoints"
     check_new_run(folder, cfg.ckpt_path)
     start = latest_checkpoint(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
@@ -51,12 +66,10 @@ def fit(cfg: DictConfig) -> float | None:
     trainer = make_trainer(cfg, list(callbacks.values()), loggers)
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
-        if getattr(callbacks.get("signals"), "has_stopped", False):
-            raise SystemExit(STOPPED)
-        if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks.values()):
-            trainer.validate(module, data, verbose=False)
         if trainer.global_step % cfg.save_every:
             trainer.save_checkpoint(folder / "last.ckpt")
+        if not any(getattr(callback, "validated_step", None) == trainer.global_step for callback in callbacks.values()):
+            trainer.validate(module, data, verbose=False)
     finally:
         if "wandb" in sys.modules:  # the next run in this process starts its own W&B run
             has_failed = isinstance(sys.exc_info()[1], Exception)  # a run that was stopped by a signal has not failed
@@ -78,7 +91,8 @@ def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
     if precision == "bf16-true":
         plugins, precision = [*plugins, BF16Weights("cpu" if cfg.trainer.accelerator == "cpu" else "cuda")], None
     settings: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "precision": precision}
-    return instantiate(cfg.trainer, _convert_="all", max_steps=steps_of_branch(cfg), **settings)
+    settings |= {"max_steps": steps_of_branch(cfg), "val_check_interval": cfg.val_every * cfg.accumulate}
+    return instantiate(cfg.trainer, _convert_="all", **settings)
 
 
 def set_steps(cfg: DictConfig) -> None:

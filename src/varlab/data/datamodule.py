@@ -1,5 +1,6 @@
 """Base class of both data modules: batch sizes, order, resuming, validation, the count of replaced samples."""
 
+import signal
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from varlab.data.order import Order, TrainBatches, ValidationBatches
 
+WORKER_GRACE = 30  # seconds that a data worker lives on after SIGTERM
 BATCH_TIMEOUT = 1800  # timeout for one batch in seconds; a worker that hangs longer ends the run
 
 
@@ -61,14 +63,19 @@ class OrderedDataModule(LightningDataModule):
         """(rank, number of ranks) of the running trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    @property
+    def accumulate(self) -> int:
+        """Batches per optimizer step."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
     def batch_size(self) -> int:
         """Images per batch and device. Raises ValueError if the global batch size does not divide evenly."""
         _, num_ranks = self.ranks()
-        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        per_device, rest = divmod(self.global_batch_size, num_ranks * accumulated)
+        per_device, rest = divmod(self.global_batch_size, num_ranks * self.accumulate)
         if rest or not per_device:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not divisible by {num_ranks} devices x {accumulated} accumulated batches"
+                f"global_batch_size={self.global_batch_size} is not divisible by {num_ranks} devices x {self.accumulate} accumulated"
+                " batches"
             )
         return per_device
 
@@ -86,10 +93,11 @@ class OrderedDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pins and torch.cuda.is_available(),
             timeout=BATCH_TIMEOUT if self.num_workers else 0,
+            worker_init_fn=ignore_signals,
         )
 
     def train_dataloader(self) -> DataLoader:
-        batches = TrainBatches(self.order(), self.batch_size(), *self.ranks())
+        batches = TrainBatches(self.order(), self.batch_size(), *self.ranks(), self.accumulate)
         if self.resumed_fingerprint not in (None, self.run_fingerprint()):
             raise ValueError(
                 "the checkpoint was made with other data, seed, lanes, window or global batch size, so its position in the epoch is"
@@ -108,10 +116,13 @@ class OrderedDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         consumed = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return {"consumed": consumed, "fingerprint": self.run_fingerprint(), "skipped": self.skipped, "seen": self.seen}
+        counts = {"consumed": consumed, "accumulate": self.accumulate, "skipped": self.skipped, "seen": self.seen}
+        return {"fingerprint": self.run_fingerprint(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consumed, self.resumed_fingerprint = state_dict["consumed"], state_dict["fingerprint"]
+        before = state_dict.get("accumulate", self.accumulate)
+        self.consumed = state_dict["consumed"] // before * self.accumulate
+        self.resumed_fingerprint = state_dict["fingerprint"]
         self.skipped, self.seen = state_dict["skipped"], state_dict["seen"]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -130,6 +141,14 @@ class OrderedDataModule(LightningDataModule):
                     f" {reference}: the log names them; repair or repack the data"
                 )
         return batch
+
+
+def ignore_signals(worker: int) -> None:
+    """Lets a data worker outlive the signals that a cluster sends to all processes of a job, until its run has saved."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def unchanged(batch: Any) -> Any:

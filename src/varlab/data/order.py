@@ -79,16 +79,17 @@ class Order:
 class TrainBatches:
     """Batches of one rank, epoch after epoch; `start` sets the position to continue from.
 
-    Every rank gets the same number of full batches; samples that do not fill a global batch are left out, different
-    ones in each epoch.
+    Every rank gets the same number of full batches, `accumulate` of them for each optimizer step; samples that do not
+    fill a step are left out, different ones in each epoch.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1, accumulate: int = 1) -> None:
         self.order, self.batch_size, self.rank, self.num_ranks = order, batch_size, rank, num_ranks
-        self.num_batches = order.num_samples // (batch_size * num_ranks)
+        self.num_batches = order.num_samples // (batch_size * num_ranks * accumulate) * accumulate
         if self.num_batches == 0:
             raise ValueError(
-                f"the training set has {order.num_samples} images, fewer than one batch of {batch_size} on each of {num_ranks} ranks"
+                f"the training set has {order.num_samples} images, fewer than one step of {accumulate} x {batch_size} on each of"
+                f" {num_ranks} ranks"
             )
         self.next_epoch, self.next_batch = 0, 0
 

@@ -24,9 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from varlab.files import atomic_write, flat, json_hash, load_json, save_json
 from varlab.sweeps.ledger import CHOICE, entry, is_alive
-
-STOPPED = 75  # exit code of a run that saved and stopped on a signal (EX_TEMPFAIL)
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+from varlab.training import signals
 
 
 def run_job(cfg: DictConfig, module: str) -> float | None:
@@ -46,24 +44,28 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
             " several jobs of one sweep share a folder, hydra.sweep.subdir='${hydra:job.override_dirname}'"
         )
     task = int(os.environ.get("SLURM_PROCID", 0))  # only the first task of a SLURM job writes the ledger
-    if task == 0 and known and is_alive(known):
-        raise CompactHydraException(f"{folder} is being run by process {known['pid']} on {known['host']}")
+    if task == 0 and known and is_alive(known, folder):
+        job = f" (SLURM job {known['slurm_job']})" if known.get("slurm_job") else ""
+        raise CompactHydraException(f"{folder} is being run by process {known['pid']} on {known['host']}{job}")
     if skipped := reason_to_skip(known, task):
         print(f"{folder}: {skipped}")
         return known.get("value") if known else None
     with atomic_write(folder / "job.yaml") as partial:
         OmegaConf.save(OmegaConf.create(config), partial)
     facts = {"overrides": overrides, "fingerprint": fingerprint, "host": socket.gethostname(), "started": time.time()}
+    facts["slurm_job"] = os.environ.get("SLURM_JOB_ID")
     command = [sys.executable, "-m", module, "--job", str(folder / "job.yaml")]
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # until the job has its handlers
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
         forwarding(process) as got,
     ):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
         if task == 0:
             save_json(folder / "job.json", {"state": "running", "pid": process.pid, **facts})
         last_line = relay(process, folder / (f"output-{task}.log" if task else "output.log"))
         code = process.wait()
-    state = {0: "finished", STOPPED: "stopped"}.get(code, "failed")
+    state = "finished" if code == 0 else "stopped" if code == signals.STOPPED or code < 0 else "failed"
     value = load_json(folder / "run.json", "varlab train").get("val_loss") if state == "finished" else None
     ending = {"state": state, "exit_code": code, "value": value, "ended": time.time(), "last_line": last_line}
     if task == 0:
@@ -124,7 +126,7 @@ class Received:
     def pass_on(self) -> None:
         """Calls the original handler of the signal after the job has saved; submitit's handler requeues the job."""
         if self.number is None:
-            raise SystemExit(STOPPED)
+            raise signals.Stopped
         handler = self.previous.get(self.number)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(self.number, None)
@@ -142,7 +144,7 @@ def forwarding(process: subprocess.Popen) -> Iterator[Received]:
         process.send_signal(signal.SIGTERM)
 
     if threading.current_thread() is threading.main_thread():
-        received.previous = {number: signal.signal(number, forward) for number in FORWARDED}
+        received.previous = {number: signal.signal(number, forward) for number in signals.SIGNALS}
     try:
         yield received
     finally:

@@ -1,13 +1,14 @@
 """The ledger of a sweep: its planned jobs, and the state of each.
 
 runs/NAME/sweep.json        the command, its folder, the overrides of each job
-runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, times
+runs/NAME/JOB/job.json      state of a job (running, finished, failed, stopped), fingerprint of its config, host, SLURM job, times
 """
 
 import atexit
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import is_sweep
-from varlab.files import load_json, save_json
+from varlab.files import FolderLock, load_json, lock_holder, process_start, save_json
 
 CHOICE = "VARLAB_SWEEP"  # environment variable: which jobs `varlab sweep` reruns
 
@@ -86,15 +87,16 @@ def entry(folder: Path) -> dict[str, Any] | None:
     return load_json(file, "varlab train --multirun") if file.is_file() else None
 
 
-def is_alive(known: dict[str, Any]) -> bool:
-    """Whether the process of a job that is marked as running still exists on this machine."""
-    if known["state"] != "running" or known["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(known["pid"], 0)
-    except ProcessLookupError:
-        return False
-    return True
+def is_alive(known: dict[str, Any], folder: Path) -> bool:
+    """Whether a job that is marked as running still runs, here or on another host."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if known["state"] != "running" or (job is not None and known.get("slurm_job") == job):
+        return False  # a SLURM job that starts again has ended before
+    if lock_holder(folder) is not None:
+        return True
+    if known["host"] == socket.gethostname():
+        return process_start(known["pid"]) is not None
+    return time.time() - known["started"] < FolderLock.STALE  # it may not have come to its lock yet
 
 
 def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
@@ -109,7 +111,7 @@ def states(folder: Path) -> list[tuple[list[str], str, dict[str, Any]]]:
     for overrides in plan["jobs"]:
         known = entries.get(tuple(overrides), {})
         state = known.get("state", "pending")
-        if state == "running" and known["host"] == socket.gethostname() and not is_alive(known):
+        if state == "running" and not is_alive(known, Path(known["folder"])):
             state = "stopped"
         found.append((overrides, state, known))
     return found

@@ -2,19 +2,19 @@
 
 import logging
 import math
-import os
-import shutil
-import signal
-import subprocess
-import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint  # Lightning calls these after all others
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.tensor import DTensor
+
+from varlab.training import loop_progress, signals
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,43 @@ def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class BranchPoints(Callback):
+def is_between_steps(trainer: Trainer) -> bool:
+    """Whether gradients are being accumulated: a checkpoint made now would lose those of the batches so far."""
+    return trainer.fit_loop._should_accumulate()
+
+
+class SaveLast(Checkpoint):
+    """Saves `last.ckpt` every `every_steps` optimizer steps and, for slow steps, every `minutes`.
+
+    With several devices, the time is checked every `check_every` steps.
+    """
+
+    def __init__(self, folder: str, every_steps: int, minutes: float = 30.0, check_every: int = 10) -> None:
+        self.file, self.every_steps = Path(folder) / "checkpoints/last.ckpt", every_steps
+        self.minutes, self.check_every = minutes, check_every
+        self.saved = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_between_steps(trainer):
+            return
+        step = trainer.global_step
+        if step % self.every_steps == 0 or self.is_time(trainer):
+            trainer.save_checkpoint(self.file)
+            self.saved = time.monotonic()
+
+    def is_time(self, trainer: Trainer) -> bool:
+        """Whether the last checkpoint is old, according to rank 0."""
+        if trainer.world_size > 1 and trainer.global_step % self.check_every:
+            return False
+        return bool(trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes))
+
+
+class BranchPoints(Checkpoint):
     """Saves a checkpoint at each step where a shorter run of the same schedule diverges from this one, so that the
     shorter run can branch off instead of training from scratch: `branch-SHARE-STEP.ckpt` for each of `shares` of the
     run. Only for schedules with a `branch_share`; a branch itself saves none."""
@@ -130,67 +166,76 @@ class BranchPoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        file = self.points.pop(trainer.global_step, None)
-        if file is not None:
+        if not is_between_steps(trainer) and (file := self.points.pop(trainer.global_step, None)) is not None:
             trainer.save_checkpoint(file)
 
 
-class StopOnSignal(Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C, finishes the step, saves and stops; `ckpt_path=last` continues from there. A
-    second signal kills the process.
+class StopOnSignal(Checkpoint):
+    """On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, finishes the step, saves and stops, also in the middle of a validation;
+    `ckpt_path=last` continues from there. A second Ctrl-C kills the process.
 
-    A signal to one rank stops all ranks within `check_every` steps. On SIGUSR1, sent by SLURM before the time limit
-    (`#SBATCH --signal=USR1@120`), the job is requeued.
+    A signal to one rank stops all ranks within `check_every` steps or validation batches. After SIGUSR1 or SIGUSR2, sent
+    by SLURM before the time limit (`#SBATCH --signal=USR1@120`), the job is requeued.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self, folder: str, check_every: int = 10) -> None:
-        self.folder, self.check_every = Path(folder), check_every
-        self.received: int | None = None
-        self.has_stopped = False
-        self.previous: dict[int, Any] = {}
+        self.file, self.check_every = Path(folder) / "checkpoints/last.ckpt", check_every
+        self.stopping = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's kill the other ranks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # replaces Lightning's handlers, which are installed earlier
-            self.previous = {number: signal.signal(number, self.note) for number in self.SIGNALS}
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """Records the signal and restores its default handler."""
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        log.warning("%s received: saving after this step, then stopping", signal.Signals(number).name)
+        signals.request.is_watched = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        wants_stop = self.received is not None
-        if trainer.world_size > 1:
-            if trainer.global_step % self.check_every:
-                return
-            wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)
-        if wants_stop:
-            trainer.save_checkpoint(self.folder / "checkpoints/last.ckpt")
-            trainer.should_stop = self.has_stopped = True
-            if self.received == signal.SIGUSR1:
-                requeue()
+        if not is_between_steps(trainer) and (number := self.agreed(trainer, trainer.global_step)):
+            trainer.save_checkpoint(self.file)
+            trainer.should_stop = True
+            self.stopping = number
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopping:  # Lightning would validate before it stops
+            self.stop(trainer, self.stopping)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopping:
+            self.stop(trainer, self.stopping)
 
-def requeue() -> None:
-    """Requeues this SLURM job; does nothing outside of SLURM, or if submitit does so."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or "SUBMITIT_EXECUTOR" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0":
-        return
-    if shutil.which("scontrol") is None:
-        log.error("job %s cannot be requeued: scontrol is not available on this machine", job)
-        return
-    subprocess.run(["scontrol", "requeue", job], check=False)
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking and (number := self.agreed(trainer, batch_idx)):
+            if trainer.state.fn == TrainerFn.FITTING:  # the run saves before its last validation
+                trainer.save_checkpoint(self.file)
+            self.stop(trainer, number)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        is_broken_off = trainer.validating and trainer.state.fn == TrainerFn.FITTING and signals.request.received
+        if is_broken_off:
+            loop_progress.forget_validation(checkpoint)
+
+    def agreed(self, trainer: Trainer, count: int) -> int:
+        """The signal that any rank received, a warning before others; 0 for none."""
+        received = signals.request.received or 0
+        if trainer.world_size == 1 or count % self.check_every:
+            return received if trainer.world_size == 1 else 0
+        order = torch.tensor(
+            signals.SIGNALS.index(received) + 1 if received else 0, device=trainer.strategy.root_device
+        )
+        dist.all_reduce(order, dist.ReduceOp.MAX)
+        return signals.SIGNALS[int(order) - 1] if order else 0
+
+    def stop(self, trainer: Trainer, number: int) -> None:
+        """Requeues the job after a warning, and ends the process."""
+        if trainer.is_global_zero:
+            signals.requeue(number)
+        raise signals.Stopped

@@ -194,6 +194,7 @@ class MSVQVAEModule(ScheduledModule):
             checkpoint["discriminator"] = self.adversarial.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_same_networks(checkpoint, self.net, None)
         if self.adversarial is not None:
             if "discriminator" not in checkpoint:

@@ -20,6 +20,7 @@ from varlab.files import atomic_write, read_curves, save_json
 from varlab.models import scales
 from varlab.training.loggers import run_id
 from varlab.training.msvqvae_module import MSVQVAEModule
+from varlab.training.signals import Stopped
 from varlab.training.var_module import VARModule
 
 
@@ -86,7 +87,7 @@ class RunRecord(Callback):
         self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
         self.facts: dict[str, Any] = {}
         self.validated_step = self.total_steps = -1
-        self.state = "running"
+        self.has_ended, self.error = False, ""
         self.logged_time = self.batch_time = self.validation_start = 0.0
         self.logged_images = self.logged_flops = 0.0
         self.peak_flops: float | None = None
@@ -173,11 +174,11 @@ class RunRecord(Callback):
         self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = "stopped"  # unless all steps are done
+        self.has_ended = True
         self.write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.state = "failed"
+        self.error = "stopped" if isinstance(exception, Stopped) else "failed"
         self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,10 +187,12 @@ class RunRecord(Callback):
             return
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         unique = sum(data.shard_counts)
+        unfinished = "stopped" if self.has_ended else "running"
+        state = "finished" if trainer.global_step == self.total_steps else unfinished
         row = {
             "run_id": run_id(self.folder),
             "name": self.folder.name,
-            "state": "finished" if trainer.global_step == self.total_steps else self.state,
+            "state": self.error or state,
             **{key: value for key, value in self.facts.items() if not key.endswith("_per_image")},
             **self.counters,
             "step": trainer.global_step,

@@ -73,6 +73,8 @@ def silence_warnings() -> None:
         r".*isinstance\(treespec, LeafSpec\)",
         r"Checkpoint directory .* exists and is not empty",  # the folder of the run being continued
         r".*does not have many workers",
+        r"The `srun` command is available",
+        r"Be aware that when using `ckpt_path`",  # callbacks of 0.1.0 that have another name now
         r"The number of training batches",
         r"The dirpath has changed from",  # a branch starts from the checkpoint of another run
         r"You're resuming from a checkpoint that ended before the epoch ended",

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 
+from varlab.training import loop_progress
 from varlab.training.image_mean import ImageMean
 from varlab.training.schedules import Schedule, set_step
 
@@ -57,6 +58,15 @@ class ScheduledModule(LightningModule):
     def is_logged(self) -> bool:
         """Whether this step is logged."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continues in the batches of this run, which may accumulate another number of them per step."""
+        now = self.trainer.accumulate_grad_batches
+        before = checkpoint.get(type(self.data).__qualname__, {}).get("accumulate", now)
+        loop_progress.rescale(checkpoint, before, now)
+        interval = self.trainer.val_check_interval
+        if isinstance(interval, int):
+            loop_progress.repeat_validation(checkpoint, interval)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer, each with the key `is_decayed`."""

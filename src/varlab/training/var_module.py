@@ -268,4 +268,5 @@ class VARModule(ScheduledModule):
         checkpoint["varlab"] = networks_entry(self.tokenizer, self.net, self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_same_networks(checkpoint, self.tokenizer, self.net)
