@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
+OmegaConf.register_new_resolver("max", max, replace=True)  # for conf/
 
 
 def conf_dir() -> str:
@@ -110,7 +111,7 @@ def one_sentence(error: BaseException) -> str:
     """An error's message in one line: of a data worker's traceback the last, of OmegaConf's errors with the full key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
         return (
             f"a data worker died or hangs ({str(error).splitlines()[0]}): out of memory, or a file system that stalls"
         )

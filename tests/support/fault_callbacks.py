@@ -165,3 +165,13 @@ class LossLog(Callback):
     ) -> None:
         with open(f"{self.file}.{trainer.global_rank}", "a") as log:
             log.write(f"{num_batches(trainer)} {float(outputs['loss']).hex()}\n")
+
+
+class Slow(Callback):
+    """Makes each batch take at least some time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds)

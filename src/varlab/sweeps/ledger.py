@@ -16,10 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from varlab.config import is_sweep
 from varlab.files import FolderLock, load_json, lock_holder, process_start, save_json
+from varlab.sweeps.slurm import check, is_slurm, slurm_script, watch
 
 CHOICE = "VARLAB_SWEEP"  # environment variable: which jobs `varlab sweep` reruns
 
@@ -38,8 +39,17 @@ class Ledger(Callback):
             print(f"{len(jobs)} jobs in {folder}:")
             for overrides in jobs:
                 print("  " + " ".join(overrides))
-            print(slurm_script(config) or "each runs in its own process on this machine")
+            print(slurm_script(config) if is_slurm(config) else "each runs in its own process on this machine")
             raise SystemExit(0)
+        if is_slurm(config):
+            try:
+                check(config)
+            except ValueError as error:
+                sys.exit(f"varlab train: {error}")
+            watch(config.hydra.launcher.name)
+            print(
+                f"{len(jobs)} SLURM jobs called {config.hydra.launcher.name}; logs: {folder}/JOB/output.log", flush=True
+            )
         if os.environ.get(CHOICE) is None:
             save_json(folder / "sweep.json", {"argv": sys.argv[1:], "cwd": os.getcwd(), "jobs": jobs})
         atexit.register(lambda: print(report(folder)))
@@ -64,21 +74,6 @@ def job_overrides(config: DictConfig) -> list[list[str]]:
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
     return [list(overrides) for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
-
-
-def slurm_script(config: DictConfig) -> str | None:
-    """The batch script that submitit would submit to SLURM; None for other launchers."""
-    if not str(config.hydra.launcher.get("_target_")).endswith("SlurmLauncher"):
-        return None
-    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
-
-    settings: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # pyright: ignore[reportAssignmentType]
-    own = {"_target_", "submitit_folder", "max_num_timeout"}
-    given = {key: value for key, value in settings.items() if key not in own and value is not None}
-    executor = object.__new__(SlurmExecutor)  # its constructor looks for srun
-    given = executor._convert_parameters(given)
-    command = f"{sys.executable} -m submitit.core._submit {settings['submitit_folder']}"
-    return _make_sbatch_string(command=command, folder=settings["submitit_folder"], **given)
 
 
 def entry(folder: Path) -> dict[str, Any] | None:

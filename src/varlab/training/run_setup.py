@@ -74,6 +74,7 @@ def silence_warnings() -> None:
         r"Checkpoint directory .* exists and is not empty",  # the folder of the run being continued
         r".*does not have many workers",
         r"The `srun` command is available",
+        r"It is recommended to use `self.log\('val.*sync_dist=True",  # scores are already means over all ranks
         r"Be aware that when using `ckpt_path`",  # callbacks of 0.1.0 that have another name now
         r"The number of training batches",
         r"The dirpath has changed from",  # a branch starts from the checkpoint of another run
