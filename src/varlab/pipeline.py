@@ -28,11 +28,13 @@ class VARPipeline:
         self.tokenizer, self.var, self.class_names = tokenizer.eval(), var.eval(), list(class_names or [])
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "VARPipeline":
-        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). Raises
-        ValueError naming the file if it is missing, damaged, or contains no VAR. No code in the file is executed.
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device | None = None, trust_code: bool = False
+    ) -> "VARPipeline":
+        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). `trust_code`: see
+        `load`. Raises ValueError naming the file if it is missing, damaged, contains no VAR, or names code of others.
         """
-        tokenizer, var, class_names = load(path)
+        tokenizer, var, class_names = load(path, trust_code=trust_code)
         return cls(tokenizer, var, class_names).to(device or default_device(None))
 
     def to(self, device: str | torch.device) -> "VARPipeline":

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from varlab.checkpoints.load import load, load_any, load_tokenizer, read_checkpo
 from varlab.models.custom_classes import build
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
+from varlab.pipeline import VARPipeline
 
 
 class Hostile:
@@ -63,7 +66,7 @@ def test_a_custom_class_of_0_1_keeps_its_name():
     upgraded = upgrade_checkpoint({"varlab": entry, "state_dict": {"net.class_embedding.weight": 1}})
     assert upgraded["state_dict"] == {"net.embedder.embedding.weight": 1}
     assert type(build(MSVQVAE, upgraded["varlab"]["tokenizer"])) is MSVQVAE
-    with pytest.raises(ValueError, match="holds nowhere.Net, which cannot be imported"):
+    with pytest.raises(ValueError, match="names the class nowhere.Net, which is not part of varlab"):
         build(VAR, upgraded["varlab"]["var"])
 
 
@@ -74,3 +77,66 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, var_overrides, tokeni
         load_tokenizer(junk)
     with pytest.raises(ValueError, match="holds a tokenizer only"):
         load(tokenizer_run / "checkpoints/last.ckpt")
+
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("was_run").touch()
+from varlab.models.var import VAR
+from varlab.pipeline import VARPipeline
+class Evil(VAR):
+    pass
+"""
+
+
+@pytest.fixture
+def hostile_folder(tmp_path, export_folder, monkeypatch):
+    """An export folder whose config names a class beside it or in it, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(module: str):
+        for path in (tmp_path / "evil.py", export_folder / "evil.py"):
+            path.write_text(EVIL)
+        config = json.loads((export_folder / "config.json").read_text())
+        config["var"]["class"] = f"{module}.Evil"
+        (export_folder / "config.json").write_text(json.dumps(config))
+        for name in ("evil", "model", "model.evil"):
+            sys.modules.pop(name, None)
+        return export_folder
+
+    return make
+
+
+@pytest.mark.parametrize("module", ["evil", "model.evil"])
+def test_no_code_that_a_file_names_is_run_without_a_word(module, hostile_folder, tmp_path):
+    folder = hostile_folder(module)
+    for call in (load, load_any, VARPipeline.from_pretrained):
+        with pytest.raises(ValueError, match=f"model names the class {module}.Evil, which is not part of varlab"):
+            call(folder)
+    for verb in ("sample", "edit", "evaluate", "export", "app"):
+        more = {"edit": ["image=x", "box=[0,0,1,1]"], "evaluate": ["shards=x"], "export": []}.get(verb, [])
+        out = [] if verb == "app" else [f"out={tmp_path / 'out'}"]
+        answer = subprocess.run(
+            [sys.executable, "-m", "varlab", verb, f"checkpoint={folder}", *more, *out], capture_output=True, text=True
+        )
+        assert answer.returncode == 1 and "trust_code=true" in answer.stdout + answer.stderr, (verb, answer)
+    assert not list(tmp_path.rglob("was_run"))
+
+
+def test_trusted_code_is_run_but_never_that_of_the_folder_itself(hostile_folder, tmp_path):
+    _, var, _ = load(hostile_folder("evil"), trust_code=True)
+    assert type(var).__name__ == "Evil" and (tmp_path / "was_run").is_file()
+    folder = hostile_folder("model.evil")
+    with pytest.raises(ValueError, match="whose code lies in its own folder: it is not run"):
+        load(folder, trust_code=True)
+    assert not (folder / "was_run").exists()
+
+
+def test_a_checkpoint_that_names_a_class_of_others_is_refused(tmp_path):
+    saved = torch.load(OLD / "var.ckpt", weights_only=True)
+    saved["varlab"]["tokenizer"]["class"] = "os.path.join"
+    torch.save(saved, tmp_path / "last.ckpt")
+    for call in (load, load_tokenizer):
+        with pytest.raises(ValueError, match=r"last.ckpt names the class os.path.join, which is not part of varlab"):
+            call(tmp_path / "last.ckpt")

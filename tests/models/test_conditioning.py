@@ -39,7 +39,7 @@ def test_a_custom_embedder_is_rebuilt_and_guides(extend_page, tmp_path):
     embedder = partial(extend_page("vectors").VectorEmbedder, dim=5)
     var = make_var(embedder=embedder).eval()
     save_pretrained(tmp_path / "saved", make_tokenizer(), var, None, {})
-    tokenizer, again, _ = load_pretrained(tmp_path / "saved")
+    tokenizer, again, _ = load_pretrained(tmp_path / "saved", trust_code=True)
     condition = torch.randn(3, 5)
     plain = generate(again, tokenizer, condition, cfg_scale=0.0)
     assert torch.equal(plain, generate(var, tokenizer, condition, cfg_scale=0.0))

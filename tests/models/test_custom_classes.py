@@ -7,11 +7,12 @@ from torch import nn
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
 from varlab.models.conditioning import ClassEmbedder
-from varlab.models.custom_classes import RecordedModule, build, describe
+from varlab.models.custom_classes import RecordedModule, Trust, build, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
+TRUST = Trust(trust_code=True)
 SIZES = {
     "width": 32,
     "num_heads": 2,
@@ -28,7 +29,7 @@ def test_the_signs_of_a_vector_name_the_nearest_corner(extend_page):
     z = torch.randn(3, 50, 6)
     assert torch.equal(tokenizer.quantizer.nearest(z), MultiScaleQuantizer.nearest(tokenizer.quantizer, z))
     assert torch.allclose(tokenizer.quantizer.codebook.weight.norm(dim=1), torch.ones(64))
-    again = build(MSVQVAE, describe(tokenizer))
+    again = build(MSVQVAE, describe(tokenizer), TRUST)
     assert type(again.quantizer) is type(quantizer) and again.quantizer.codebook_size == 64
 
 
@@ -59,7 +60,7 @@ def test_an_argument_of_a_custom_network_survives_saving(extend_page, tmp_path, 
         extend_page("gated_attention").GatedVAR(2, gate_scale=5.0, **SIZES, init_adaln_gamma=0.5, init_head=1.0).eval()
     )
     save_pretrained(tmp_path / "saved", make_tokenizer(), gated, None, {})
-    var = load_pretrained(tmp_path / "saved")[1]
+    var = load_pretrained(tmp_path / "saved", trust_code=True)[1]
     assert type(var) is type(gated) and var.blocks[0].attention.gate_scale == 5.0
     inputs = torch.randn(2, 29, 6)
     assert torch.equal(var(inputs, labels), gated(inputs, labels))
@@ -77,7 +78,7 @@ def test_an_argument_of_a_custom_network_survives_saving(extend_page, tmp_path, 
 )
 def test_what_cannot_be_found_or_is_something_else_is_refused(var, name, message):
     with pytest.raises(ValueError, match=message):
-        build(VAR, {**describe(var), "class": name})
+        build(VAR, {**describe(var), "class": name}, TRUST)
 
 
 def test_arguments_that_the_class_does_not_take_are_an_error(var):

@@ -63,11 +63,11 @@ def read_upload(path: str | Path, side: int) -> Image.Image:
 class Model:
     """One checkpoint, ready to sample."""
 
-    def __init__(self, path: str, device: str) -> None:
+    def __init__(self, path: str, device: str, trust_code: bool = False) -> None:
         self.name = Path(path).parent.parent.name if Path(path).suffix == ".ckpt" else Path(path).name
         self.tokenizer: MSVQVAE
         self.var: VAR
-        self.tokenizer, self.var, names = load(path)
+        self.tokenizer, self.var, names = load(path, trust_code=trust_code)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
         self.class_names = names or [str(number) for number in range(self.var.num_classes)]
         self.side = self.tokenizer.image_size[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from varlab import __version__
 from varlab.checkpoints.formats import EXPORT_FORMAT, renamed, upgrade_networks
 from varlab.files import atomic_folder, load_json, save_json
-from varlab.models.custom_classes import RecordedModule, as_plain, build, class_of, class_path, describe
+from varlab.models.custom_classes import RecordedModule, Trust, as_plain, build, class_of, class_path, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -112,14 +112,16 @@ def save_pretrained(
         (partial / "model_card.md").write_text(model_card(folder.name, tokenizer, var, class_names, facts))
 
 
-def load_pretrained(folder: str | Path) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
-    """(tokenizer, transformer if there is one, class names). Raises ValueError naming file and reason."""
+def load_pretrained(folder: str | Path, trust_code: bool = False) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
+    """(tokenizer, transformer if there is one, class names). `trust_code`: see `load`. Raises ValueError naming file and
+    reason."""
     folder, config = Path(folder), read_config(folder)
-    tokenizer = build(MSVQVAE, config["tokenizer"])
+    trust = Trust(str(folder), trust_code)
+    tokenizer = build(MSVQVAE, config["tokenizer"], trust)
     load_weights(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
     if config["var"] is None:
         return tokenizer.eval(), None, config["class_names"]
-    var = build(VAR, config["var"])
+    var = build(VAR, config["var"], trust)
     load_weights(var, renamed(read_safetensors(folder / "var.safetensors")), folder / "var.safetensors")
     return tokenizer.eval(), var.eval(), config["class_names"]
 

@@ -24,7 +24,7 @@ from varlab.checkpoints.export_folder import (
 from varlab.checkpoints.formats import CHECKPOINT_FORMAT, upgrade_checkpoint
 from varlab.checkpoints.released_layout import is_released_tokenizer, load_released
 from varlab.models import scales
-from varlab.models.custom_classes import build, describe
+from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -151,32 +151,42 @@ def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str,
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def load_tokenizer(path: str | Path, patch_nums: scales.PatchNums | None = None, use_ema: bool = True) -> MSVQVAE:
+def load_tokenizer(
+    path: str | Path,
+    patch_nums: scales.PatchNums | None = None,
+    use_ema: bool = True,
+    trust_code: bool = False,
+) -> MSVQVAE:
     """The tokenizer of a training checkpoint (of either module), of an export folder, or the released
     `vae_ch160v4096z32.pth`.
 
-    `patch_nums`: for the released file, which does not store them (default: 256 px).
+    `patch_nums`: for the released file, which does not store them (default: 256 px). `trust_code`: see `load`.
     """
-    return load_any(path, use_ema, patch_nums, tokenizer_only=True)[0]
+    return load_any(path, use_ema, patch_nums, tokenizer_only=True, trust_code=trust_code)[0]
 
 
 def load_any(
-    path: str | Path, use_ema: bool = True, patch_nums: scales.PatchNums | None = None, tokenizer_only: bool = False
+    path: str | Path,
+    use_ema: bool = True,
+    patch_nums: scales.PatchNums | None = None,
+    tokenizer_only: bool = False,
+    trust_code: bool = False,
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
     """(tokenizer, transformer, class names) of any supported file or folder; None for what it does not contain."""
     if is_pretrained(path):
-        return load_pretrained(path)
+        return load_pretrained(path, trust_code)
     checkpoint = read_checkpoint(path)
     if is_released_tokenizer(checkpoint):
         tokenizer = load_released(checkpoint, patch_nums=patch_nums or scales.RELEASED_256)
         assert isinstance(tokenizer, MSVQVAE)
         return tokenizer.eval(), None, None
     entry = entry_of(checkpoint, path)
-    tokenizer = build(MSVQVAE, entry["tokenizer"])
+    trust = Trust(str(path), trust_code)
+    tokenizer = build(MSVQVAE, entry["tokenizer"], trust)
     load_weights(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
     if entry["var"] is None or tokenizer_only:
         return tokenizer.eval(), None, entry["class_names"]
-    var = build(VAR, entry["var"])
+    var = build(VAR, entry["var"], trust)
     load_weights(var, weights(checkpoint, "net.", use_ema), path)
     return tokenizer.eval(), var.eval(), entry["class_names"]
 
@@ -189,14 +199,15 @@ def contains_var(path: str | Path) -> bool:
     return not is_released_tokenizer(checkpoint) and entry_of(checkpoint, path)["var"] is not None
 
 
-def load(path: str | Path, use_ema: bool = True) -> tuple[MSVQVAE, VAR, list[str]]:
+def load(path: str | Path, use_ema: bool = True, trust_code: bool = False) -> tuple[MSVQVAE, VAR, list[str]]:
     """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation
     mode.
 
-    `use_ema`: use the averaged weights if a training checkpoint has them. Raises ValueError naming file and reason if
-    it is missing, damaged, or contains no VAR. No code in the file is executed.
+    `use_ema`: use the averaged weights if a training checkpoint has them. `trust_code`: import classes outside of varlab
+    that the file names, which runs their code; code in the file's own folder is never run. Raises ValueError naming file
+    and reason if it is missing, damaged, contains no VAR, or names such a class.
     """
-    tokenizer, var, class_names = load_any(path, use_ema)
+    tokenizer, var, class_names = load_any(path, use_ema, trust_code=trust_code)
     if var is None:
         raise ValueError(f"{path} holds a tokenizer only; give the checkpoint of a VAR")
     return tokenizer, var, class_names or []
@@ -209,7 +220,10 @@ def check_same_arguments(
     from this one."""
     base = MSVQVAE if isinstance(network, MSVQVAE) else VAR
     with torch.device("meta"):
-        complete = describe(build(base, found))  # fills in defaults of arguments that an older version did not have
+        trust = Trust(str(path), classes=named_classes(describe(network)))
+        complete = describe(
+            build(base, found, trust)
+        )  # fills in defaults of arguments that an older version did not have
     compare_arguments(what, complete, describe(network), base.changeable | network.changeable, path)
 
 

@@ -20,8 +20,8 @@ def run(cfg: DictConfig) -> None:
     if cfg.max_batch < 1 or cfg.max_upload_mb <= 0 or cfg.refresh_s <= 0:
         raise ValueError("max_batch, max_upload_mb and refresh_s must be positive")
     device = default_device(cfg.device)
-    model = Model(str(cfg.checkpoint), device)
-    other = None if cfg.compare is None else Model(str(cfg.compare), device)
+    model = Model(str(cfg.checkpoint), device, cfg.trust_code)
+    other = None if cfg.compare is None else Model(str(cfg.compare), device, cfg.trust_code)
     with tempfile.TemporaryDirectory(prefix="varlab-app-") as folder:
         gradio = import_gradio(folder)
         from varlab.app.ui import CSS, THEME, build

@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.num < 1:
         raise ValueError(f"num={cfg.num} must be positive")
     device = default_device(cfg.device)
-    tokenizer, var, names = load(cfg.checkpoint)
+    tokenizer, var, names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     tokenizer, var = tokenizer.to(device), var.to(device)
     side = tokenizer.image_size[0]
     try:

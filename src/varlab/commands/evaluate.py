@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
         "storage": instantiate(cfg.storage),
     }
     if contains_var(cfg.checkpoint):
-        tokenizer, var, _ = load(cfg.checkpoint)
+        tokenizer, var, _ = load(cfg.checkpoint, trust_code=cfg.trust_code)
         result = evaluate_likelihood(
             tokenizer, var, str(cfg.shards), Path(cfg.out), checkpoint=str(cfg.checkpoint), **shared
         )
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> None:
     if (perceptual := instantiate(cfg.perceptual)) is not None:
         metrics = {score_name(perceptual): perceptual, **metrics}
     result = evaluate_tokenizer(
-        load_tokenizer(cfg.checkpoint, cfg.patch_nums),
+        load_tokenizer(cfg.checkpoint, cfg.patch_nums, trust_code=cfg.trust_code),
         str(cfg.shards),
         Path(cfg.out),
         curve_images=cfg.curve_images,
@@ -101,7 +101,7 @@ def samples_or_grid(cfg: DictConfig) -> None:
     if cfg.samples is not None:
         evaluate(cfg.samples, cfg.out)
         return
-    tokenizer, var, class_names = load(cfg.checkpoint)
+    tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     labels = labels_of(None, cfg.grid.num, class_names, var.num_classes)
 
     def sample(folder: Path, point: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> None:
             torch.save(read_checkpoint(cfg.checkpoint), partial)
         print(f"{out}: one file, for any number of devices (ckpt_path={out})")
         return
-    tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums)
+    tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums, trust_code=cfg.trust_code)
     if cfg.to == "safetensors":
         save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)))
         print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}model_card.md")

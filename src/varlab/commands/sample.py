@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.precision not in ("fp32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r}: choose fp32 or bf16")
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
-    tokenizer, var, class_names = load(cfg.checkpoint)
+    tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     shape = var.embedder.condition_shape
     if shape and cfg.condition is None:
         raise ValueError(f"this network takes no class label: give condition=FILE.npy with rows of shape {shape}")

@@ -17,7 +17,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.distributed import WorkSplit, default_device
 
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
-    tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums)
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
     with FolderLock(Path(cfg.out), "varlab tokenize", share.rank, share.num_ranks):
         manifest = write_cache(
             Path(cfg.out),

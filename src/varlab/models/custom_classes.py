@@ -5,14 +5,53 @@ turns a network into plain values for a checkpoint, `build` turns them back into
 """
 
 import inspect
+from collections.abc import Set
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Which classes outside of varlab may be imported because a file names them: importing runs their code.
+
+    `source`: the file that is being loaded; code inside its folder is never imported. `trust_code`: all others may be.
+    `classes`: import paths that this process uses anyway.
+    """
+
+    source: str = "the checkpoint"
+    trust_code: bool = False
+    classes: Set[str] = frozenset()
+
+    def check(self, path: str) -> None:
+        """Raises ValueError for a class that may not be imported."""
+        if path.startswith("varlab.") or path in self.classes:
+            return
+        if not self.trust_code:
+            raise ValueError(
+                f"{self.source} names the class {path}, which is not part of varlab: loading it would run its code. If you trust"
+                " that code, load it with trust_code=true (in Python trust_code=True)"
+            )
+        package, *rest = path.split(".")[:-1] or [""]
+        spec = find_spec(package) if package else None  # of a package at the top: nothing is run
+        places = (
+            [] if spec is None else [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
+        )
+        source = Path(self.source).resolve()
+        own = source if source.is_dir() else source.parent
+        for place in places if source.is_dir() or own != Path.cwd() else []:
+            if Path(place).joinpath(*rest).resolve().is_relative_to(own):
+                raise ValueError(
+                    f"{self.source} names the class {path}, whose code lies in its own folder: it is not run"
+                )
 
 
 class RecordArguments(type):
@@ -96,6 +135,16 @@ def describe(network: nn.Module) -> dict[str, Any]:
     return {"class": where, **{name: as_plain(value, f"{where}({name}=...)") for name, value in arguments.items()}}
 
 
+def named_classes(description: Any) -> set[str]:
+    """Import paths of all classes in a description."""
+    if isinstance(description, list):
+        return {path for entry in description for path in named_classes(entry)}
+    if not isinstance(description, dict):
+        return set()
+    own = {description[key] for key in ("class", "partial") if isinstance(description.get(key), str)}
+    return own | {path for entry in description.values() for path in named_classes(entry)}
+
+
 def as_plain(value: Any, where: str) -> Any:
     """One argument as plain values."""
     if isinstance(value, PLAIN):
@@ -116,31 +165,34 @@ def as_plain(value: Any, where: str) -> Any:
     )
 
 
-def build(base: type[Network], description: dict[str, Any]) -> Network:
-    """The network of a description, newly initialized. Raises ValueError if its class cannot be imported or is not a
-    subclass of `base`."""
-    given = {name: from_plain(value) for name, value in description.items() if name != "class"}
-    found = find_class(description.get("class", class_path(base)), base)
+def build(base: type[Network], description: dict[str, Any], trust: Trust | None = None) -> Network:
+    """The network of a description, newly initialized. Raises ValueError if its class is not part of varlab and not
+    trusted, cannot be imported, or is not a subclass of `base`."""
+    trust = trust or Trust()
+    found = find_class(description.get("class", class_path(base)), base, trust)
+    given = {name: from_plain(value, trust) for name, value in description.items() if name != "class"}
     try:
         return found(**given)
     except TypeError as error:
         raise ValueError(f"{class_path(found)} cannot be built from the checkpoint's arguments: {error}") from None
 
 
-def from_plain(value: Any) -> Any:
+def from_plain(value: Any, trust: Trust) -> Any:
     """The inverse of `as_plain`."""
     if isinstance(value, list):
-        return [from_plain(entry) for entry in value]
+        return [from_plain(entry, trust) for entry in value]
     if not isinstance(value, dict):
         return value
     if "class" in value:
-        return build(RecordedModule, value)
-    rest = {key: from_plain(entry) for key, entry in value.items() if key != "partial"}
-    return partial(find_class(value["partial"], nn.Module), **rest) if "partial" in value else rest
+        return build(RecordedModule, value, trust)
+    rest = {key: from_plain(entry, trust) for key, entry in value.items() if key != "partial"}
+    return partial(find_class(value["partial"], nn.Module, trust), **rest) if "partial" in value else rest
 
 
-def find_class(path: str, base: type[Network]) -> type[Network]:
-    """The class at an import path. Raises ValueError if it cannot be imported or is not a subclass of `base`."""
+def find_class(path: str, base: type[Network], trust: Trust) -> type[Network]:
+    """The class at an import path. Raises ValueError if it is not trusted, cannot be imported, or is not a subclass of
+    `base`."""
+    trust.check(path)
     module, _, attribute = path.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)

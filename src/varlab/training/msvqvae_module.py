@@ -46,12 +46,13 @@ class MSVQVAEModule(ScheduledModule):
         weight_decay: float = 0.005,
         init_from: str | None = None,
         is_compiled: bool = False,
+        trust_code: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, base_lr, (weight_decay, weight_decay), num_scores=3)
         describe(net)  # raises if a checkpoint could not rebuild the network
         self.net = net
         if init_from is not None:
-            start = load_tokenizer(init_from, patch_nums=net.patch_nums)
+            start = load_tokenizer(init_from, patch_nums=net.patch_nums, trust_code=trust_code)
             check_same_arguments("tokenizer", describe(start), net, init_from)
             net.load_state_dict(start.state_dict())
         self.reconstruction_losses = reconstruction_losses or {"l1": losses.L1(0.2), "l2": losses.L2(1.0)}

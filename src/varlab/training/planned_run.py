@@ -36,7 +36,7 @@ def planned_run(
     params = RELEASED_PARAMS
     given = {"patch_nums": scales.RELEASED_256, "codebook_size": 4096, "codebook_dim": 32, "num_classes": num_classes}
     if cfg.tokenizer is not None:
-        tokenizer = load_tokenizer(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg.tokenizer, trust_code=cfg.trust_code)
         params = sum(parameter.numel() for parameter in tokenizer.parameters())
         given |= {name: getattr(tokenizer.quantizer, name) for name in ("patch_nums", "codebook_size", "codebook_dim")}
     with torch.device("meta"):

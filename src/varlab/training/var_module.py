@@ -39,7 +39,8 @@ class VARModule(ScheduledModule):
 
     `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in this many
     chunks, with only one in memory at a time, at the cost of one more matrix product of the head. `is_compiled`:
-    applies torch.compile to each block. `progressive`: trains scale by scale.
+    applies torch.compile to each block. `progressive`: trains scale by scale. `trust_code`: see
+    `load`, for the tokenizer.
     """
 
     net: VAR
@@ -63,10 +64,11 @@ class VARModule(ScheduledModule):
         loss_chunks: int = 1,
         is_compiled: bool = False,
         progressive: Progressive | None = None,
+        trust_code: bool = False,
     ) -> None:
         if loss_chunks < 1:
             raise ValueError(f"module.loss_chunks={loss_chunks}: give 1 or more")
-        tokenizer_net = load_tokenizer(tokenizer).requires_grad_(False)
+        tokenizer_net = load_tokenizer(tokenizer, trust_code=trust_code).requires_grad_(False)
         super().__init__(
             optimizer,
             schedule if progressive is None else progressive.schedule(schedule),
