@@ -95,3 +95,20 @@ def test_shards_come_in_another_order_in_each_epoch():
     shards = [tuple(order.epoch(epoch)[::10] // 10) for epoch in range(10)]
     assert all(sorted(row) == list(range(12)) for row in shards)
     assert len(set(shards)) == 10
+
+
+def test_validation_pads_the_last_batch_with_sample_0():
+    requests = [request for batch in ValidationBatches(5, 2, rank=1, num_ranks=2) for request in batch]
+    assert [tuple(request) for request in requests] == [(1, 0, True), (3, 0, True), (0, 0, False), (0, 0, False)]
+    with pytest.raises(ValueError, match="the validation set is empty"):
+        ValidationBatches(0, 2)
+
+
+def test_positions_come_from_a_bounded_number_of_shards():
+    """Shards of 10 samples, lanes of windows of 25: a window touches at most 25 // 10 + 2 shards."""
+    order = Order([10] * 40, seed=0, lanes=2, window=25)
+    assert order.num_shards_at_once() == 2 * (25 // 10 + 2)
+    assert Order([10] * 4, window=None).num_shards_at_once() == 4
+    epoch = order.epoch(0)
+    for first in range(0, 400, 50):  # one window of each lane
+        assert len({sample // 10 for sample in epoch[first : first + 50]}) <= order.num_shards_at_once()

@@ -7,6 +7,7 @@ import torch
 from support.networks import CLASS_NAMES, make_tokenizer, make_var
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
+from varlab.models.conditioning import ClassEmbedder
 from varlab.pipeline import label_of
 from varlab.sampling.generate import generate
 
@@ -47,3 +48,19 @@ def test_a_custom_embedder_is_rebuilt_and_guides(extend_page, tmp_path):
     assert not torch.equal(plain, generate(again, tokenizer, condition + 1, cfg_scale=0.0))
     with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), VectorEmbedder takes \(5,\)"):
         generate(again, tokenizer, torch.randn(3, 4))
+
+
+def test_the_null_label_is_the_last_row_and_a_tenth_is_dropped_by_default():
+    embedder = ClassEmbedder(num_classes=5, width=8).train()
+    assert embedder.embedding.weight.shape == (6, 8) and embedder.dropout == 0.1
+    assert embedder.null(torch.tensor([0, 3])).tolist() == [5, 5]
+    assert torch.equal(embedder(torch.tensor([5])), embedder.embedding.weight[5:])
+    embedder.check(torch.tensor([0, 5]))
+    for label in (-1, 6):
+        with pytest.raises(ValueError, match=f"label {label} is out of range: there are 5 classes"):
+            embedder.check(torch.tensor([0, label]))
+
+
+def test_without_dropout_no_random_number_is_drawn():
+    embedder, state = ClassEmbedder(5, 8, dropout=0.0).train(), torch.get_rng_state()
+    assert embedder.drop(torch.arange(5)).tolist() == list(range(5)) and torch.equal(torch.get_rng_state(), state)

@@ -1,5 +1,6 @@
 """Losses, by their definitions."""
 
+import math
 from functools import partial
 
 import pytest
@@ -59,3 +60,13 @@ def test_the_gradient_penalty_of_a_linear_discriminator_is_half_the_square_of_it
     weights_, images = torch.randn(3 * 16), torch.randn(4, 3, 4, 4, requires_grad=True)
     penalty = losses.gradient_penalty((images.flatten(1) @ weights_)[:, None], images)
     assert penalty == pytest.approx(float(weights_.square().sum() / 2), rel=1e-5)
+
+
+def test_reconstruction_losses_and_psnr_follow_their_formulas():
+    images, output = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    output[0], output[1] = 0.5, -1.0
+    assert float(losses.L1(weight=0.2)(output, images)) == pytest.approx(0.2 * 0.75)
+    assert float(losses.L2(weight=3.0)(output, images)) == pytest.approx(3 * (0.25 + 1) / 2)
+    expected = [10 * math.log10(4 / 0.25), 10 * math.log10(4)]
+    assert losses.psnr(output, images).tolist() == pytest.approx(expected)
+    assert losses.psnr(images, images).tolist() == pytest.approx([10 * math.log10(4 / 1e-10)] * 2)

@@ -193,3 +193,52 @@ def test_images_that_cannot_be_coded_are_refused():
         tokenizer.encode(images)
     with pytest.raises(ValueError, match=r"images are \(16, 20\) pixels; patch_nums .* need \(16, 16\)"):
         tokenizer.encode(torch.zeros(1, 3, 16, 20))
+
+
+def test_codes_start_uniform_within_the_released_bound():
+    q = MultiScaleQuantizer([1, 2], codebook_size=4096, codebook_dim=32)
+    q.init_weights()
+    bound = 1 / (36 * 32**0.5)
+    weight = q.codebook.weight.detach()
+    assert weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert weight.mean().abs() < bound / 50 and q.scale_dropout == 0
+
+
+def test_the_average_of_hits_starts_with_the_first_batch_and_slows_down_after_a_hundred():
+    q = quantizer([1, 2])
+    tokens = [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)]
+    other = [torch.ones_like(maps) for maps in tokens]
+    q.update_hits(tokens)
+    assert q.hits[:, 0].tolist() == [2, 8]
+    q.update_hits(other)
+    assert q.hits[0, :2].tolist() == pytest.approx([1.8, 0.2])
+    for updates, momentum in [(99, 0.9), (100, 0.99)]:
+        q.num_updates.fill_(updates)
+        q.hits.zero_()
+        q.update_hits(other)
+        assert float(q.hits[0, 1]) == pytest.approx(2 * (1 - momentum))
+
+
+def test_a_code_counts_as_used_from_8_percent_of_the_mean_hits_on():
+    q = quantizer([1, (2, 3)])
+    num_codes, batch = q.codebook_size, 4
+    threshold = 0.08 * batch * 6 / num_codes
+    q.hits[0, :3] = torch.tensor([threshold * 1.001, threshold * 0.999, 50.0])
+    assert q.codebook_usage(batch).tolist() == pytest.approx([100 * 2 / num_codes, 0])
+    q.hits.zero_()
+    q.hits[1, :3] = torch.tensor([100.0, 0.08 * 100 / num_codes * 1.2, 0.08 * 100 / num_codes * 0.8])
+    assert float(q.overall().usage) == pytest.approx(100 * 2 / num_codes)
+
+
+def test_lookup_vectors_are_what_the_codes_of_each_scale_are_chosen_from():
+    q = quantizer([1, 2, 4])
+    f = torch.randn(2, q.codebook_dim, 4, 4)
+    vectors = q.lookup_vectors(f)
+    assert [tuple(v.shape) for v in vectors] == [
+        (2, 1, q.codebook_dim),
+        (2, 4, q.codebook_dim),
+        (2, 16, q.codebook_dim),
+    ]
+    for chosen, tokens in zip(vectors, q.encode(f), strict=True):
+        assert torch.equal(q.nearest(chosen), tokens)
+    torch.testing.assert_close(vectors[0][:, 0], f.mean(dim=(2, 3)))

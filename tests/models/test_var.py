@@ -7,7 +7,7 @@ import torch
 from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
 from varlab.models import scales
-from varlab.models.var import VAR
+from varlab.models.var import VAR, size_defaults
 
 FORMS = [{}, {"shared_adaln": True}, {"qk_norm": False}, {"shared_adaln": True, "qk_norm": False}]
 
@@ -134,3 +134,17 @@ def test_attentions_have_the_same_gradients_on_a_gpu(labels):
     for others in found[1:]:
         for a, b in zip(found[0], others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_initial_gates_by_depth_are_those_of_the_released_recipes():
+    gates = {depth: size_defaults(depth).init_adaln_gamma for depth in (2, 16, 23, 24, 29, 30, 35, 36, 40)}
+    assert gates == {2: 1e-3, 16: 1e-3, 23: 1e-3, 24: 1e-4, 29: 1e-4, 30: 1e-5, 35: 1e-5, 36: 5e-6, 40: 5e-6}
+    found = size_defaults(24)
+    assert (found.width, found.num_heads, found.drop_path, found.shared_adaln) == (1536, 24, pytest.approx(0.1), False)
+    assert size_defaults(36).shared_adaln and not size_defaults(35).shared_adaln
+
+
+def test_the_cache_has_room_for_all_scales_but_the_last(var):
+    entries = var.start_cache(3)
+    assert len(entries) == 2
+    assert all(tensor.shape == (3, 2, 1 + 4 + 9, 16) for entry in entries for tensor in (entry.keys, entry.values))
