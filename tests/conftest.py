@@ -199,5 +199,5 @@ def sweep(tmp_path, var_overrides):
         return process.returncode, said
 
     run.start = start
-    run.settings = ["--multirun", *var_overrides, "name=sweep", "callbacks.pictures=null"]
+    run.settings = ["--multirun", *var_overrides, "name=sweep", "callbacks.pictures=null", "val_every=${steps}"]
     return run

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.formats import upgrade_checkpoint
-from varlab.checkpoints.load import load, load_any, load_tokenizer, read_checkpoint
+from varlab.checkpoints.load import load, load_any, load_tokenizer, read_checkpoint, read_file
 from varlab.models.custom_classes import build
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
@@ -140,3 +141,20 @@ def test_a_checkpoint_that_names_a_class_of_others_is_refused(tmp_path):
     for call in (load, load_tokenizer):
         with pytest.raises(ValueError, match=r"last.ckpt names the class os.path.join, which is not part of varlab"):
             call(tmp_path / "last.ckpt")
+
+
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    """Each is either noticed or lies in padding: 120 random bits of a file."""
+    content, random = (OLD / "var.ckpt").read_bytes(), np.random.default_rng(0)
+    good, noticed = torch.load(OLD / "var.ckpt", weights_only=True)["state_dict"], 0
+    for position in random.integers(len(content), size=120):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << random.integers(8)
+        (tmp_path / "flipped.ckpt").write_bytes(flipped)
+        try:
+            found = read_file(tmp_path / "flipped.ckpt")["state_dict"]
+            assert all(torch.equal(value, found[key]) for key, value in good.items())
+        except ValueError as error:
+            assert "damaged" in str(error)
+            noticed += 1
+    assert noticed > 80

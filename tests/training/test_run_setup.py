@@ -1,5 +1,7 @@
 """Before the first step."""
 
+import json
+
 import pytest
 from support.runs import (
     fit,
@@ -14,3 +16,23 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides)
         fit(tmp_path, *var_overrides, "model.depth=3", "steps=12", "ckpt_path=last")
     with pytest.raises(ValueError, match="other data, seed, lanes, window or global batch size"):
         fit(tmp_path, *var_overrides, "data.global_batch_size=4", "steps=12", "ckpt_path=last")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_that_can_serve(tmp_path, var_overrides):
+    fit(tmp_path, *var_overrides, "val_every=4")
+    last = tmp_path / "checkpoints/last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (bytes(content), bytes(content[:-100]), b""):
+        last.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"last.ckpt.* damaged.*; .*best-0000008.ckpt \(step 8\) is whole: continue with"
+        ):
+            fit(tmp_path, *var_overrides, "val_every=4", "ckpt_path=last")
+    (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
+    fit(tmp_path, *var_overrides, "val_every=4", f"ckpt_path={best}")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
+    best.write_bytes(b"")
+    last.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last.ckpt.*; no other checkpoint in .*checkpoints is whole"):
+        fit(tmp_path, *var_overrides, "val_every=4", "ckpt_path=last")

@@ -7,7 +7,9 @@ and optimizer in files of torch.distributed.checkpoint, the rest in `meta.pt`.
 
 import pickle
 import shutil
+import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +123,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return upgrade_checkpoint(consolidated(path) if path.is_dir() else read_file(path))
 
 
+def check_whole(path: Path) -> None:
+    """Raises ValueError if the content of a file of torch.save differs from what was written, by the CRC-32 of each of its
+    records. Files in older formats of torch have none."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if broken is not None:
+        raise ValueError(f"{path} is damaged: the content of {broken} is not what was written")
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """A file of tensors and plain values, unconverted. Raises ValueError naming file and reason."""
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
+    check_whole(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

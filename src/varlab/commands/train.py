@@ -48,13 +48,15 @@ def fit_locked(cfg: DictConfig) -> float | None:
     from varlab import __version__
     from varlab.checkpoints.load import latest_checkpoint
     from varlab.training.run_record import git_commit, summary
-    from varlab.training.run_setup import branch_point, check_new_run
+    from varlab.training.run_setup import branch_point, check_new_run, check_start
 
     folder = Path(cfg.run_dir) / "checkpoints"
     check_new_run(folder, cfg.ckpt_path)
     start = latest_checkpoint(folder) if cfg.ckpt_path == "last" else cfg.ckpt_path
     if start is None and cfg.branch < 1:
         start = branch_point(cfg)
+    if start is not None:
+        check_start(Path(start))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")

@@ -23,7 +23,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 from varlab.files import atomic_write, flat, json_hash, load_json, save_json
-from varlab.sweeps.ledger import CHOICE, entry, is_alive
+from varlab.sweeps.ledger import CHOICE, entry, is_alive, task_overrides
 from varlab.training import signals
 
 
@@ -36,7 +36,7 @@ def run_job(cfg: DictConfig, module: str) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
     config["ckpt_path"] = "last"
-    fingerprint, overrides = json_hash(config), list(HydraConfig.get().overrides.task)
+    fingerprint, overrides = json_hash(config), task_overrides(HydraConfig.get())
     known = entry(folder)
     if known and known["fingerprint"] != fingerprint:
         raise CompactHydraException(

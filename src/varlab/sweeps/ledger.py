@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import is_sweep
 from varlab.files import FolderLock, load_json, lock_holder, process_start, save_json
@@ -67,12 +67,18 @@ class Ledger(Callback):
         print_time(sum(self.planned), 1, config.planned_mfu, config.planned_flops)
 
 
+def task_overrides(hydra: Any) -> list[str]:
+    """The overrides as given: `${...}` in them is part of the text."""
+    return OmegaConf.to_container(hydra.overrides.task, resolve=False)  # pyright: ignore[reportReturnType]
+
+
 def job_overrides(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep, computed by Hydra's sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    given: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+    params = [f"{key}={value}" for key, value in (given.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *task_overrides(config.hydra)])
     return [list(overrides) for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
 
 

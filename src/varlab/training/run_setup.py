@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from varlab.checkpoints.load import read_file
 from varlab.training.schedules import Schedule
 
 
@@ -63,6 +64,24 @@ def check_new_run(folder: Path, ckpt_path: str | None) -> None:
         )
     if ckpt_path not in (None, "last") and not Path(ckpt_path).exists():
         raise ValueError(f"ckpt_path={ckpt_path} does not exist; `last` means the newest checkpoint of this run")
+
+
+def check_start(start: Path) -> None:
+    """Raises ValueError if the checkpoint file to continue from is damaged, naming the newest whole one beside it."""
+    if start.is_dir():
+        return
+    try:
+        read_file(start)
+    except ValueError as error:
+        others = sorted(start.parent.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for other in others:
+            try:
+                step = read_file(other)["global_step"] if other != start and other.is_file() else None
+            except ValueError:
+                continue
+            if step is not None:
+                raise ValueError(f"{error}; {other} (step {step}) is whole: continue with ckpt_path={other}") from None
+        raise ValueError(f"{error}; no other checkpoint in {start.parent} is whole") from None
 
 
 def silence_warnings() -> None:
