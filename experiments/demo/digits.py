@@ -1,22 +1,21 @@
 """A classifier of 16x16 digits, trained on real ones, that measures how many samples show the requested digit."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from varlab.data.images import Crop, open_rgb, preprocess
+from varlab.data.decoding import open_image
+from varlab.data.images import Crop, preprocess
 from varlab.data.shards import ShardReader
 
 
 def load(shards: str, split: str) -> tuple[Tensor, Tensor]:
     """Real digits as (N, 1, 16, 16) in [0, 1], and their labels."""
     reader = ShardReader(shards, split)
-    pixels = [preprocess(open_rgb(Image.open(io.BytesIO(reader.read(i)))), 16, 1.0, Crop()) for i in range(len(reader))]
+    pixels = [preprocess(open_image(reader.read(i)), 16, 1.0, Crop()) for i in range(len(reader))]
     return torch.from_numpy(np.stack(pixels)[:, None, :, :, 0]).float() / 255, torch.from_numpy(reader.labels)
 
 

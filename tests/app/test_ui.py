@@ -135,7 +135,7 @@ def test_a_bad_file_gets_a_sentence(page, tmp_path, tab):
     page.set_input_files(
         {"Tokenizer": "#drop", "Edit": "#edit-upload"}[tab] + " input[type=file]", tmp_path / "bad.png"
     )
-    page.get_by_text("this file is not a readable image").first.wait_for()
+    page.get_by_text("this file cannot be decoded").first.wait_for()
     assert "Traceback" not in page.content()
 
 

@@ -53,7 +53,7 @@ def test_a_mask_is_white_where_to_edit_and_out_painting_turns_it_round(place):
     [
         ([], "give either mask=FILE"),
         (["box=[0.5,0,0.2,1]"], r"box=\[0.5, 0, 0.2, 1\]: give y0, x0, y1, x1 between 0 and 1, y0 < y1"),
-        (["mask=nowhere.png"], "mask=nowhere.png cannot be read"),
+        (["mask=nowhere.png"], "mask=nowhere.png cannot be used: .*No such file"),
         (["mask={image_of_other_size}"], r"is \(8, 8\) pixels, but the image is \(56, 40\)"),
         (["mask={black}"], "the mask is empty: nothing would be edited"),
         (["box=[0,0,1,1]", "label=twoo"], "no class is called 'twoo': the nearest are 'two'"),

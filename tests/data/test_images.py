@@ -1,7 +1,5 @@
 """From bytes to the square that a network sees."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +8,7 @@ from support.shards import digits
 from varlab.data import images as image_data
 from varlab.data import shards as format
 from varlab.data import write_shards as packing
-from varlab.data.images import Crop, ImageDataModule, ImageDataset, open_rgb, preprocess
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, preprocess
 from varlab.data.order import SampleRequest
 from varlab.data.sources.items import Item
 
@@ -80,26 +78,3 @@ def test_more_replaced_images_than_allowed_stop_the_run(digits_folder):
         data.on_before_batch_transfer(
             batch._replace(skipped=batch.skipped.index_fill(0, batch.condition.new_tensor([0]), 1)), 0
         )
-
-
-def saved(image, kind, **kwargs) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **kwargs)
-    return open_rgb(Image.open(io.BytesIO(buffer.getvalue())))
-
-
-def test_odd_images_become_upright_rgb():
-    assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "jpeg").getpixel((1, 1))[0] > 200
-    gray = Image.fromarray(np.full((3, 3), 51400, dtype=np.uint16))
-    assert saved(gray, "png").getpixel((0, 0)) == (200, 200, 200)
-    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert saved(clear, "png").getpixel((0, 0)) == (255, 255, 255)
-    half = Image.new("LA", (2, 2), (0, 128))
-    assert saved(half, "png").getpixel((0, 0))[0] == pytest.approx(127, abs=1)
-    frames = [Image.new("RGB", (5, 5), color) for color in ("red", "blue")]
-    assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    assert saved(Image.new("RGB", (8, 4)), "jpeg", exif=exif).size == (4, 8)
-    pixel = preprocess(saved(Image.new("RGB", (1, 1), (9, 9, 9)), "png"), 16, 1.125, Crop())
-    assert pixel.shape == (16, 16, 3) and (pixel == 9).all()

@@ -64,3 +64,15 @@ def test_the_null_label_is_the_last_row_and_a_tenth_is_dropped_by_default():
 def test_without_dropout_no_random_number_is_drawn():
     embedder, state = ClassEmbedder(5, 8, dropout=0.0).train(), torch.get_rng_state()
     assert embedder.drop(torch.arange(5)).tolist() == list(range(5)) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_number_that_names_another_class_is_refused():
+    names = [str(number) for number in range(1, 13)]
+    assert label_of("2", names, 12) == 1 and label_of(0, names, 12) == 0
+    for number in (2, 12):
+        with pytest.raises(
+            ValueError, match=f"{number} is the name of class {number - 1}, but number {number} is another"
+        ):
+            label_of(number, names, 12)
+    digits = [str(number) for number in range(10)]
+    assert [label_of(number, digits, 10) for number in range(11)] == list(range(11))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from varlab import image_grid
 from varlab.checkpoints.load import load
-from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
+from varlab.data.decoding import open_image
+from varlab.data.images import Crop, preprocess, to_tensor
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
@@ -50,14 +51,10 @@ def read_upload(path: str | Path, side: int) -> Image.Image:
     Raises ValueError, without the file's path, for a file that is not an image or is too large.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"the image has {image.width} x {image.height} pixels: upload one of at most 50 million"
-                )
-            return Image.fromarray(np.asarray(preprocess(open_rgb(image), side, 1.0, Crop())))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError("this file is not a readable image: upload a PNG, JPEG or WebP") from error
+        image = open_image(path, "this file", MAX_PIXELS)
+    except ValueError as error:
+        raise ValueError(f"{error}: upload a PNG, JPEG or WebP of at most 50 million pixels") from None
+    return Image.fromarray(np.asarray(preprocess(image, side, 1.0, Crop())))
 
 
 class Model:

@@ -16,7 +16,8 @@ def run(cfg: DictConfig) -> None:
 
     from varlab import image_grid
     from varlab.checkpoints.load import load
-    from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
+    from varlab.data.decoding import open_image
+    from varlab.data.images import Crop, preprocess, to_tensor
     from varlab.distributed import default_device
     from varlab.files import save_json
     from varlab.models.conditioning import label_of
@@ -28,10 +29,7 @@ def run(cfg: DictConfig) -> None:
     tokenizer, var, names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     tokenizer, var = tokenizer.to(device), var.to(device)
     side = tokenizer.image_size[0]
-    try:
-        image = open_rgb(Image.open(cfg.image))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"image={cfg.image} cannot be read: {error}") from None
+    image = open_image(cfg.image, f"image={cfg.image}")
     original = to_tensor([preprocess(image, side, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
     keep = mask_of(cfg, image.size, side).to(device)
     label = var.null_label if cfg.label is None else label_of(cfg.label, names, var.num_classes)
@@ -77,6 +75,7 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
     import torch
     from PIL import Image
 
+    from varlab.data.decoding import open_mask
     from varlab.data.images import Crop, preprocess
     from varlab.sampling.editing import box_mask
 
@@ -93,10 +92,7 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
         y0, x0, y1, x1 = (float(share) for share in cfg.box)
         region = box_mask((y0, x0, y1, x1), (side, side))
     else:
-        try:
-            mask = Image.open(cfg.mask).convert("L")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"mask={cfg.mask} cannot be read: {error}") from None
+        mask = Image.fromarray(255 * open_mask(cfg.mask).astype(np.uint8))
         if mask.size != size:
             raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, but the image is {size}")
         array = preprocess(mask.convert("RGB"), side, 1.0, Crop())

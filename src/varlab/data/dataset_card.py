@@ -1,14 +1,13 @@
 """The README of a packed set: a description of its contents, with sample images."""
 
-import io
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from varlab import image_grid
-from varlab.data.images import Crop, open_rgb, preprocess, to_tensor
+from varlab.data.decoding import open_image
+from varlab.data.images import Crop, preprocess, to_tensor
 from varlab.data.shards import ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
 from varlab.files import atomic_write
@@ -28,11 +27,11 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
     shown: list[np.ndarray] = []
     for position, i in enumerate(chosen):
         try:
-            image = Image.open(io.BytesIO(reader.read(int(i))))
+            image = open_image(reader.read(int(i)))
             sizes[f"{image.width} x {image.height}"] += 1
             if len(shown) < NUM_SHOWN and position % max(1, len(chosen) // NUM_SHOWN) == 0:
-                shown.append(preprocess(open_rgb(image), 64, 1.0, Crop()))
-        except (OSError, SyntaxError, ValueError):
+                shown.append(preprocess(image, 64, 1.0, Crop()))
+        except ValueError:
             sizes["cannot be decoded"] += 1
     image_grid.save(image_grid.grid(to_tensor(shown) / 2 + 0.5, columns=8), folder / "samples.png")
     counts = np.bincount(reader.labels, minlength=len(manifest["class_names"]))

@@ -1,6 +1,5 @@
 """Images from shards: decoding, the preprocessing of the VAR recipe, the data module."""
 
-import io
 import logging
 import math
 from collections.abc import Iterator
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from varlab.data.datamodule import OrderedDataModule
+from varlab.data.decoding import open_image
 from varlab.data.order import Order, SampleRequest
 from varlab.data.shards import ConditionKind, ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
@@ -40,18 +40,6 @@ class Crop(NamedTuple):
     top: float = 0.5
     left: float = 0.5
     is_flipped: bool = False
-
-
-def open_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, upright: EXIF rotation applied, 16-bit gray scaled down, alpha composited on white, CMYK
-    converted, the first frame of an animation."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: Crop) -> np.ndarray:
@@ -135,11 +123,8 @@ class ImageDataset(Dataset):
 
     def image(self, i: int, crop: Crop) -> np.ndarray:
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it if it cannot be decoded."""
-        encoded = self.reader.read(i)
-        try:
-            return preprocess(open_rgb(Image.open(io.BytesIO(encoded))), self.resolution, self.resize_ratio, crop)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.reader.name_of(i)} cannot be decoded ({error})") from None
+        image = open_image(self.reader.read(i), self.reader.name_of(i))
+        return preprocess(image, self.resolution, self.resize_ratio, crop)
 
     def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
         """(image, its number, whether it replaces another one), cropped to `crop`, by default the request's crop."""

@@ -7,7 +7,7 @@ and several processes can write at once.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,7 +72,8 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """All images of a data set. `splits` maps train and val to items; class i has name class_names[i].
+    """All images of a data set. `splits` maps train and val to items; class i has name class_names[i]. `notes`: what was
+    understood and left out, in sentences; they are printed and kept in the manifest.
 
     A custom source is a function that returns a `Source`: see docs/extend.md.
     """
@@ -81,9 +82,17 @@ class Source:
     name: str
     class_names: list[str]
     splits: dict[str, list[Item]]
+    notes: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """What will be packed, in lines."""
+        counts = ", ".join(f"{len(items):,} {split}" for split, items in self.splits.items())
+        named = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+        return "\n".join([f"{self.name}: {counts} images of {len(self.class_names)} classes ({named})", *self.notes])
 
     def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
         """Packs the images into `out`; returns the manifest."""
+        print(self.describe(), flush=True)
         shard_images = options.shard_images
         if options.shard_size is not None:
             shard_images = images_per_shard(self, options.shard_size, options.short_side, options.quality)
@@ -121,6 +130,7 @@ def pack(
         "name": source.name,
         **settings,
         "class_names": source.class_names,
+        **({"notes": source.notes} if source.notes else {}),
         "splits": {},
     }
     for split, items in source.splits.items():

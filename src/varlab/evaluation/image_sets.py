@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from varlab.data.decoding import open_image
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.evaluation.frechet import FeatureStatistics
 from varlab.evaluation.generation import Features
@@ -59,7 +59,7 @@ class ImageSet:
 
     def pixels(self, i: int) -> np.ndarray:
         """One image, uint8 (H, W, 3)."""
-        return self.array[i] if self.array is not None else np.asarray(Image.open(self.files[i]).convert("RGB"))
+        return self.array[i] if self.array is not None else np.asarray(open_image(self.files[i], str(self.files[i])))
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1]. Raises ValueError naming the first image of a different size."""

@@ -77,7 +77,7 @@ class ClassEmbedder(ConditionEmbedder):
 
 def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
     """The number of a class, given its number or name. An entry of `class_names` may hold several names separated by
-    commas; any of them is accepted.
+    commas; any of them is accepted. A number that is the name of another class is refused.
 
     Raises ValueError listing the nearest names if the name is unknown.
     """
@@ -85,6 +85,11 @@ def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> 
         if not 0 <= label <= num_classes:
             raise ValueError(
                 f"label {label} is out of range: there are {num_classes} classes, 0..{num_classes - 1} (and {num_classes} for none)"
+            )
+        if str(label) in class_names and class_names[label : label + 1] != [str(label)]:
+            other = list(class_names).index(str(label))
+            raise ValueError(
+                f"{label} is the name of class {other}, but number {label} is another class or none: give names in quotes, ['{label}']"
             )
         return label
     wanted = label.strip().casefold()

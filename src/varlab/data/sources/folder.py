@@ -1,31 +1,83 @@
 """`source=folder`: a folder of images, one subfolder per class."""
 
+import os
+from collections import Counter
 from pathlib import Path
 
 from varlab.data.shards import EXTENSIONS
 from varlab.data.sources.items import Item, check_share, extension_of, split_off
 from varlab.data.write_shards import Source
 
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 
-def class_tree(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class folder, both sorted. Raises ValueError if there are none."""
-    classes = {
-        sub.name: sorted(file for file in sub.rglob("*") if extension_of(file) in EXTENSIONS)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir() and not sub.name.startswith(".")
-    }
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder belongs to the system or an editor: `._x.png`, `.ipynb_checkpoints`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, linked ones too. Names that are all numbers are sorted as numbers."""
+    found = [sub for sub in folder.iterdir() if sub.is_dir() and not is_hidden(sub.name)]
+    are_numbers = all(sub.name.isdecimal() for sub in found)
+    return sorted(found, key=lambda sub: (int(sub.name) if are_numbers else 0, sub.name))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, linked ones too, sorted."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [] if os.path.realpath(root) in seen else [name for name in folders if not is_hidden(name)]
+        if os.path.realpath(root) not in seen:
+            found += [Path(root) / name for name in files if not is_hidden(name)]
+        seen.add(os.path.realpath(root))
+    return sorted(found)
+
+
+def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
+    """Image files by class folder; what is left out is added to `notes`. Raises ValueError if there are none."""
+    classes: dict[str, list[Path]] = {}
+    others: Counter[str] = Counter(f".{extension_of(file)}" for file in folder.iterdir() if file.is_file())
+    for sub in subfolders(folder):
+        files = files_below(sub)
+        classes[sub.name] = [file for file in files if extension_of(file) in EXTENSIONS]
+        others.update(f".{extension_of(file)}" for file in files if extension_of(file) not in EXTENSIONS)
     if not any(classes.values()):
         raise ValueError(
             f"{folder} holds no images: expected one folder for each class with files of type"
             f" {' '.join(f'.{extension}' for extension in sorted(EXTENSIONS))}"
         )
+    if empty := [name for name, files in classes.items() if not files]:
+        notes.append(f"{folder}: classes without images are left out: {', '.join(empty)}")
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        notes.append(f"{folder}: files left out: {kinds}")
     return {name: files for name, files in classes.items() if files}
 
 
-def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0) -> Source:
-    """A folder of class folders, or of `train` and `val` with class folders each. Labels number the sorted names.
+def split_folders(path: Path, notes: list[str]) -> dict[str, Path]:
+    """The folders of the splits, by their usual names; the folder itself if it holds classes."""
+    names = [sub.name for sub in subfolders(path)]
+    found = {}
+    for split, usual in SPLITS.items():
+        present = [name for name in usual if name in names]
+        if present:
+            found[split] = path / present[0]
+            notes += [f"{path / name} is left out: {present[0]} is the split {split}" for name in present[1:]]
+    if "train" not in found:
+        return {"train": path}
+    notes += [f"{folder} is the split {split}" for split, folder in found.items()]
+    if others := sorted(set(names) - {name for usual in SPLITS.values() for name in usual}):
+        notes.append(f"{path}: folders left out beside the splits: {', '.join(others)}")
+    return found
 
-    Without `val`, `val_share` of each class (at least one image, if it has two) becomes the validation set.
+
+def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0) -> Source:
+    """A folder of class folders, or of splits (`train`; `val`, `validation` or `test`) with class folders each. Labels
+    number the sorted names.
+
+    Without a validation split, `val_share` of each class (at least one image, if it has two) becomes one.
     """
     if path is None:
         raise ValueError("source=folder needs path=FOLDER with one subfolder per class")
@@ -33,14 +85,11 @@ def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"path={path} is not a folder")
-    has_splits = (path / "train").is_dir() and (path / "val").is_dir()
-    trees = {
-        split: class_tree(path / split if has_splits else path)
-        for split in (("train", "val") if has_splits else ("train",))
-    }
-    names = sorted(trees["train"])
-    if has_splits and (unknown := sorted(trees["val"].keys() - trees["train"].keys())):
-        raise ValueError(f"{path / 'val'} has class {unknown[0]!r}, which {path / 'train'} does not have")
+    notes: list[str] = []
+    trees = {split: class_tree(folder, notes) for split, folder in split_folders(path, notes).items()}
+    names = list(trees["train"])
+    if unknown := [name for name in trees.get("val", {}) if name not in trees["train"]]:
+        raise ValueError(f"the validation images have class {unknown[0]!r}, which the training images do not have")
     splits = {
         split: [
             Item(label, extension_of(file), file=file)
@@ -49,4 +98,5 @@ def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0
         ]
         for split, tree in trees.items()
     }
-    return Source("folder", path.name, names, splits if has_splits else split_off(splits["train"], val_share, seed))
+    splits = splits if "val" in splits else split_off(splits["train"], val_share, seed)
+    return Source("folder", path.name, names, splits, notes)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from varlab.data.decoding import open_image
+
 
 @dataclass(frozen=True)
 class Item:
@@ -66,23 +68,21 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def reencode(encoded: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
-    """(bytes, extension) of an image with its shorter side at most `short_side` (Lanczos), as JPEG of this quality.
+    """(bytes, extension) of an image, upright, with its shorter side at most `short_side` (Lanczos), as JPEG of this quality.
 
     An image that is already small enough, or cannot be decoded, is returned unchanged, with extension "".
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
-        if min(image.size) <= short_side:
-            return encoded, ""
-        scale = short_side / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        buffer = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(
-            buffer, "jpeg", quality=quality, subsampling=0, exif=image.getexif()
-        )
-        return buffer.getvalue(), "jpg"
-    except (OSError, SyntaxError, ValueError):
+        image = open_image(encoded)
+    except ValueError:
         return encoded, ""
+    if min(image.size) <= short_side:
+        return encoded, ""
+    scale = short_side / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=quality, subsampling=0)
+    return buffer.getvalue(), "jpg"
 
 
 def usable_cores() -> int:

@@ -88,7 +88,7 @@ def extension_of(encoded: bytes) -> str:
     """File extension detected from the content; jpg if it cannot be recognized."""
     try:
         kind = (Image.open(io.BytesIO(encoded)).format or "jpeg").lower()
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # whatever decoders raise for broken files
         kind = "jpeg"
     return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
 
