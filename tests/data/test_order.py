@@ -112,3 +112,20 @@ def test_positions_come_from_a_bounded_number_of_shards():
     epoch = order.epoch(0)
     for first in range(0, 400, 50):  # one window of each lane
         assert len({sample // 10 for sample in epoch[first : first + 50]}) <= order.num_shards_at_once()
+
+
+@pytest.mark.parametrize(("accumulate", "num_batches"), [(1, 11), (2, 10), (3, 9)])
+def test_batches_follow_the_epoch_and_fill_whole_steps(accumulate, num_batches):
+    order = Order([40, 40, 40, 17], seed=1, lanes=12, window=5)
+    batches = TrainBatches(order, 12, accumulate=accumulate)
+    for epoch in (0, 1):
+        expected = order.epoch(epoch)[: 12 * num_batches].reshape(num_batches, 12)
+        assert samples(batches) == expected.tolist()
+    assert {(draw.epoch, draw.is_real) for batch in batches for draw in batch} == {(2, True)}
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(0, 5), (-1, None), (4, 0)])
+def test_lanes_and_window_must_be_positive(lanes, window):
+    with pytest.raises(ValueError, match=f"lanes={lanes} and window={window} must be positive"):
+        Order([10], lanes=lanes, window=window)
+    assert sorted(Order([10], lanes=1, window=1).epoch(0)) == list(range(10))

@@ -1,6 +1,7 @@
 """Schedules against the released ones."""
 
 import pytest
+import torch
 from support import golden_rule as rule
 
 from varlab.training.schedules import (
@@ -11,6 +12,7 @@ from varlab.training.schedules import (
     Progressive,
     Schedule,
     TwoSlopes,
+    set_step,
     weight_decay_at,
 )
 
@@ -87,3 +89,25 @@ def test_progressive_training_takes_the_released_schedule():
     assert PROGRESSIVE.schedule(Cosine(warmup=0.1)) == TwoSlopes(warmup=0.1, knee=0.5)
     with pytest.raises(ValueError, match=r"progressive.share=1.5: give a fraction of the run between 0 and 1"):
         Progressive(share=1.5)
+
+
+@pytest.mark.parametrize("warmup", [-0.5, -2.0, 1.5])
+def test_a_warm_up_that_is_neither_a_fraction_nor_a_number_of_steps_is_refused(warmup):
+    with pytest.raises(ValueError, match=f"warmup={warmup}: give a fraction of the run below 1, or a number of steps"):
+        Linear(warmup=warmup)
+
+
+def test_a_step_sets_the_rate_of_each_group_and_the_decay_of_decayed_ones():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [
+        {"params": weights[:1], "is_decayed": True},
+        {"params": weights[1:2], "is_decayed": False},
+        {"params": weights[2:], "is_decayed": True, "lr_multiplier": 0.25},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    lr = set_step(optimizer, 0, 101, Linear(warmup=10.0, warmup_start=0.1), 2.0, (0.5, 0.3))
+    assert lr == pytest.approx(0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 0.05])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.5]
+    set_step(optimizer, 50, 101, Linear(warmup=10.0), 2.0, (0.5, 0.3))
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.4)
