@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from varlab.data.decoding import open_image
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.evaluation.frechet import FeatureStatistics
-from varlab.evaluation.generation import Features
+from varlab.evaluation.generation_metrics import Features
 from varlab.files import atomic_write, sha256
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")

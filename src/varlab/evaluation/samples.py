@@ -15,7 +15,7 @@ from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit
 from varlab.evaluation.frechet import frechet_distance, statistics
-from varlab.evaluation.generation import Features, scores
+from varlab.evaluation.generation_metrics import Features, scores
 from varlab.evaluation.image_sets import (
     ImageSet,
     cache_file,

@@ -7,7 +7,7 @@ from support.features import MADE, RANDOM, REAL, Given, through
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from varlab.evaluation.generation import inception_score, kernel_distance, precision_recall
+from varlab.evaluation.generation_metrics import inception_score, kernel_distance, precision_recall
 
 
 def test_kernel_distance_is_that_of_torchmetrics():
