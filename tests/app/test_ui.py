@@ -34,7 +34,7 @@ def page(request, browser, page_url):
     """The page, open; nothing may stick out, and no script may fail."""
     page, errors = browser.new_page(viewport={"width": request.param, "height": 820}), []
     page.on("pageerror", lambda error: errors.append(error))
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     page.goto(page_url)
     page.wait_for_selector("#sample-button")
     yield page

@@ -7,7 +7,7 @@ from torch import nn
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
 from varlab.models.conditioning import ClassEmbedder
-from varlab.models.custom_classes import RecordedModule, Trust, build, describe
+from varlab.models.custom_classes import RecordedModule, Trust, build, describe, rebuilt
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -116,3 +116,9 @@ def test_what_follows_from_depth_is_recorded_as_it_was():
 def test_a_value_outside_of_its_choices_is_named_before_anything_is_built():
     with pytest.raises(ValueError, match="order='rows': choose one of 'scales', 'raster'"):
         make_var(order="rows")
+
+
+def test_a_network_of_a_custom_class_is_rebuilt_without_asking(extend_page):
+    gated = extend_page("gated_attention").GatedVAR(2, gate_scale=5.0, **SIZES)
+    again = rebuilt(gated)
+    assert type(again) is type(gated) and again.arguments == gated.arguments

@@ -86,10 +86,10 @@ def tokenizer_flops(tokenizer: "MSVQVAE") -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from varlab.models.custom_classes import build, class_of, describe
+    from varlab.models.custom_classes import rebuilt
 
     with torch.device("meta"), torch.no_grad():
-        tokenizer = build(class_of(tokenizer), describe(tokenizer))
+        tokenizer = rebuilt(tokenizer)
         flops = {}
         for name, network, shape in [
             ("encode", tokenizer.features, (1, 3, *tokenizer.image_size)),

@@ -177,6 +177,12 @@ def build(base: type[Network], description: dict[str, Any], trust: Trust | None 
         raise ValueError(f"{class_path(found)} cannot be built from the checkpoint's arguments: {error}") from None
 
 
+def rebuilt(network: Network) -> Network:
+    """A newly initialized network with the classes and arguments of this one."""
+    description = describe(network)
+    return build(class_of(network), description, Trust(classes=named_classes(description)))
+
+
 def from_plain(value: Any, trust: Trust) -> Any:
     """The inverse of `as_plain`."""
     if isinstance(value, list):
