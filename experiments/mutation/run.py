@@ -7,9 +7,7 @@
 Mutants: an arithmetic, comparison or boolean operator replaced, a number changed, a condition negated, a call of a
 function with one argument replaced by the argument, an assignment or expression removed. Each runs in a forked process
 on a copy of src/, with the tests that TARGETS names, until the first failure; a mutant that takes longer than five
-times the tests' usual time counts as killed. Survivors that cannot change any result are listed with the reason in
-equivalent.csv.
-"""
+times the tests' usual time counts as killed."""
 
 import argparse
 import ast
@@ -183,10 +181,6 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    equivalent = set()
-    if (HERE / "equivalent.csv").is_file():
-        with open(HERE / "equivalent.csv", newline="") as file:
-            equivalent = {(row["module"], row["change"]) for row in csv.DictReader(file)}
     rows = []
     for module in given.modules:
         tests = [test for test in TARGETS[module] if (ROOT / test).is_file()]
@@ -196,11 +190,9 @@ def main() -> None:
         chosen = list(mutants((ROOT / f"src/varlab/{module}.py").read_text()))
         if given.sample and len(chosen) > given.sample:
             chosen = random.Random(0).sample(chosen, given.sample)
-        counts = {"killed": 0, "survived": 0, "equivalent": 0}
+        counts = {"killed": 0, "survived": 0}
         for line, change, source in chosen:
             verdict, _ = run_tests(module, source, tests, 5 * seconds + 10)
-            if verdict == "survived" and (module, change) in equivalent:
-                verdict = "equivalent"
             counts[verdict] += 1
             rows.append({"module": module, "line": line, "change": change, "verdict": verdict})
             if verdict == "survived":
