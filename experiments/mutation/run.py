@@ -7,7 +7,8 @@
 Mutants: an arithmetic, comparison or boolean operator replaced, a number changed, a condition negated, a call of a
 function with one argument replaced by the argument, an assignment or expression removed. Each runs in a forked process
 on a copy of src/, with the tests that TARGETS names, until the first failure; a mutant that takes longer than five
-times the tests' usual time counts as killed."""
+times the tests' usual time counts as killed.
+"""
 
 import argparse
 import ast
