@@ -54,3 +54,9 @@ def test_what_a_user_got_wrong_is_said_without_a_traceback(arguments, message):
     assert answer.returncode == 1
     assert message in answer.stdout + answer.stderr
     assert "Traceback" not in answer.stdout + answer.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    shown = f"{sys.executable} -m varlab | true; sleep 1"
+    answer = subprocess.run(["bash", "-c", f"{shown}"], capture_output=True, text=True)
+    assert answer.stderr == ""

@@ -1,7 +1,9 @@
 """`varlab COMMAND [overrides]`: dispatches to the command."""
 
+import os
 import runpy
 import sys
+from contextlib import suppress
 
 COMMANDS = {
     "pack": "images -> webdataset shards with a manifest",
@@ -29,8 +31,11 @@ def main() -> None:
         footer = "`varlab COMMAND --help` shows the settings of a command."
         usage = "\n".join(["varlab COMMAND [hydra overrides]", "", *lines, "", footer])
         if command in ("", "-h", "--help"):
-            print(usage)
-            return
+            with suppress(BrokenPipeError):  # `varlab | head`
+                print(usage, flush=True)
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         sys.exit(f"varlab: there is no command {command!r}\n\n{usage}")
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     sys.path.append("")  # custom classes are found in the current folder, as with `python -m`
