@@ -157,3 +157,14 @@ def test_an_empty_folder_made_for_nothing_is_removed(tmp_path):
     with pytest.raises(RuntimeError), FolderLock(tmp_path / "out", "varlab pack"):
         raise RuntimeError
     assert not (tmp_path / "out").exists()
+
+
+def test_half_written_files_of_a_folder_in_use_below_are_left_alone(tmp_path):
+    for name in ("checkpoints", "other/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ".last.ckpt.1.partial").touch()
+    (tmp_path / "checkpoints/.last.ckpt.partial").mkdir()
+    (tmp_path / "other/.lock").touch()
+    with FolderLock(tmp_path, "varlab train"):
+        assert not list((tmp_path / "checkpoints").iterdir())
+        assert len(list((tmp_path / "other/checkpoints").iterdir())) == 1

@@ -49,9 +49,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what killed processes left of half-written files. Only for the holder of the folder's lock."""
-    for path in [*folder.rglob(".*.partial"), *folder.rglob(".consolidating.*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Removes what killed processes left of half-written files. Only for the holder of the folder's lock; subfolders with
+    a lock of their own are left alone."""
+    for root, folders, files in os.walk(folder):
+        if Path(root) != folder and ".lock" in files:
+            folders.clear()
+            continue
+        for name in [*folders, *files]:
+            if name.startswith(".") and (name.endswith(".partial") or name.startswith(".consolidating.")):
+                path = Path(root) / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        folders[:] = [name for name in folders if (Path(root) / name).is_dir()]
 
 
 class FolderLock:
