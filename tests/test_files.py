@@ -168,3 +168,14 @@ def test_half_written_files_of_a_folder_in_use_below_are_left_alone(tmp_path):
     with FolderLock(tmp_path, "varlab train"):
         assert not list((tmp_path / "checkpoints").iterdir())
         assert len(list((tmp_path / "other/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"host": "n1/x"'])
+def test_a_lock_that_cannot_be_read_binds_for_a_moment_only(content, tmp_path):
+    lock = tmp_path / ".lock"
+    lock.write_bytes(content)
+    with pytest.raises(ValueError, match="is in use"), FolderLock(tmp_path, "varlab train"):
+        pass
+    os.utime(lock, (0, os.stat(lock).st_mtime - FolderLock.BEAT - 1))
+    with FolderLock(tmp_path, "varlab train"):
+        pass

@@ -169,8 +169,8 @@ def lock_age(file: Path) -> float:
 def living_holder(content: bytes, age: float) -> dict[str, Any] | None:
     """The holder that the content of a lock names; None if it is gone."""
     try:
-        holder = json.loads(content)
-    except json.JSONDecodeError:  # being written, or left by a full disk
+        holder = {key: json.loads(content)[key] for key in ("host", "pid", "started", "slurm_job", "command")}
+    except (ValueError, KeyError, TypeError):  # being written, left by a full disk, or not ours
         return {"host": "", "pid": "?", "command": "?"} if age < FolderLock.BEAT else None
     job = os.environ.get("SLURM_JOB_ID")
     if holder["host"] == this_host():
