@@ -110,13 +110,13 @@ class Slurm:
         return answer.strip().partition(";")[0]
 
     def stop(self) -> None:
-        """Ends all jobs and daemons."""
+        """Ends all jobs and daemons; returns when they have ended."""
         subprocess.run(["scancel", "-u", "root"], env={**os.environ, **self.environment}, check=False)
         time.sleep(1)
-        for file in [
-            *self.folder.glob("slurmd-*.pid"),
-            self.folder / "slurmctld.pid",
-            self.folder / "munge/munged.pid",
-        ]:
-            if file.is_file():
-                subprocess.run(["kill", file.read_text().strip()], check=False)
+        for pattern in ("slurmd-*.pid", "slurmctld.pid", "munge/munged.pid"):
+            for file in self.folder.glob(pattern):
+                process = file.read_text().strip()
+                subprocess.run(["kill", process], check=False)
+                end = time.monotonic() + 30
+                while Path(f"/proc/{process}").exists() and time.monotonic() < end:
+                    time.sleep(0.1)

@@ -28,7 +28,7 @@ STARTS = {
 
 @pytest.fixture(scope="module")
 def slurm():
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         running = Slurm(Path(folder))
         yield running
         running.stop()
