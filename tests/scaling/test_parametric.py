@@ -1,7 +1,5 @@
 """L(N, D) against synthetic truth, and what is asked of it."""
 
-import time
-
 import numpy as np
 import pytest
 from support.scaling_runs import surface
@@ -69,6 +67,44 @@ def test_the_intervals_cover_the_truth_as_often_as_they_say():
     assert 180 <= held <= 199, held
 
 
+def test_the_objective_is_the_huber_loss_of_ln_l():
+    """Sum over points of Huber(r, 1e-3) / 1e-3, or of r^2 / 2e-3."""
+    y = surface(N, D) * np.exp(np.where(np.arange(len(N)) % 2, 5e-4, -4e-3))
+    problem = Problem(np.log(N), np.log(D), np.log(y), Form(floor=2.0))
+    truth = np.array([0.3 * np.log(1e6), 0.4 * np.log(3e3), 0.3, 0.4])
+    small, large = 5e-4**2 / 2e-3, 4e-3 - 5e-4
+    assert problem.objective(truth)[0] == pytest.approx(len(N) / 2 * (small + large), rel=1e-6)
+    squares = Problem(problem.x, problem.z, problem.log_loss, Form(floor=2.0, loss="squares"))
+    assert squares.objective(truth)[0] == pytest.approx(len(N) / 2 * (5e-4**2 + 4e-3**2) / 2e-3, rel=1e-6)
+
+
+def test_starts_reproduce_the_mean_loss_at_the_center():
+    y = surface(N, D)
+    for form in (CHINCHILLA, Form(True, 0.0), Form(True, 2.0)):
+        problem = Problem(np.log(N), np.log(D), np.log(y), form)
+        for start in problem.starts():
+            floor = np.exp(start[-1]) if form.floor is None else form.floor
+            assert floor + np.exp(start[:2]).sum() == pytest.approx(np.exp(np.log(y).mean()))
+
+
+def test_intervals_are_the_middle_95_percent_of_the_bootstrap():
+    law = fit_parametric(N, D, noisy(1), Form(floor=2.0), bootstraps=40)
+    low, high = law.intervals()["alpha"]
+    alphas = law.resamples[:, 0]
+    assert (low, high) == pytest.approx((np.quantile(alphas, 0.025), np.quantile(alphas, 0.975)))
+    assert low < law.alpha < high and law.intervals()["floor"] == (2.0, 2.0)
+    values = (
+        law.floor
+        + np.exp(law.resamples[:, 1]) * 1e9**-alphas
+        + np.exp(law.resamples[:, 3]) * 1e6 ** -law.resamples[:, 2]
+    )
+    values = values * np.exp(np.random.default_rng(7).normal(0, law.noise, 40))
+    assert law.interval(1e9, 1e6, seed=7) == pytest.approx((np.quantile(values, 0.025), np.quantile(values, 0.975)))
+    assert (
+        fit_parametric(N, D, noisy(1)).intervals() == {} and fit_parametric(N, D, noisy(1)).interval(1e9, 1e6) is None
+    )
+
+
 def test_too_little_is_said():
     with pytest.raises(ValueError, match="at least 3 different numbers of images, there are 1"):
         fit_parametric(N, np.full(len(N), 5.0), noisy(0))
@@ -93,8 +129,8 @@ def test_images_seen_again_are_worth_less():
     assert 3.6 < effective_data(4000, 1000) / 1000 < 4
 
 
-def test_a_full_fit_takes_seconds_not_minutes():
-    """Its cost in evaluations, not in time: starts, polishing, and one refit a bootstrap."""
+def test_a_full_fit_takes_few_evaluations():
+    """Counted in evaluations of the objective: starts and polishing."""
     calls = 0
     original = Problem.objective
 
@@ -105,8 +141,7 @@ def test_a_full_fit_takes_seconds_not_minutes():
 
     n, d = np.tile(N, 9)[:250], np.tile(D, 9)[:250] * np.repeat(np.arange(1, 11), 25)
     y = surface(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.003, 250))
-    start = time.perf_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Problem, "objective", counted)
         fit_parametric(n, d, y)
-    assert calls < 8000 and time.perf_counter() - start < 30
+    assert calls < 8000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from varlab.scaling.power_law import exponents_by_floor, fit, t_correction
+from varlab.scaling.power_law import PowerLaw, exponents_by_floor, fit, t_correction
 
 
 def test_the_interval_of_an_exponent_covers_it_at_four_sizes():
@@ -66,6 +66,8 @@ def test_few_sizes_give_no_interval_and_too_few_no_fit():
         fit(SIZES[:2], truth(SIZES[:2]), floor=None)
     with pytest.raises(ValueError, match=r"floor=9.0 is not below all values"):
         fit(SIZES, truth(SIZES), floor=9.0)
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        fit([0.0, 1.0, 2.0], [3.0, 2.0, 1.5])
     with pytest.raises(ValueError, match="diverged"):
         fit(SIZES, np.where(SIZES > 1e7, np.nan, 5.5), floor=None)
 
@@ -73,6 +75,7 @@ def test_few_sizes_give_no_interval_and_too_few_no_fit():
 def test_the_profile_of_the_floor_passes_through_the_truth():
     profile = exponents_by_floor(SIZES, truth(SIZES))
     floors, exponents, correlations = zip(*profile, strict=True)
+    assert floors[0] == 0 and floors[-1] == pytest.approx(truth(SIZES).min() - 0.02 * np.ptp(truth(SIZES)))
     assert np.interp(5.0, floors, exponents) == pytest.approx(0.2, abs=5e-3)
     assert list(exponents) == sorted(exponents) and max(correlations[:-4]) < -0.98
 
@@ -86,3 +89,12 @@ def test_a_prediction_holds_what_a_further_run_gives():
         low, high = fit(xs, ys, floor=5.0, bootstraps=100, seed=draw).interval(3e9, seed=draw)
         held += low <= 5 + (truth(3e9) - 5) * np.exp(rng.normal(0, 0.02)) <= high
     assert 180 <= held <= 199
+
+
+@pytest.mark.parametrize(("floor", "parameters"), [(0.0, 2), (1.0, 3)])
+def test_a_prediction_interval_is_widened_by_the_degrees_of_freedom(floor, parameters):
+    resamples = np.array([(0.2, np.log(1e6) + shift, floor) for shift in np.linspace(-1, 1, 101)])
+    law = PowerLaw(0.2, np.log(1e6), floor, -1.0, None, 5, noise=0.0, num_points=5, resamples=resamples)
+    low, high = np.quantile(floor + np.exp(0.2 * (resamples[:, 1] - np.log(1e8))), (0.025, 0.975))
+    center, factor = float(law(1e8)), t_correction(5 - parameters)
+    assert law.interval(1e8) == pytest.approx((center + (low - center) * factor, center + (high - center) * factor))
