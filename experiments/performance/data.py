@@ -171,7 +171,7 @@ def measure_mixing() -> list[tuple[str, float, str]]:
     """Percentage of neighbors in the order from the same shard, at ImageNet's size (1,281 shards of 1,000)."""
     rows = []
     for lanes, window in [(64, 1024), (64, 4096), (64, 16384), (1, 4096), (64, None)]:
-        order = Order([1000] * 1281, lanes=lanes, window=window).epoch(0)
+        order = Order([1000] * 1281, lanes=lanes, window=window).epoch(0)[:]
         shard = order // 1000
         batch = shard[: 1281000 // 768 * 768].reshape(-1, 768)
         name = f"lanes {lanes}, window {window or 'all'}"
@@ -194,7 +194,7 @@ def measure_classes() -> list[tuple[str, float, str]]:
     rows = []
     for name, labels in [("shards sorted by class", label), ("shards of varlab pack", mixed)]:
         for window in (4096, None):
-            seen = labels[Order([1000] * 1281, window=window).epoch(0)]
+            seen = labels[Order([1000] * 1281, window=window).epoch(0)[:]]
             per_batch = np.mean([len(np.unique(b)) for b in seen[: 200 * 768].reshape(-1, 768)])
             where = f"{name}, window {window or 'all'}"
             rows.append((f"same-class neighbors: {where}", 100 * float((seen[1:] == seen[:-1]).mean()), "percent"))

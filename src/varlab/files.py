@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -212,14 +214,42 @@ def save_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def load_json(path: Path, made_by: str) -> dict[str, Any]:
-    """Reads a JSON file. If it is missing or invalid, raises ValueError naming it and the command that makes it."""
+class Schema(BaseModel, strict=True, extra="allow"):
+    """What a file of ours must say: its fields, their types and ranges. Other fields are ignored."""
+
+
+def load_json(path: Path, made_by: str, schema: type[Schema] | None = None) -> dict[str, Any]:
+    """Reads a JSON object. If it is missing, invalid or not as `schema` says, raises ValueError naming it and the command
+    that makes it."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: make it with `{made_by}`")
+    return parse_json(path.read_bytes(), path, made_by, schema)
+
+
+def parse_json(content: bytes, path: Path | str, made_by: str, schema: type[Schema] | None = None) -> dict[str, Any]:
+    """The JSON object of a file's content, see `load_json`."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): make it again with `{made_by}`") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object: make it again with `{made_by}`")
+    return value if schema is None else checked(value, schema, path)
+
+
+def checked(value: dict[str, Any], schema: type[Schema], path: Path | str) -> dict[str, Any]:
+    """The value as it is. Raises ValueError naming the file and the first field that differs from the schema."""
+    try:
+        schema.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = repr(first["input"])
+        found = found if len(found) <= 60 else f"{found[:57]}..."
+        reason = first["msg"].replace("Input should be", "expected")
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))} is {found}, {reason}") from None
+    except (ValueError, RecursionError) as error:  # NaN, or nested too deeply
+        raise ValueError(f"{path} is not as expected: {error}") from None
+    return value
 
 
 def json_hash(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.fixtures import OLD
 from support.runs import command, fit, log_to, logged_losses
 
 from varlab.checkpoints.export_folder import load_pretrained, tokenizer_fingerprint
@@ -14,9 +14,6 @@ from varlab.checkpoints.load import load_tokenizer
 from varlab.data.shards import ShardReader
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.sampling.generate import generate
-
-OLD = Path(__file__).parents[1] / "fixtures/v0.1.0"
-
 
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 

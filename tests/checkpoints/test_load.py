@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.fixtures import OLD
 
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.formats import upgrade_checkpoint
@@ -40,9 +41,6 @@ def test_a_hostile_file_is_refused_unread(name, tmp_path):
         with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain values"):
             load_tokenizer(file)
     assert not marker.exists()
-
-
-OLD = Path(__file__).parents[1] / "fixtures/v0.1.0"
 
 
 EXPECTED = json.loads((OLD / "expected.json").read_text())

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from varlab.data.order import Order, TrainBatches, ValidationBatches
+from varlab.data import order as order_module
+from varlab.data.order import Order, TrainBatches, ValidationBatches, scrambled
 
 COUNTS = [[40, 40, 40, 17], [5, 3], [137], [1] * 30]
 
@@ -16,11 +17,11 @@ def samples(batches) -> list[list[int]]:
 @pytest.mark.parametrize(("lanes", "window"), [(64, 4), (4, 7), (1, 3), (5, None)])
 def test_an_epoch_holds_every_sample_once_in_another_order_each_time(counts, lanes, window):
     order = Order(counts, seed=3, lanes=lanes, window=window)
-    first, second = order.epoch(0), order.epoch(1)
+    first, second = order.epoch(0)[:], order.epoch(1)[:]
     assert sorted(first) == sorted(second) == list(range(sum(counts)))
     assert first.tolist() != second.tolist()
-    assert first.tolist() == Order(counts, seed=3, lanes=lanes, window=window).epoch(0).tolist()
-    assert first.tolist() != Order(counts, seed=4, lanes=lanes, window=window).epoch(0).tolist()
+    assert first.tolist() == Order(counts, seed=3, lanes=lanes, window=window).epoch(0)[:].tolist()
+    assert first.tolist() != Order(counts, seed=4, lanes=lanes, window=window).epoch(0)[:].tolist()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
@@ -67,10 +68,10 @@ def test_validation_counts_every_sample_once(num_samples, batch_size, num_ranks)
 
 
 def test_neighbors_are_mixed_within_the_window():
-    order = Order([100] * 20, seed=0, lanes=16, window=None).epoch(0)
+    order = Order([100] * 20, seed=0, lanes=16, window=None).epoch(0)[:]
     shard = order // 100
     assert (shard[1:] == shard[:-1]).mean() < 0.09  # a full shuffle gives 0.05
-    windowed = Order([100] * 20, seed=0, lanes=16, window=64).epoch(0) // 100
+    windowed = Order([100] * 20, seed=0, lanes=16, window=64).epoch(0)[:] // 100
     assert (windowed[1:] == windowed[:-1]).mean() < 0.09
 
 
@@ -109,7 +110,7 @@ def test_positions_come_from_a_bounded_number_of_shards():
     order = Order([10] * 40, seed=0, lanes=2, window=25)
     assert order.num_shards_at_once() == 2 * (25 // 10 + 2)
     assert Order([10] * 4, window=None).num_shards_at_once() == 4
-    epoch = order.epoch(0)
+    epoch = order.epoch(0)[:]
     for first in range(0, 400, 50):  # one window of each lane
         assert len({sample // 10 for sample in epoch[first : first + 50]}) <= order.num_shards_at_once()
 
@@ -128,4 +129,55 @@ def test_batches_follow_the_epoch_and_fill_whole_steps(accumulate, num_batches):
 def test_lanes_and_window_must_be_positive(lanes, window):
     with pytest.raises(ValueError, match=f"lanes={lanes} and window={window} must be positive"):
         Order([10], lanes=lanes, window=window)
-    assert sorted(Order([10], lanes=1, window=1).epoch(0)) == list(range(10))
+    assert sorted(Order([10], lanes=1, window=1).epoch(0)[:]) == list(range(10))
+
+
+def test_small_sets_have_the_order_of_version_0_1():
+    expected = np.random.default_rng([3, 2]).permutation(97)
+    order = Order([60, 37], seed=3)
+    assert order.epoch(2)[:].tolist() == expected.tolist()
+    assert order.fingerprint == "f238bebed876bb94"
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 97, 1024, 1025])
+def test_a_scrambled_range_holds_every_number_once(num):
+    values = scrambled(np.arange(num), num, (0, 1))
+    assert sorted(values) == list(range(num))
+    assert num < 97 or values.tolist() != scrambled(np.arange(num), num, (0, 2)).tolist()
+
+
+def test_a_scrambled_range_is_as_mixed_as_a_random_permutation():
+    """Chi-squared statistics, over 32 x 32 cells, of where positions go and of what follows what, against their mean and
+    standard deviation."""
+    num, cells = 2**16 - 77, 32
+    for epoch in range(5):
+        values = scrambled(np.arange(num), num, (0, epoch)) * cells // num
+        for before in (np.arange(num) * cells // num, np.roll(values, 1)):
+            counts = np.bincount(before * cells + values, minlength=cells**2)
+            expected = num / cells**2
+            chi_squared = ((counts - expected) ** 2 / expected).sum()
+            degrees = (cells - 1) ** 2
+            assert abs(chi_squared - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+def test_large_sets_are_fully_shuffled_without_a_permutation_in_memory(monkeypatch):
+    monkeypatch.setattr(order_module, "PERMUTED", 100)
+    order = Order([50, 71], seed=1, window=None)
+    assert not order.is_permuted and order.epoch(0).permutation is None
+    assert sorted(order.epoch(0)[:]) == sorted(order.epoch(1)[:]) == list(range(121))
+    batches = samples(TrainBatches(order, 8))
+    assert np.concatenate(batches).tolist() == order.epoch(0)[:120].tolist()
+    assert order.fingerprint != Order([51, 70], seed=1, window=None).fingerprint
+
+
+def test_of_ten_to_the_nine_samples_only_a_window_per_lane_is_kept():
+    order = Order([10_000] * 100_000, seed=0)
+    epoch = order.epoch(7)
+    middle = 600_000_123
+    batch = epoch[middle : middle + 256]
+    assert len(set(batch.tolist())) == 256 and batch.min() >= 0 and batch.max() < 10**9
+    assert sum(window.nbytes for _, window in epoch.windows.values()) == 64 * 4096 * 8
+    assert len({number for number, _ in epoch.windows.values()}) <= 2
+    shards = {int(sample) // 10_000 for _, window in epoch.windows.values() for sample in window}
+    assert len(shards) <= order.num_shards_at_once()
+    assert order.epoch(7)[np.arange(middle, middle + 256)].tolist() == batch.tolist()

@@ -100,8 +100,9 @@ class OrderedDataModule(LightningDataModule):
         batches = TrainBatches(self.order(), self.batch_size(), *self.ranks(), self.accumulate)
         if self.resumed_fingerprint not in (None, self.run_fingerprint()):
             raise ValueError(
-                "the checkpoint was made with other data, seed, lanes, window or global batch size, so its position in the epoch is"
-                " not valid here: use the same settings, or start a new run from its weights"
+                "the checkpoint was made with other data, seed, lanes, window or global batch size, or by version 0.1 on a set so"
+                " large that its order differs; so its position in the epoch is not valid here: use the same settings, or start a"
+                " new run from its weights"
             )
         batches.start(self.consumed)
         return self.loader(self.train_set, batches)

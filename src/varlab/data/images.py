@@ -86,6 +86,11 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
+def as_condition(rows: np.ndarray, kind: ConditionKind) -> Tensor:
+    """Labels as int64, vectors as fp32."""
+    return torch.from_numpy(rows.astype(np.int64 if kind == "label" else np.float32))
+
+
 class ImageDataset(Dataset):
     """Decoded, preprocessed images of a split. Random crops and flips are a function of (seed, epoch, sample).
 
@@ -109,6 +114,7 @@ class ImageDataset(Dataset):
             )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+        self.kind: ConditionKind = condition
         self.conditions = reader.conditions(condition)
 
     def __len__(self) -> int:
@@ -141,7 +147,7 @@ class ImageDataset(Dataset):
     def __getitems__(self, requests: list[SampleRequest]) -> ImageBatch:
         self.reader.prepare([request.sample for request in requests])
         images, numbers, replaced = zip(*(self.readable(request) for request in requests), strict=True)
-        condition = torch.from_numpy(self.conditions[list(numbers)])
+        condition = as_condition(self.conditions[list(numbers)], self.kind)
         weight = torch.tensor([float(request.is_real) for request in requests])
         return ImageBatch(to_tensor(list(images)), condition, weight, torch.tensor(replaced).long())
 

@@ -11,7 +11,6 @@ shards may be a URL: each shard is then downloaded when its first image is neede
 """
 
 import io
-import json
 import os
 import tarfile
 import zlib
@@ -24,8 +23,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from varlab.data.manifests import ShardsManifest, open_array, spot_check
 from varlab.data.storage import RemoteFile, Storage, is_remote, join
-from varlab.files import atomic_write, json_hash, load_json, sha256
+from varlab.files import atomic_write, json_hash, load_json, parse_json, sha256
 
 FORMAT = 2
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
@@ -163,18 +163,8 @@ def load_manifest(path: str | Path, storage: Storage | None = None) -> dict[str,
     """The manifest of a folder of shards, local or remote."""
     file = join(path, "manifest.json")
     if is_remote(path):
-        content = (storage or Storage()).read(file)
-        try:
-            manifest = json.loads(content)
-        except ValueError:
-            raise ValueError(f"{file} is not valid JSON: {content[:40]!r}...") from None
-    else:
-        manifest = load_json(Path(file), "varlab pack")
-    if manifest.get("kind") != "shards" or manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} describes {manifest.get('kind')!r} of format {manifest.get('format')!r}, expected shards of format {FORMAT}"
-        )
-    return manifest
+        return parse_json((storage or Storage()).read(file), file, "varlab pack", ShardsManifest)
+    return load_json(Path(file), "varlab pack", ShardsManifest)
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -205,30 +195,47 @@ class ShardReader:
         for shard in self.shards:
             if problem := problem_of_length(shard):
                 raise ValueError(f"{problem}: pack it again")
-        self.index = self.load_array(described["index"])
-        self.labels = np.asarray(self.index["label"], dtype=np.int64)
-        num_classes = len(self.manifest["class_names"])
-        if len(self.labels) and self.labels.max() >= num_classes:
-            raise ValueError(
-                f"{path}: label {self.labels.max()} is out of range, the manifest names {num_classes} classes"
-            )
+        self.num_classes = len(self.manifest["class_names"])
+        self.shard_bytes = np.array([shard.num_bytes for shard in self.shards], dtype=np.int64)
+        self.index = self.load_array(described["index"], (None,), INDEX_ROW)
+        self.check_rows(self.index[spot_check(len(self.index))])
         self.open_shards: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def load_array(self, entry: dict[str, Any]) -> np.ndarray:
-        """An array that the manifest lists, one row per image. Raises ValueError if the number of rows differs."""
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image (N,), a view of the mapped index."""
+        return self.index["label"]
+
+    def load_array(self, entry: dict[str, Any], shape: tuple[int | None, ...] | None, dtype: Any) -> np.ndarray:
+        """An array that the manifest lists, one row per image. Raises ValueError if it is another one."""
         file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
-        array = np.load(file, mmap_mode=None if is_remote(self.path) else "r")
+        array = open_array(file, shape, dtype)
         if len(array) != self.described["num_images"]:
             raise ValueError(
                 f"{join(self.path, entry['name'])} lists {len(array)} images, the manifest {self.described['num_images']}"
             )
         return array
 
+    def check_rows(self, rows: np.ndarray) -> None:
+        """Raises ValueError for index rows that name no place in a shard, or a label without a class."""
+        named = rows["shard"] < len(self.shards)
+        if named.all():
+            sizes = self.shard_bytes[rows["shard"]]
+            room = sizes - rows["size"]
+            named = (rows["offset"] <= sizes.astype(np.uint64)) & (rows["offset"].astype(np.int64) <= room)
+        name = join(self.path, self.described["index"]["name"])
+        if not named.all():
+            raise ValueError(f"{name} is damaged: it lists an image that is in none of the {len(self.shards)} shards")
+        if len(rows) and rows["label"].max() >= self.num_classes:
+            raise ValueError(
+                f"{name}: label {rows['label'].max()} is out of range, the manifest names {self.num_classes} classes"
+            )
+
     def conditions(self, kind: ConditionKind) -> np.ndarray:
-        """The conditions of all images: labels (N,), or the vectors (N, ...) that the shards hold.
+        """The conditions of all images, memory-mapped: labels (N,), or the vectors (N, ...) that the shards hold.
 
         Raises ValueError if vectors are requested from a set without them.
         """
@@ -236,7 +243,7 @@ class ShardReader:
             return self.labels
         if "condition" not in self.described:
             raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector (.npy) per image")
-        return np.asarray(self.load_array(self.described["condition"]), dtype=np.float32)
+        return self.load_array(self.described["condition"], None, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors are not valid in other processes
@@ -256,6 +263,7 @@ class ShardReader:
         Raises ValueError naming shard and offset if its bytes changed since packing; OSError if they cannot be
         downloaded.
         """
+        self.check_rows(self.index[i : i + 1])
         row = self.index[i]
         shard = int(row["shard"])
         is_fetched = is_remote(self.shards[shard].url)

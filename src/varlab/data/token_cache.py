@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from varlab.checkpoints.load import tokenizer_fingerprint
 from varlab.data.images import Crop, ImageDataset, to_tensor
+from varlab.data.manifests import TokensManifest
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
@@ -81,7 +82,7 @@ def write_cache(
     }
     check_same_cache(path / "manifest.json", manifest)
     if (path / "manifest.json").is_file():
-        return load_json(path / "manifest.json", "varlab tokenize")
+        return load_json(path / "manifest.json", "varlab tokenize", TokensManifest)
     begun = path / "parts/manifest.json"
     check_same_cache(begun, manifest)
     save_json(begun, {**manifest, "part_images": part_images})

@@ -1,5 +1,7 @@
 """Training from a token cache."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from varlab.data.datamodule import OrderedDataModule
+from varlab.data.images import as_condition
+from varlab.data.manifests import TokensManifest, open_array, spot_check
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ConditionKind
-from varlab.data.token_cache import FORMAT
 from varlab.files import json_hash, load_json
 from varlab.models import scales
+
+Check = Callable[[np.ndarray, np.ndarray], None]  # raises ValueError for rows that are out of range
 
 
 class TokenBatch(NamedTuple):
@@ -29,18 +34,25 @@ class TokenBatch(NamedTuple):
 class TokenDataset(Dataset):
     """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views."""
 
-    def __init__(self, tokens: np.ndarray | Tensor, conditions: np.ndarray | Tensor) -> None:
-        self.tokens, self.conditions = tokens, conditions
+    def __init__(
+        self,
+        tokens: np.ndarray | Tensor,
+        conditions: np.ndarray | Tensor,
+        kind: ConditionKind = "label",
+        check: Check | None = None,
+    ) -> None:
+        self.tokens, self.conditions, self.check = tokens, conditions, check
+        self.kind: ConditionKind = kind
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def on_device(self, device: torch.device) -> "TokenDataset":
         """The same rows in the memory of a device, in the smallest integer dtype that torch supports and that fits."""
-        assert isinstance(self.tokens, np.ndarray)
-        kind = next(kind for kind in (np.uint8, np.int16, np.int32) if self.tokens.max() <= np.iinfo(kind).max)
-        arrays = self.tokens.astype(kind), np.asarray(self.conditions)
-        return TokenDataset(*(torch.from_numpy(array).to(device) for array in arrays))
+        assert isinstance(self.tokens, np.ndarray) and isinstance(self.conditions, np.ndarray)
+        dtype = next(dtype for dtype in (np.uint8, np.int16, np.int32) if self.tokens.max() <= np.iinfo(dtype).max)
+        tokens = torch.from_numpy(self.tokens.astype(dtype)).to(device)
+        return TokenDataset(tokens, as_condition(self.conditions, self.kind).to(device), self.kind)
 
     def __getitems__(self, requests: list[SampleRequest]) -> TokenBatch:
         samples, epochs, is_real = (np.array(column) for column in zip(*requests, strict=True))
@@ -50,21 +62,20 @@ class TokenDataset(Dataset):
             device = self.tokens.device
             samples, views = (torch.from_numpy(index).to(device) for index in (samples, views))
             return TokenBatch(self.tokens[samples, views].long(), self.conditions[samples], weight.to(device))
-        return TokenBatch(
-            torch.from_numpy(self.tokens[samples, views].astype(np.int64)),
-            torch.from_numpy(self.conditions[samples]),
-            weight,
-        )
+        tokens, conditions = self.tokens[samples, views], self.conditions[samples]
+        assert isinstance(tokens, np.ndarray) and isinstance(conditions, np.ndarray)
+        if self.check is not None:
+            self.check(tokens, conditions)
+        return TokenBatch(torch.from_numpy(tokens.astype(np.int64)), as_condition(conditions, self.kind), weight)
 
 
 class TokenDataModule(OrderedDataModule):
     """Training from a token cache (`varlab tokenize`).
 
-    `keep`: where the tokens are kept during training: `memory` (loaded at the start), `disk` (memory-mapped) or
-    `device` (a copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet at 256 px; batches then need no
-    transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises ValueError for a cache
-    that is missing, shorter than its manifest says, or of another format. The VARModule checks that it matches the
-    tokenizer.
+    `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
+    host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet
+    at 256 px; batches then need no transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises
+    ValueError for a cache that is missing, damaged, or of another format. The VARModule checks that it matches the tokenizer.
     """
 
     def __init__(
@@ -72,7 +83,7 @@ class TokenDataModule(OrderedDataModule):
         path: str,
         global_batch_size: int,
         num_workers: int = 0,
-        keep: Literal["memory", "disk", "device"] = "memory",
+        keep: Literal["disk", "memory", "device"] = "disk",
         seed: int = 0,
         lanes: int = 64,
         window: int | None = None,
@@ -89,26 +100,22 @@ class TokenDataModule(OrderedDataModule):
         self.condition: ConditionKind = condition
 
     def declared_size(self) -> tuple[int, int]:
-        manifest = load_json(self.path / "manifest.json", "varlab tokenize")
+        manifest = load_json(self.path / "manifest.json", "varlab tokenize", TokensManifest)
         return manifest["splits"]["train"]["num_images"], len(manifest["class_names"])
 
     def setup(self, stage: str | None = None) -> None:
-        self.manifest = load_json(self.path / "manifest.json", "varlab tokenize")
-        if self.manifest.get("kind") != "tokens" or self.manifest.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.path / 'manifest.json'} describes {self.manifest.get('kind')!r} of format {self.manifest.get('format')!r},"
-                f" expected tokens of format {FORMAT}"
-            )
+        self.manifest = load_json(self.path / "manifest.json", "varlab tokenize", TokensManifest)
+        self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
         self.train_set, self.val_set = self.read("train"), self.read("val")
         self.views = self.train_set.tokens.shape[1]
         self.condition_shape = tuple(self.train_set.conditions.shape[1:])
         self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
-        self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
 
     def marginal_entropies(self, codebook_size: int) -> dict[str, float]:
         """Entropy of the codes of each scale over the validation set, in nats: the loss of a model that predicts only
         the marginal frequency of each code."""
-        tokens, found = np.asarray(torch.as_tensor(self.val_set.tokens).cpu()), {}  # pyright: ignore[reportAttributeAccessIssue]
+        tokens, found = self.val_set.tokens, {}  # pyright: ignore[reportAttributeAccessIssue]
+        tokens = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
         for k, (first, last) in enumerate(scales.scale_bounds(self.manifest["patch_nums"])):
             counts = np.bincount(tokens[:, 0, first:last].ravel().astype(np.int64), minlength=codebook_size)
             shares = counts[counts > 0] / counts.sum()
@@ -119,23 +126,36 @@ class TokenDataModule(OrderedDataModule):
         """One split of the cache."""
         if split not in self.manifest["splits"]:
             raise ValueError(f"{self.path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
-        name = "labels" if self.condition == "label" else "condition"
-        if name == "condition" and not (self.path / f"{split}.condition.npy").is_file():
+        num_images, kind = (self.manifest["splits"][split][key] for key in ("num_images", "dtype"))
+        shape = (num_images, len(self.manifest["views"]), scales.num_tokens(self.manifest["patch_nums"]))
+        tokens = open_array(self.path / f"{split}.tokens.npy", shape, kind)
+        if self.condition == "vector" and not (self.path / f"{split}.condition.npy").is_file():
             raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector per image")
-        try:
-            tokens, conditions = (
-                np.load(self.path / f"{split}.{part}.npy", mmap_mode="r" if self.keep == "disk" else None)
-                for part in ("tokens", name)
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: the {split} tokens cannot be read ({error}): run `varlab tokenize` again"
-            ) from None
-        if len(tokens) != len(conditions) or len(tokens) != self.manifest["splits"][split]["num_images"]:
-            raise ValueError(
-                f"{self.path}: {split} holds {len(tokens)} rows and {len(conditions)} {name}, which differs from its manifest"
-            )
+        if self.condition == "label":
+            conditions = open_array(self.path / f"{split}.labels.npy", (num_images,))
+        else:
+            conditions = open_array(self.path / f"{split}.condition.npy")
+        if len(conditions) != num_images:
+            raise ValueError(f"{self.path}: {split} has {len(conditions)} vectors for {num_images} images")
+        chosen = spot_check(tokens.nbytes // 64)
+        self.check(split, tokens[chosen], conditions[chosen])
+        if self.keep != "disk":
+            tokens, conditions = np.array(tokens), np.array(conditions)
         rows = TokenDataset(
-            tokens if split == "train" else tokens[:, :1], conditions
-        )  # validation uses no augmentation
+            tokens if split == "train" else tokens[:, :1],  # validation uses no augmentation
+            conditions,
+            self.condition,
+            partial(self.check, split),
+        )
         return rows.on_device(self.trainer.strategy.root_device) if self.keep == "device" and self.trainer else rows
+
+    def check(self, split: str, tokens: np.ndarray, conditions: np.ndarray) -> None:
+        """Raises ValueError naming the file for tokens that are no code, or labels without a class."""
+        bounds = [("tokens", tokens, self.manifest["codebook_size"])]
+        if self.condition == "label":
+            bounds.append(("labels", conditions, len(self.class_names)))
+        for name, values, bound in bounds:
+            if values.size and not 0 <= values.min() <= values.max() < bound:
+                raise ValueError(
+                    f"{self.path / split}.{name}.npy is damaged: it holds {values.min()} to {values.max()}, expected 0 to {bound - 1}"
+                )

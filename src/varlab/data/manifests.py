@@ -1,0 +1,110 @@
+"""What the manifests of shards and of token caches must say, and arrays that are checked before anything in them is used."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from varlab.files import Schema
+from varlab.models import scales
+
+MAX_CLASSES = 2**20
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # also the name of a file in the cache of downloads
+Side = Annotated[int, Field(ge=1, le=4096)]
+PatchNums = Annotated[
+    list[Side | tuple[Side, Side]],
+    Field(min_length=1, max_length=64),
+    AfterValidator(lambda sides: sides if scales.sides(sides) else None),
+]
+ClassNames = Annotated[list[str], Field(min_length=1, max_length=MAX_CLASSES)]
+
+
+class FileEntry(Schema):
+    """A file of a set of shards, relative to the manifest, or a path or URL."""
+
+    name: Annotated[str, Field(min_length=1, max_length=4096)]
+    num_bytes: Count
+    sha256: Sha256
+
+
+class ShardEntry(FileEntry):
+    """A shard."""
+
+    num_images: Count
+
+
+class Split(Schema):
+    """A split of a set of shards."""
+
+    num_images: Annotated[int, Field(ge=0, lt=2**40)]
+    index: FileEntry
+    condition: FileEntry | None = None
+    shards: list[ShardEntry]
+
+
+class ShardsManifest(Schema):
+    """`manifest.json` of a set of shards."""
+
+    kind: Literal["shards"]
+    format: Literal[2]
+    name: str
+    class_names: ClassNames
+    splits: dict[str, Split]
+
+
+class View(Schema):
+    """A view of each image in a token cache."""
+
+    crop: Literal["center", "random"]
+    is_flipped: bool
+    seed: int = 0
+
+
+class TokenSplit(Schema):
+    """A split of a token cache."""
+
+    num_images: Annotated[int, Field(ge=0, lt=2**40)]
+    skipped: Count
+    sha256: Sha256
+    dtype: Literal["uint8", "uint16", "uint32"]
+
+
+class TokensManifest(Schema):
+    """`manifest.json` of a token cache."""
+
+    kind: Literal["tokens"]
+    format: Literal[1]
+    tokenizer: str
+    patch_nums: PatchNums
+    codebook_size: Annotated[int, Field(ge=1, le=2**31)]
+    data: str
+    views: Annotated[list[View], Field(min_length=1, max_length=4096)]
+    class_names: ClassNames
+    splits: dict[str, TokenSplit]
+
+
+def open_array(file: Path, shape: tuple[int | None, ...] | None = None, dtype: Any = None) -> np.ndarray:
+    """A `.npy` file, memory-mapped. `shape`: None for any length of an axis, or for any shape with rows; `dtype`: None for
+    any numbers.
+
+    Raises ValueError naming the file if it is missing, damaged, truncated, or holds another array.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy evaluates the header, so broken ones raise errors of many kinds
+        raise ValueError(f"{file} cannot be read as an array: {str(error).splitlines()[0]}") from None
+    wanted = (None,) * max(array.ndim, 1) if shape is None else shape
+    fits = len(wanted) == array.ndim and all(n in (None, m) for n, m in zip(wanted, array.shape, strict=True))
+    if not fits or (array.dtype.kind not in "iuf" if dtype is None else array.dtype != dtype):
+        expected = ", ".join("any" if n is None else str(n) for n in wanted)
+        raise ValueError(
+            f"{file} holds an array {array.shape} of {array.dtype}, expected ({expected}) of {dtype or 'numbers'}"
+        )
+    return array
+
+
+def spot_check(num: int) -> slice:
+    """Rows to check before a run: all of a file of up to four million rows, 4,096 evenly spaced ones of a larger file."""
+    return slice(None, None, 1 if num <= 2**22 else num // 4096)
