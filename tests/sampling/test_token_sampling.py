@@ -82,3 +82,28 @@ def test_guidance_schedules():
     assert guided["constant"] == [2.0] * 5
     assert [how.guidance for how in SamplingSettings(2.0, cfg_from=3).by_scale(5, 9)] == [0.0, 0.0, 0.0, 1.5, 2.0]
     assert [how.guidance for how in SamplingSettings([4.0, 0.0, 1.0]).by_scale(3, 9)] == [4.0, 0.0, 1.0]
+
+
+def test_filters_are_off_unless_asked_for():
+    logits = torch.tensor([[0.0, -200.0, 1.0]])
+    assert torch.equal(filter_logits(logits), logits)
+    assert (filter_logits(torch.zeros(1, 4), top_p=0.5) > -torch.inf).sum() == 2
+    for settings in ({"top_p": 1.5}, {"top_k": 4}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(settings))}={next(iter(settings.values()))}: must be between 0"
+        ):
+            filter_logits(logits, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 10}, "top_k=10: must be between 0 and 9, the codebook size"),
+        ({"top_p": 1.5}, r"top_p=1.5: must be between 0 and 1$"),
+        ({"min_p": 1.5}, r"min_p=1.5: must be between 0 and 1$"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(2.0, **settings).by_scale(3, 9)

@@ -91,3 +91,17 @@ def test_raw_weights_are_validated_beside_their_average(tmp_path, still):
     assert both["val_raw_err_last"] == raw["val_err_last"]
     for (name, a), b in zip(weights(tmp_path / "both").items(), weights(tmp_path / "raw").values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_holds_the_raw_weights_also_while_the_averages_are_validated():
+    module, ema = Weight(), EMA(0.5)
+    assert not ema.is_raw_validated
+    ema.on_train_start(at(0), module)
+    module.weight.data.fill_(4)
+    ema.on_train_batch_end(at(1), module, None, None, 0)
+    ema.on_validation_start(at(1), module)
+    checkpoint = {"state_dict": module.state_dict()}
+    ema.on_save_checkpoint(at(1), module, checkpoint)
+    assert (
+        float(checkpoint["state_dict"]["weight"]) == 4.0 != float(module.weight) == float(checkpoint["ema"]["weight"])
+    )

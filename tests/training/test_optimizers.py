@@ -7,7 +7,7 @@ from support.networks import make_var
 from support.runs import fit
 
 from varlab.checkpoints.load import read_checkpoint
-from varlab.training.optimizers import MuonWithAdamW, is_hidden_matrix, parameter_groups
+from varlab.training.optimizers import MuonWithAdamW, is_decayed, is_hidden_matrix, parameter_groups
 
 
 def test_muP_like_rates_slow_the_matrices_that_read_the_width_alone(tmp_path, study):
@@ -99,3 +99,8 @@ def test_groups_say_what_is_decayed_and_what_is_slowed():
     assert sorted(ids) == sorted(id(parameter) for parameter in net.parameters())
     hidden = {id(parameter) for name, parameter in net.named_parameters() if is_hidden_matrix(name, parameter)}
     assert {id(parameter) for parameter in slowed[2]["params"]} == hidden and slowed[1]["weight_decay"] == 0.0
+
+
+def test_one_dimensional_parameters_are_not_decayed():
+    assert not is_decayed("blocks.0.norm.weight", torch.ones(3)) and is_decayed("blocks.0.fc.weight", torch.ones(3, 3))
+    assert not is_decayed("blocks.0.fc.bias", torch.ones(3, 3))

@@ -24,7 +24,7 @@ ClassNames = Annotated[list[str], Field(min_length=1, max_length=MAX_CLASSES)]
 class FileEntry(Schema):
     """A file of a set of shards, relative to the manifest, or a path or URL."""
 
-    name: Annotated[str, Field(min_length=1, max_length=4096)]
+    name: Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
     num_bytes: Count
     sha256: Sha256
 
