@@ -7,22 +7,27 @@ model_card.md            description, training facts, usage
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from varlab import __version__
-from varlab.checkpoints.formats import EXPORT_FORMAT, renamed, upgrade_networks
-from varlab.files import atomic_folder, load_json, save_json
+from varlab.checkpoints.formats import EXPORT_FORMAT, checked_entry, renamed
+from varlab.files import atomic_folder, flat, load_json, save_json
 from varlab.models.custom_classes import RecordedModule, Trust, as_plain, build, class_of, class_path, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
+Network = TypeVar("Network", bound=nn.Module)
+LARGEST = 2**22  # of any number among a network's arguments
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """# {name}
 
@@ -71,8 +76,8 @@ def identity(network: RecordedModule) -> dict[str, Any]:
     return found
 
 
-def load_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Loads weights strictly. Raises ValueError naming the first tensor that does not fit."""
+def check_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError naming the first tensor that does not fit."""
     expected = network.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         if key not in state or key not in expected:
@@ -83,7 +88,46 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path)
             raise ValueError(
                 f"{path}: tensor {key!r} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
             )
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Loads weights strictly. Raises ValueError naming the first tensor that does not fit."""
+    check_weights(network, state, path)
     network.load_state_dict(state)
+
+
+def build_with(
+    base: type[Network], description: dict[str, Any], state: dict[str, Tensor], trust: Trust, path: str | Path
+) -> Network:
+    """The network of a description with these weights. Unless it is trusted, it is built without memory first, so that a
+    description of another size than the weights is refused before anything is allocated."""
+    if not trust.trust_code:
+        for key, value in flat(description).items():
+            if isinstance(value, int | float) and abs(value) > LARGEST:
+                raise ValueError(f"{path}: {key}={value} is out of range")
+        with torch.device("meta"), at_most(2 * len(state) + 100, path):
+            check_weights(build(base, description, trust), state, path)
+    network = build(base, description, trust)
+    load_weights(network, state, path)
+    return network
+
+
+@contextmanager
+def at_most(num_parameters: int, path: str | Path) -> Iterator[None]:
+    """Within the block, building networks of more parameters than that raises ValueError."""
+    count = 0
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if count > num_parameters:
+            raise ValueError(f"{path} holds far fewer tensors than the networks that it describes")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def is_pretrained(path: str | Path) -> bool:
@@ -117,12 +161,12 @@ def load_pretrained(folder: str | Path, trust_code: bool = False) -> tuple[MSVQV
     reason."""
     folder, config = Path(folder), read_config(folder)
     trust = Trust(str(folder), trust_code)
-    tokenizer = build(MSVQVAE, config["tokenizer"], trust)
-    load_weights(tokenizer, read_safetensors(folder / "tokenizer.safetensors"), folder / "tokenizer.safetensors")
+    file = folder / "tokenizer.safetensors"
+    tokenizer = build_with(MSVQVAE, config["tokenizer"], read_safetensors(file), trust, file)
     if config["var"] is None:
         return tokenizer.eval(), None, config["class_names"]
-    var = build(VAR, config["var"], trust)
-    load_weights(var, renamed(read_safetensors(folder / "var.safetensors")), folder / "var.safetensors")
+    file = folder / "var.safetensors"
+    var = build_with(VAR, config["var"], renamed(read_safetensors(file)), trust, file)
     return tokenizer.eval(), var.eval(), config["class_names"]
 
 
@@ -130,14 +174,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """An export folder's config.json, in the current format. Raises ValueError for a format that this version cannot
     read."""
     file = Path(folder) / "config.json"
-    config = load_json(file, "varlab export")
-    if config.get("format") == 1:
-        return upgrade_networks(config)
-    if config.get("format") != EXPORT_FORMAT:
-        raise ValueError(
-            f"{file} has format {config.get('format')!r}, this version reads 1 to {EXPORT_FORMAT}: export it again"
-        )
-    return config
+    return checked_entry(load_json(file, "varlab export"), EXPORT_FORMAT, file)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

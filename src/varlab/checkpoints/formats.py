@@ -1,6 +1,9 @@
 """Formats of checkpoints and export folders: converts files of version 0.1 to the current format."""
 
+from pathlib import Path
 from typing import Any
+
+from varlab.files import Schema, checked
 
 CHECKPOINT_FORMAT = 2  # of the `varlab` entry of training checkpoints
 EXPORT_FORMAT = 2  # of config.json in export folders
@@ -9,13 +12,40 @@ CONVERTED_CLASSES = {"ImageNetDataModule": "ImageDataModule"}
 CONVERTED_CALLBACKS = {"ReviveCodes": "ResetDeadCodes"}
 
 
-def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Converts a training checkpoint of format 1 to the current format; returns any other unchanged."""
-    entry = checkpoint.get("varlab")
-    if entry is None or entry.get("format") != 1:
+class NetworksEntry(Schema):
+    """The networks that a checkpoint or an export folder holds, as plain values."""
+
+    format: int
+    tokenizer: dict[str, Any]
+    tokenizer_fingerprint: str
+    var: dict[str, Any] | None
+    class_names: list[str] | None
+
+
+def checked_entry(entry: Any, newest: int, path: str | Path) -> dict[str, Any]:
+    """An entry of the current format. Raises ValueError naming the file for one that this version cannot read."""
+    version = entry.get("format") if isinstance(entry, dict) else None
+    if version not in (1, newest):
+        raise ValueError(
+            f"{path} has format {version!r}, this version reads 1 to {newest}: make it again with this version"
+        )
+    checked(entry, NetworksEntry, path)
+    try:
+        return entry if version == newest else upgrade_networks(entry)
+    except KeyError as error:
+        raise ValueError(f"{path} has format 1, but lacks {error}") from None
+
+
+def upgrade_checkpoint(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> dict[str, Any]:
+    """Converts a training checkpoint of format 1 to the current format; returns any other unchanged. Raises ValueError
+    naming the file if its entry `varlab` is not as its format says."""
+    if "varlab" not in checkpoint:
+        return checkpoint
+    entry = checked_entry(checkpoint["varlab"], CHECKPOINT_FORMAT, path)
+    if checkpoint["varlab"]["format"] == CHECKPOINT_FORMAT:
         return checkpoint
     upgraded = {CONVERTED_CLASSES.get(key, key): value for key, value in checkpoint.items()}
-    upgraded["varlab"] = {**upgrade_networks(entry), "format": CHECKPOINT_FORMAT}
+    upgraded["varlab"] = {**entry, "format": CHECKPOINT_FORMAT}
     upgraded["state_dict"] = renamed(checkpoint["state_dict"])
     if "ema" in checkpoint:
         upgraded["ema"] = renamed(checkpoint["ema"])

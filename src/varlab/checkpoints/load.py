@@ -1,25 +1,20 @@
 """Loading networks: training checkpoints, export folders and the released files -> tokenizer, VAR.
 
 A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads
-anywhere with weights_only=True, without Lightning or Hydra. A sharded run (FSDP2) writes a folder: weights, averages
-and optimizer in files of torch.distributed.checkpoint, the rest in `meta.pt`.
+anywhere with weights_only=True, without Lightning or Hydra.
 """
 
-import pickle
-import shutil
-import struct
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from varlab.checkpoints.checkpoint_files import consolidated, read_file
 from varlab.checkpoints.export_folder import (
+    build_with,
     is_pretrained,
     load_pretrained,
-    load_weights,
     read_config,
     tokenizer_fingerprint,
 )
@@ -30,8 +25,6 @@ from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
-
-META_FILE = "meta.pt"  # of a sharded checkpoint, Lightning's name for it
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -45,74 +38,6 @@ def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list
     }
 
 
-def swap_paths(path: Path) -> tuple[Path, Path]:
-    """(temporary path of a folder before it is renamed to `path`, backup path of its predecessor during the rename)."""
-    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-
-
-def replace_folder(partial: Path, path: Path, old: Path) -> None:
-    """Renames `partial` to `path`. If interrupted between the two renames, `latest_checkpoint` restores `old`."""
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run in `folder` continues from, or None."""
-    path = folder / "last.ckpt"
-    _, old = swap_paths(path)
-    if not path.exists() and old.exists():
-        old.rename(path)
-    return path if path.exists() else None
-
-
-def optimizer_state_by_name(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
-    """An optimizer's state dict with parameters by name, as in sharded checkpoints, instead of by number."""
-    names = [name for group in groups for name in group]
-    return {
-        "state": {names[i]: value for i, value in state["state"].items()},
-        "param_groups": [
-            {**group, "params": named} for group, named in zip(state["param_groups"], groups, strict=True)
-        ],
-    }
-
-
-def optimizer_state_by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse: parameters numbered in the order of the groups, as in a regular optimizer's state dict."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    numbers = {name: i for i, name in enumerate(names)}
-    return {
-        "state": {numbers[name]: value for name, value in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
-        ],
-    }
-
-
-def consolidated(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as an unsharded one. Raises ValueError naming the folder if it is incomplete."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    for name in (".metadata", META_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a checkpoint: {name} is missing")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".consolidating.") as temporary:
-        try:
-            dcp_to_torch_save(folder, Path(temporary) / "whole.pt")
-        except Exception as error:  # torch wraps exceptions of its threads in its own types
-            raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-        sharded = read_file(Path(temporary) / "whole.pt")  # memory-mapped, so it stays valid after the file is deleted
-    optimizers = [key for key in sorted(sharded) if key.startswith("optimizer_")]
-    return {
-        **read_file(folder / META_FILE),
-        "state_dict": sharded["state_dict"],
-        **({"ema": sharded["ema"]} if sharded.get("ema") else {}),
-        "optimizer_states": [optimizer_state_by_number(sharded[key]) for key in optimizers],
-    }
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint file or a sharded checkpoint's folder, in the current format; nothing but tensors and plain values
     is unpickled.
@@ -120,50 +45,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises ValueError naming file and reason.
     """
     path = Path(path)
-    return upgrade_checkpoint(consolidated(path) if path.is_dir() else read_file(path))
-
-
-def check_whole(path: Path) -> None:
-    """Raises ValueError if the content of a file of torch.save differs from what was written, by the CRC-32 of each of its
-    records. Files in older formats of torch have none."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if broken is not None:
-        raise ValueError(f"{path} is damaged: the content of {broken} is not what was written")
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A file of tensors and plain values, unconverted. Raises ValueError naming file and reason."""
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    check_whole(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values, or it is damaged: {reason}"
-        ) from None
+    checkpoint = consolidated(path) if path.is_dir() else read_file(path)
+    for name in ("state_dict", "ema"):
+        state = checkpoint.get(name, {})
+        if "varlab" in checkpoint and not (
+            isinstance(state, dict) and all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state)
+        ):
+            raise ValueError(f"{path} is not a varlab checkpoint: its {name} is not a dictionary of tensors")
+    return upgrade_checkpoint(checkpoint, path)
 
 
 def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The `varlab` entry of a checkpoint. Raises ValueError if it is missing or of an unknown format."""
-    entry = checkpoint.get("varlab")
-    if entry is None or entry.get("format") != CHECKPOINT_FORMAT:
-        found = "no varlab entry" if entry is None else f"format {entry.get('format')}"
-        raise ValueError(f"{path} is not a varlab checkpoint of format {CHECKPOINT_FORMAT} or older: it has {found}")
-    return entry
+    """The `varlab` entry of a checkpoint. Raises ValueError if it is missing."""
+    if "varlab" not in checkpoint:
+        raise ValueError(f"{path} is not a varlab checkpoint: it has no varlab entry")
+    return checkpoint["varlab"]
 
 
 def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str, Tensor]:
     """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages."""
-    state = dict(checkpoint["state_dict"])
+    state = dict(checkpoint.get("state_dict", {}))
     if use_ema and "ema" in checkpoint:
         state.update(checkpoint["ema"])
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -200,12 +101,11 @@ def load_any(
         return tokenizer.eval(), None, None
     entry = entry_of(checkpoint, path)
     trust = Trust(str(path), trust_code)
-    tokenizer = build(MSVQVAE, entry["tokenizer"], trust)
-    load_weights(tokenizer, weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema), path)
+    state = weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema)
+    tokenizer = build_with(MSVQVAE, entry["tokenizer"], state, trust, path)
     if entry["var"] is None or tokenizer_only:
         return tokenizer.eval(), None, entry["class_names"]
-    var = build(VAR, entry["var"], trust)
-    load_weights(var, weights(checkpoint, "net.", use_ema), path)
+    var = build_with(VAR, entry["var"], weights(checkpoint, "net.", use_ema), trust, path)
     return tokenizer.eval(), var.eval(), entry["class_names"]
 
 

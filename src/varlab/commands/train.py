@@ -46,7 +46,7 @@ def fit_locked(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from varlab import __version__
-    from varlab.checkpoints.load import latest_checkpoint
+    from varlab.checkpoints.checkpoint_files import latest_checkpoint
     from varlab.training.run_record import git_commit, summary
     from varlab.training.run_setup import branch_point, check_new_run, check_start
 

@@ -173,8 +173,9 @@ def build(base: type[Network], description: dict[str, Any], trust: Trust | None 
     given = {name: from_plain(value, trust) for name, value in description.items() if name != "class"}
     try:
         return found(**given)
-    except TypeError as error:
-        raise ValueError(f"{class_path(found)} cannot be built from the checkpoint's arguments: {error}") from None
+    except Exception as error:  # whatever a constructor raises for arguments that it did not expect
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{class_path(found)} cannot be built from {trust.source}: {reason}") from error
 
 
 def rebuilt(network: Network) -> Network:

@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from varlab.checkpoints.load import read_file
+from varlab.checkpoints.checkpoint_files import META_FILE, check_sharded, read_file
 from varlab.training.schedules import Schedule
 
 
@@ -67,21 +69,28 @@ def check_new_run(folder: Path, ckpt_path: str | None) -> None:
 
 
 def check_start(start: Path) -> None:
-    """Raises ValueError if the checkpoint file to continue from is damaged, naming the newest whole one beside it."""
-    if start.is_dir():
+    """Raises ValueError if the checkpoint to continue from is damaged, naming the newest whole one beside it. Only the first
+    process looks."""
+    if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
         return
     try:
-        read_file(start)
+        step_of(start)
     except ValueError as error:
         others = sorted(start.parent.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
         for other in others:
-            try:
-                step = read_file(other)["global_step"] if other != start and other.is_file() else None
-            except ValueError:
-                continue
+            step = None
+            with suppress(ValueError):
+                step = step_of(other) if other != start else None
             if step is not None:
                 raise ValueError(f"{error}; {other} (step {step}) is whole: continue with ckpt_path={other}") from None
         raise ValueError(f"{error}; no other checkpoint in {start.parent} is whole") from None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The optimizer step of a whole checkpoint. Raises ValueError if it is damaged."""
+    if checkpoint.is_dir():
+        check_sharded(checkpoint, is_verified=True)
+    return read_file(checkpoint / META_FILE if checkpoint.is_dir() else checkpoint).get("global_step")
 
 
 def silence_warnings() -> None:

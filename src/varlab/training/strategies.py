@@ -18,17 +18,19 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 
-from varlab.checkpoints.formats import CHECKPOINT_FORMAT
-from varlab.checkpoints.load import (
+from varlab.checkpoints.checkpoint_files import (
+    CHECKSUMS,
     META_FILE,
+    check_sharded,
     optimizer_state_by_name,
     optimizer_state_by_number,
-    read_checkpoint,
     read_file,
     replace_folder,
     swap_paths,
 )
-from varlab.files import atomic_write
+from varlab.checkpoints.formats import CHECKPOINT_FORMAT
+from varlab.checkpoints.load import read_checkpoint
+from varlab.files import atomic_write, sha256
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -119,7 +121,12 @@ class FSDP2(ModelParallelStrategy):
             partial.mkdir(parents=True)
         self.barrier()
         save(sharded, checkpoint_id=partial)
+        own = {file.name: sha256(file) for file in partial.glob(f"__{self.global_rank}_*.distcp")}
+        checksums: list[dict[str, str]] = [{}] * self.world_size
+        torch.distributed.all_gather_object(checksums, own)
         if self.is_global_zero:
+            checkpoint[CHECKSUMS] = {name: digest for part in checksums for name, digest in part.items()}
+            checkpoint[CHECKSUMS][".metadata"] = sha256(partial / ".metadata")
             torch.save(checkpoint, partial / META_FILE)
             replace_folder(partial, path, old)
         self.barrier()
@@ -129,6 +136,7 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None and self.lightning_module is not None
         if not path.is_dir() or read_file(path / META_FILE)["varlab"]["format"] != CHECKPOINT_FORMAT:
             return self.load_unsharded(path)
+        check_sharded(path)
         rest = super().load_checkpoint(path, weights_only=True)
         if "ema_updates" in rest:
             weights = self.lightning_module.named_parameters()
