@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import urllib.error
 import urllib.request
 
@@ -202,20 +203,103 @@ def test_no_file_of_the_host_is_served(page_url, path, page_models):
     assert refused(f"{page_url}/gradio_api/file={page_models / 'first/config.json'}") in (400, 403, 404)
 
 
-def test_a_forged_upload_cannot_name_a_file_of_the_host(page_url, tmp_path):
-    """The place of an uploaded file comes from the browser: one that was not uploaded is refused."""
+def config_of(page_url):
+    with urllib.request.urlopen(f"{page_url}/config", timeout=20) as answer:
+        return json.load(answer)
+
+
+def handlers(page_url):
+    """Handlers by the name of their button or box, with the types of their inputs."""
+    config = config_of(page_url)
+    parts = {part["id"]: part for part in config["components"]}
+    found = {}
+    for one in config["dependencies"]:
+        for target, _ in one["targets"]:
+            name = parts[target]["props"].get("elem_id") if target in parts else None
+            if name:
+                found[name] = one["id"], [parts[part]["type"] for part in one["inputs"]]
+    return found
+
+
+def answer_to(page_url, handler, data, session="forged"):
+    """The events with which the page answers a request."""
+    body = {"data": data, "fn_index": handler, "session_hash": session}
+    if refused(f"{page_url}/gradio_api/queue/join", json.dumps(body).encode()) != 200:
+        return '"success":false'
+    with urllib.request.urlopen(f"{page_url}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        return stream.read().decode().replace(" ", "")
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+@pytest.mark.parametrize("kind", ["image", "fifo", "link", "url"])
+def test_a_forged_upload_cannot_name_a_file_of_the_host(page_url, tmp_path, meta, kind):
+    """The place of an uploaded file comes from the browser: one that was not uploaded is refused, and never opened."""
     secret = tmp_path / "secret.png"
     make_photo(tmp_path).rename(secret)
-    with urllib.request.urlopen(f"{page_url}/config", timeout=20) as answer:
-        config = json.load(answer)
-    drop = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "drop")
-    handler = next(one for one in config["dependencies"] if one["targets"] and one["targets"][0] == [drop, "change"])
-    given = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [given], "fn_index": handler["id"], "session_hash": "forged"}
-    assert refused(f"{page_url}/gradio_api/queue/join", json.dumps(body).encode()) in (200, 403, 422)
-    with urllib.request.urlopen(f"{page_url}/gradio_api/queue/data?session_hash=forged", timeout=30) as stream:
-        events = stream.read().decode()
-    assert '"success":false' in events.replace(" ", "") and "image.png" not in events
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(secret)
+    path = {"fifo": tmp_path / "pipe.png", "link": tmp_path / "link.png", "url": f"{page_url}/config"}.get(kind, secret)
+    given = {"path": str(path), **meta}
+    found = handlers(page_url)
+    answers = [answer_to(page_url, found["drop"][0], [given])]
+    number, kinds = found["edit-button"]
+    editor = {"background": given, "layers": [given], "composite": given, "id": None}
+    answers.append(answer_to(page_url, number, [editor if kind == "imageeditor" else None for kind in kinds]))
+    for events in answers:
+        assert '"success":false' in events and "notuploadedtothispage" in events and "image.png" not in events
+
+
+def test_values_of_the_wrong_kind_are_answered_in_a_sentence(page_url):
+    """And leave no traceback in the terminal: the page's fixture looks."""
+    for name, (number, kinds) in handlers(page_url).items():
+        for value in ("abc", None, -1, 1e400, [[]], {"x": 1}, True):
+            events = answer_to(page_url, number, [value] * len(kinds))
+            assert ("Traceback" not in events and "process_completed" in events) or '"success":false' in events, (
+                name,
+                value,
+            )
+
+
+def test_a_visitor_who_left_is_not_waited_for(page_url):
+    number, kinds = handlers(page_url)["sample-button"]
+    values = {"dropdown": "0: cat", "number": 0}
+    data = [values.get(kind, 1) for kind in kinds]
+    for _ in range(12):
+        body = {"data": data, "fn_index": number, "session_hash": "gone"}
+        assert refused(f"{page_url}/gradio_api/queue/join", json.dumps(body).encode()) == 200
+    with urllib.request.urlopen(f"{page_url}/gradio_api/queue/data?session_hash=gone", timeout=60) as stream:
+        stream.readline()
+    time.sleep(3)  # the server looks whether its visitors are there
+    events = answer_to(page_url, number, data, "stays")
+    ranks = [int(rank) for rank in re.findall(r'"rank":(\d+)', events)]
+    assert '"success":true' in events and max(ranks, default=0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:PORT", "Origin": "http://localhost:PORT"}, 200),
+        ({"Host": "rebound.example:PORT"}, 403),
+        ({"Host": "169.254.1.1:PORT"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_only_requests_of_the_page_itself_are_answered(page_url, headers, status):
+    port = page_url.rsplit(":", 1)[1]
+    request = urllib.request.Request(
+        f"{page_url}/config", headers={key: value.replace("PORT", port) for key, value in headers.items()}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            found = answer.status
+    except urllib.error.HTTPError as error:
+        found = error.code
+        assert "refused: this page is not" in error.read().decode()
+    assert found == status
 
 
 def test_an_upload_above_the_limit_is_refused(page_url):

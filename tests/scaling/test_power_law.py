@@ -66,6 +66,7 @@ def test_few_sizes_give_no_interval_and_too_few_no_fit():
         fit(SIZES[:2], truth(SIZES[:2]), floor=None)
     with pytest.raises(ValueError, match=r"floor=9.0 is not below all values"):
         fit(SIZES, truth(SIZES), floor=9.0)
+    assert fit([0.25, 0.5, 1.0], [4.0, 2.0, 1.0]).alpha == pytest.approx(1.0)
     with pytest.raises(ValueError, match="sizes must be positive"):
         fit([0.0, 1.0, 2.0], [3.0, 2.0, 1.5])
     with pytest.raises(ValueError, match="diverged"):

@@ -82,8 +82,9 @@ class Model:
     def label(self, choice: str | None) -> int:
         """The label of a selected or typed class; the null label for an empty one. Raises ValueError naming the nearest
         names."""
-        if not choice or not choice.strip():
+        if not choice or not str(choice).strip():
             return self.var.null_label
+        choice = str(choice)
         number = choice.split(":")[0]
         return label_of(int(number) if number.isdigit() else choice, self.class_names, self.var.num_classes)
 

@@ -1,10 +1,13 @@
 """The web page, built on Gradio: its controls, its outputs, and the functions of `session` that compute them."""
 
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import wraps
 from inspect import isgeneratorfunction
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,6 +17,7 @@ from gradio import themes
 from PIL import Image
 
 from varlab import image_grid
+from varlab.app.guard import check_uploads
 from varlab.app.session import Dissection, Model, Sweep, enlarged, read_upload
 
 log = logging.getLogger(__name__)
@@ -38,15 +42,28 @@ footer { display: none !important }
 THEME = themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a handler: a user error (ValueError) is shown with its message, any other error with a generic sentence,
-    never a traceback."""
+def message(error: Exception) -> gr.Error:
+    """A user error (ValueError) with its message, any other error as a generic sentence."""
+    if isinstance(error, ValueError):
+        return gr.Error(str(error), title="This did not work", duration=8, print_exception=False)
+    log.exception("a request to the page failed")
+    return gr.Error("Internal error: see the terminal for details.", title="Error", print_exception=False)
 
-    def message(error: Exception) -> gr.Error:
-        if isinstance(error, ValueError):
-            return gr.Error(str(error), title="This did not work", duration=8, print_exception=False)
-        log.exception("a request to the page failed")
-        return gr.Error("Internal error: see the terminal for details.", title="Error", print_exception=False)
+
+class Page(gr.Blocks):
+    """Answers requests that did not come from its own controls in a sentence."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            check_uploads(inputs, Path(os.environ["GRADIO_TEMP_DIR"]))
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except Exception as error:  # Gradio's components raise errors of many kinds for values of other types
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise message(ValueError(f"this request cannot be read: {reason}")) from None
+
+
+def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a handler: errors are shown as a sentence, never a traceback."""
 
     if isgeneratorfunction(run):
 
@@ -71,7 +88,7 @@ def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def number_within(name: str, value: Any, low: float, high: float) -> float:
     """The number. Raises ValueError if it is out of bounds, since the browser does not enforce its bounds."""
-    if value is None or not low <= value <= high:
+    if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value}")
     return value
 
@@ -311,7 +328,7 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
 
     def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
-        name = None if not choice else choice.split(": ", 1)[-1]
+        name = str(choice).split(": ", 1)[-1] if choice else None
         for images_so_far, _ in paced(model.sample(model.label(choice), **settings)):
             yield [enlarged(image) for image in images_so_far], gr.skip()
         for images_so_far, _ in paced(other.sample(other.label(name), **settings)):
@@ -325,7 +342,7 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
 
 def build(model: Model, other: Model | None, sweep: Sweep | None, max_batch: int, refresh_s: float) -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title="varlab", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with Page(title="varlab", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         sides = ", ".join(model.scales)
         gr.Markdown(f"# varlab\n`{model.name}`: VAR of depth {model.var.depth}, {model.side} px, token maps {sides}.")
         with gr.Tab("Sample"):

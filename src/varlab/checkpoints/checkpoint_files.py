@@ -119,7 +119,7 @@ def check_sharded(folder: Path, is_verified: bool = False) -> None:
         content = (folder / ".metadata").read_bytes()
         unpickler = PlainUnpickler(io.BytesIO(content))
         listed = unpickler.load()
-        if max(unpickler.memo, default=0) > len(content):
+        if max(unpickler.memo, default=0) > len(content):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("it is longer than its file")
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
         tensors = [entry for entry in listed.state_dict_metadata.values() if hasattr(entry, "properties")]

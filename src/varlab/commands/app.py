@@ -24,6 +24,9 @@ def run(cfg: DictConfig) -> None:
     other = None if cfg.compare is None else Model(str(cfg.compare), device, cfg.trust_code)
     with tempfile.TemporaryDirectory(prefix="varlab-app-") as folder:
         gradio = import_gradio(folder)
+        from starlette.middleware import Middleware
+
+        from varlab.app.guard import OwnRequests
         from varlab.app.ui import CSS, THEME, build
 
         sweep = None if cfg.runs is None else Sweep(str(cfg.runs), Path(folder))
@@ -42,6 +45,9 @@ def run(cfg: DictConfig) -> None:
                 prevent_thread_lock=True,
                 show_error=False,
                 footer_links=[],
+                app_kwargs={
+                    "middleware": [Middleware(OwnRequests, host=cfg.host, allowed_hosts=list(cfg.allowed_hosts))]
+                },
             )
         except OSError as error:
             raise ValueError(f"host={cfg.host} port={cfg.port} cannot be used: {error}") from None
