@@ -39,7 +39,7 @@ def test_help_shows_settings_and_examples(verb, setting):
     [
         (
             ("pack", "source=nothing", "out=x"),
-            "source='nothing' is unknown: choose one of folder, mnist5k, ilsvrc2012, parquet, shards",
+            "source='nothing' is unknown: choose one of folder, mnist5k, ilsvrc2012, parquet, csv, idx, shards",
         ),
         (("pack", "source=folder", "path=nowhere", "out=x"), "path=nowhere is not a folder"),
         (("pack", "source=mnist5k"), "out"),

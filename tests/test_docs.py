@@ -188,7 +188,7 @@ def test_commands_of_a_page_run(page, world):
         for title, text in code(page, kind):
             if title:
                 Path(title).parent.mkdir(parents=True, exist_ok=True)
-                Path(title).write_text(text)
+                Path(title).write_text(text, encoding="utf-8")
     for packed in ("data/mine", "data/imagenet"):
         if f"out={packed}" not in " ".join(commands(page)).split():
             shutil.copytree("packed", packed)
@@ -228,7 +228,7 @@ def test_the_site_builds_and_a_broken_link_stops_it(tmp_path):
     for name in ("docs", "experiments", "src", "mkdocs.yml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    with open(tmp_path / "docs/design.md", "a") as page:
+    with open(tmp_path / "docs/design.md", "a", encoding="utf-8") as page:
         page.write("\n[nowhere](nowhere.md)\n")
     answer = build(tmp_path)
     assert answer.returncode == 1 and "nowhere.md" in answer.stderr

@@ -99,7 +99,7 @@ def main() -> None:
     about = [f"{platform.machine()}, {torch.get_num_threads()} threads", time.strftime("%Y-%m-%d")]
     target = HERE / "scenes-var_vs_raster"
     target.mkdir(exist_ok=True)
-    with open(target / "results.csv", "w", newline="") as file:
+    with open(target / "results.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row, name in zip(rows, networks, strict=True):

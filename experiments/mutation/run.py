@@ -177,7 +177,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import numpy  # noqa: F401  # once for all mutants
     import pytest  # noqa: F401
-    import scipy.optimize
+    import scipy.optimize  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch
 
@@ -199,7 +199,7 @@ def main() -> None:
             if verdict == "survived":
                 print(f"{module}:{line} survived: {change}", flush=True)
         print(f"{module}: {counts}", flush=True)
-        with open(given.out, "w", newline="") as file:
+        with open(given.out, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["module", "line", "change", "verdict"])
             writer.writeheader()
             writer.writerows(rows)

@@ -37,7 +37,7 @@ def main() -> None:
                 largest = bisect(range(1, 1 << 14), room, key=partial(total, sizes, layout))
                 rows.append([depth, recompute, chunks, f"{kept:.0f}", GPUS[gpu].memory, largest])
         print(depth, [row[-1] for row in rows[-2 * len(LAYOUTS) :]], flush=True)
-    with open(RESULTS, "w", newline="") as file:
+    with open(RESULTS, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(
             [["depth", "recompute", "loss_chunks", "kept an image [MB]", "memory [GB]", "largest batch"], *rows]
         )

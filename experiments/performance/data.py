@@ -208,7 +208,7 @@ def main() -> None:
         rows = measure_decoding(Path(folder)) + measure_agreement(Path(folder)) + measure_resume(Path(folder))
     rows += measure_tokens() + measure_mixing() + measure_classes()
     about = f"{platform.machine()}, {os.cpu_count()} cores, one used; {time.strftime('%Y-%m-%d')}; torch {torch.__version__}"
-    with open(RESULTS, "w", newline="") as file:
+    with open(RESULTS, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["what", "value", "unit", "machine"])
         for what, value, unit in rows:

@@ -71,14 +71,14 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
         run()
         return (torch.cuda.max_memory_allocated() - before) / GB
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     run()
     return max(0.0, resident("VmHWM") - before) / GB
 
 
 def resident(field: str) -> float:
     """Bytes of this process now (VmRSS) or at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024.0 * next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
@@ -170,7 +170,7 @@ def save(file: Path, rows: Iterable[dict[str, Any]], device: str) -> None:
     stamp = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     rows = [{**row, **stamp} for row in rows]
     unfinished = file.with_suffix(".part")
-    with open(unfinished, "w", newline="") as lines:
+    with open(unfinished, "w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -83,7 +83,7 @@ def draw(rows: list[dict[str, str]], file: Path) -> None:
 
 def show(file: Path) -> None:
     """Writes a figure next to the CSV, and the table: into README.md for results.csv, else to stdout."""
-    with open(file, newline="") as lines:
+    with open(file, encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     draw(rows, file.with_suffix(".png"))
     readme = HERE / "README.md"

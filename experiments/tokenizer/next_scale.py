@@ -64,11 +64,11 @@ def distance_of_samples(arm: str) -> dict[str, float]:
 
 def main() -> None:
     found = {arm: distance_of_samples(arm) for arm in (sys.argv[1:] or ARMS)}
-    with open(HERE / "next_scale.csv", "w", newline="") as file:
+    with open(HERE / "next_scale.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["tokenizer", *next(iter(found.values()))])
         writer.writerows([arm, *(f"{value:.4g}" for value in scores.values())] for arm, scores in found.items())
-    print(Path(HERE / "next_scale.csv").read_text())
+    print(Path(HERE / "next_scale.csv").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

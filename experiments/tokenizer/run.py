@@ -69,7 +69,7 @@ def train_and_score(arm: str) -> dict:
 
 def logged(arm: str, name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one curve."""
-    with open(RUNS / arm / "metrics.csv") as file:
+    with open(RUNS / arm / "metrics.csv", encoding="utf-8") as file:
         points = {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
     return list(points), list(points.values())
 
@@ -112,7 +112,7 @@ def main() -> None:
     if not (SHARDS / "manifest.json").is_file():
         sys.exit(f"{SHARDS} does not exist: run experiments/tokenizer/prepare.py first")
     found = {arm: train_and_score(arm) for arm in arms}
-    with open(HERE / "results.csv", "w", newline="") as file:
+    with open(HERE / "results.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", *SCORES, FLOOR, "images", "perplexity_by_scale"])
         for arm, scores in found.items():

@@ -165,7 +165,7 @@ def main() -> None:
             if best is not None:
                 print(best, flush=True)
                 rows.append(best)
-                with open(file, "w", newline="") as lines:
+                with open(file, "w", encoding="utf-8", newline="") as lines:
                     writer = csv.DictWriter(lines, list(best))
                     writer.writeheader()
                     writer.writerows(rows)

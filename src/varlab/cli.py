@@ -1,5 +1,6 @@
 """`varlab COMMAND [overrides]`: dispatches to the command."""
 
+import io
 import os
 import runpy
 import sys
@@ -38,6 +39,9 @@ def main() -> None:
             sys.exit(1)
         sys.exit(f"varlab: there is no command {command!r}\n\n{usage}")
     sys.argv = [sys.argv[0], *sys.argv[2:]]
+    for stream in (sys.stdout, sys.stderr):  # a class name that the terminal cannot show stops nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.path.append("")  # custom classes are found in the current folder, as with `python -m`
     # as `python -m varlab.commands.COMMAND`: Lightning and Hydra start the processes of DDP by this name
     runpy.run_module(f"varlab.commands.{MODULES.get(command, command)}", run_name="__main__", alter_sys=True)

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException, HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -51,6 +52,8 @@ def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable
             try:
                 if {"-h", "--help"} & set(sys.argv[1:]):
                     print(examples(name))
+                check_names(sys.argv[1:])
+                sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
                 app()
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,6 +62,30 @@ def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable
         return main
 
     return decorate
+
+
+def check_names(arguments: list[str]) -> None:
+    """Ends with a sentence if a name is longer than file systems allow: Hydra makes its folder before a command starts."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if (
+            key in ("name", "out", "run_dir")
+            and (longest := max(len(part.encode()) for part in value.split("/"))) > 240
+        ):
+            sys.exit(f"varlab: {key}={value[:20]}... has {longest} bytes in one file name: give a name of at most 240")
+
+
+def quoted(argument: str) -> str:
+    """An override whose value Hydra cannot parse, such as a path with spaces or umlauts, with its value in quotes; any other
+    argument as it is."""
+    name, sign, value = argument.partition("=")
+    if not sign or argument.startswith("-"):
+        return argument
+    for candidate in (argument, name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"):
+        with suppress(HydraException):
+            OverridesParser.create().parse_override(candidate)
+            return candidate
+    return argument
 
 
 def argument_command(name: str, usage: str, run: Callable[[list[str]], None]) -> Callable[[], None]:
@@ -121,7 +148,7 @@ def one_sentence(error: BaseException) -> str:
 
 def examples(name: str) -> str:
     """The comment at the top of a command's yaml: what it does and how to call it."""
-    lines = (Path(conf_dir()) / f"{name}.yaml").read_text().splitlines()
+    lines = (Path(conf_dir()) / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     return "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines)) + "\n"
 
 

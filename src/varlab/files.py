@@ -159,7 +159,7 @@ def lock_holder(folder: Path) -> dict[str, Any] | None:
 def this_host() -> str:
     """Name of this host and, where the system has one, identity of its start: two machines may have one name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
+    return f"{socket.gethostname()}/{boot.read_text(encoding='utf-8').strip() if boot.is_file() else ''}"
 
 
 def lock_age(file: Path) -> float:
@@ -189,7 +189,7 @@ def process_start(pid: int) -> str | None:
     stat = Path(f"/proc/{pid}/stat")
     if stat.parent.parent.joinpath("self").exists():
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if fields[0] == "Z" else fields[19]
@@ -211,7 +211,7 @@ def sha256(path: Path) -> str:
 def save_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class Schema(BaseModel, strict=True, extra="allow"):
@@ -271,7 +271,7 @@ def read_curves(file: Path) -> dict[str, dict[int, float]]:
     """metrics.csv as {name: {step: value}}. For a step that was repeated after a restart, the last row counts."""
     curves: dict[str, dict[int, float]] = {}
     if file.is_file():
-        with open(file, newline="") as lines:
+        with open(file, encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 for name, value in row.items():
                     if value and row["step"] and name not in ("step", "epoch"):

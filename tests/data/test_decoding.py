@@ -13,9 +13,9 @@ from varlab.data.decoding import open_image, open_mask
 from varlab.data.images import Crop, ImageDataset, preprocess
 from varlab.data.shards import ShardReader
 from varlab.data.sources.folder import folder_source
-from varlab.data.sources.items import reencode
+from varlab.data.sources.items import Item, reencode
 from varlab.data.sources.parquet import ParquetSource
-from varlab.data.write_shards import PackOptions, pack
+from varlab.data.write_shards import PackOptions, Source, pack
 from varlab.evaluation.image_sets import ImageSet
 
 SIDE = 16
@@ -78,8 +78,8 @@ def test_training_scoring_uploads_and_parquet_see_the_same_pixels(name, tmp_path
     (folder / name).write_bytes(content)
     assert (ImageSet(folder).pixels(0) == np.asarray(expected)).all() if is_scored(name) else True
     assert (np.asarray(read_upload(folder / name, SIDE)) == square).all()
-    smaller, extension = reencode(content, SIDE // 2, 100)
-    assert extension == "jpg" and min(open_image(smaller).size) == SIDE // 2
+    smaller = reencode(expected, SIDE // 2, 100)
+    assert min(open_image(smaller).size) == SIDE // 2
     assert abs(np.asarray(open_image(smaller)).mean() - np.asarray(expected).mean()) < 3
     table = pyarrow.table({"image": [{"bytes": content}] * 4, "label": [0, 0, 1, 1]})
     pyarrow.parquet.write_table(table, tmp_path / "images.parquet")
@@ -103,7 +103,13 @@ def test_what_cannot_be_decoded_or_understood_is_named_by_every_road(name, tmp_p
         open_image(BROKEN[name], "x")
     with pytest.raises(ValueError, match="this file cannot be decoded"):
         read_upload(tmp_path / name, SIDE)
-    assert reencode(BROKEN[name], 4, 90) == (BROKEN[name], "")
+    items = [Item(0, "png", BROKEN[name], name="x"), Item(0, "png", ODD["plain.png"][0])]
+    for short_side in (None, 4):
+        Source("test", "test", ["a"], {"train": items}).write(
+            tmp_path / f"{short_side}", PackOptions(short_side=short_side)
+        )
+        assert (tmp_path / f"{short_side}/skipped.txt").read_text().startswith("x cannot be decoded")
+        assert len(ShardReader(tmp_path / f"{short_side}", "train")) == 1
     if is_scored(name):
         with pytest.raises(ValueError, match=f"{name} cannot be decoded"):
             ImageSet(tmp_path).pixels(0)

@@ -15,7 +15,11 @@ BLOCK = re.compile(r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.
 
 def code(page: Path, kind: str) -> list[tuple[str | None, str]]:
     """Blocks of one language: (title, text)."""
-    return [(block["title"], block["text"]) for block in BLOCK.finditer(page.read_text()) if block["kind"] == kind]
+    return [
+        (block["title"], block["text"])
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8"))
+        if block["kind"] == kind
+    ]
 
 
 def commands(page: Path) -> list[str]:

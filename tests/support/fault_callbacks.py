@@ -104,7 +104,7 @@ class GraphLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        with open(self.file, "a") as log:
+        with open(self.file, "a", encoding="utf-8") as log:
             log.write(f"{torch._dynamo.utils.counters['stats']['unique_graphs']}\n")
 
 
@@ -150,7 +150,7 @@ class CodebookLog(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         content = pl_module.net.quantizer.codebook.weight.detach().numpy().tobytes()
-        with open(f"{self.file}.{trainer.global_rank}", "w") as log:
+        with open(f"{self.file}.{trainer.global_rank}", "w", encoding="utf-8") as log:
             log.write(hashlib.sha256(content).hexdigest())
 
 
@@ -163,7 +163,7 @@ class LossLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        with open(f"{self.file}.{trainer.global_rank}", "a") as log:
+        with open(f"{self.file}.{trainer.global_rank}", "a", encoding="utf-8") as log:
             log.write(f"{num_batches(trainer)} {float(outputs['loss']).hex()}\n")
 
 

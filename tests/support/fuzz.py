@@ -67,7 +67,7 @@ def damaged(draw, content: bytes) -> bytes:
 
 def write(file: Path, value: Any) -> None:
     """JSON, also of values that strict JSON does not have."""
-    file.write_text(json.dumps(value))
+    file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def is_read_or_refused(read: Callable[[], Any], file: Path) -> bool:

@@ -83,7 +83,7 @@ def kill_at(batch: int) -> list[str]:
 def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:
     """Loss (hex) by batch; a batch that was repeated after a kill must repeat its loss."""
     losses: dict[int, str] = {}
-    for line in Path(f"{file}.{rank}").read_text().splitlines():
+    for line in Path(f"{file}.{rank}").read_text(encoding="utf-8").splitlines():
         step, loss = line.split()
         assert losses.setdefault(int(step), loss) == loss, f"batch {step} differs after the restart"
     return losses

@@ -43,7 +43,7 @@ def slow_run(still):
 
 
 def num_steps(log: Path) -> int:
-    return len(log.read_text().splitlines()) if log.is_file() else 0
+    return len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
 
 
 def submit(slurm, folder, slow_run, start, *options):

@@ -8,7 +8,7 @@ from varlab.training.loggers import CSVLog, run_id, wandb_logger
 
 
 def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -31,7 +31,7 @@ def test_a_restart_appends_also_after_half_a_row(tmp_path):
     for step in (1, 2):
         first.log_metrics({"a": float(step)}, step=step)
     first.finalize("success")
-    with open(tmp_path / "metrics.csv", "a") as file:
+    with open(tmp_path / "metrics.csv", "a", encoding="utf-8") as file:
         file.write("3,17")
     second = CSVLog(str(tmp_path))
     second.log_metrics({"a": 3.0}, step=3)

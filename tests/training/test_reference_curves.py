@@ -75,7 +75,7 @@ def test_the_shipped_references_are_whole():
 def test_an_imagenet_run_is_held_against_published_facts_marked_as_such(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/hydra.yaml").write_text("hydra: {runtime: {choices: {experiment: var_d16}}}\n")
-    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+    with open(tmp_path / "metrics.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["step", "val/loss", "val/err"], [1000, 6.0, 95.0], [2000, 5.5, 80.0]])
     said = report(tmp_path)

@@ -153,7 +153,9 @@ def save_pretrained(
                 state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
                 save_file(state, partial / f"{name}.safetensors", metadata={"format": "pt"})
         save_json(partial / "config.json", config)
-        (partial / "model_card.md").write_text(model_card(folder.name, tokenizer, var, class_names, facts))
+        (partial / "model_card.md").write_text(
+            model_card(folder.name, tokenizer, var, class_names, facts), encoding="utf-8"
+        )
 
 
 def load_pretrained(folder: str | Path, trust_code: bool = False) -> tuple[MSVQVAE, VAR | None, list[str] | None]:

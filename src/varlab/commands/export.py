@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
 def facts_of(checkpoint: Path) -> dict[str, Any]:
     """Facts for the model card, from the run.json of the checkpoint's run."""
     row = checkpoint.parent.parent / "run.json"
-    found = json.loads(row.read_text()) if row.is_file() else {}
+    found = json.loads(row.read_text(encoding="utf-8")) if row.is_file() else {}
     return {key: found[key] for key in FACTS if found.get(key) is not None}
 
 

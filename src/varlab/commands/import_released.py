@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"tokenizer={cfg.tokenizer} holds a VAR: give the tokenizer's file, and this one as var=")
     if var is not None and not isinstance(var, VAR):
         raise ValueError(f"var={cfg.var} holds a tokenizer: give the file of a VAR")
-    names = None if cfg.class_names is None else Path(cfg.class_names).read_text().splitlines()
+    names = None if cfg.class_names is None else Path(cfg.class_names).read_text(encoding="utf-8").splitlines()
     if names is not None and var is not None and len(names) != var.num_classes:
         raise ValueError(
             f"class_names={cfg.class_names} has {len(names)} lines, but the transformer has {var.num_classes} classes"

@@ -32,7 +32,9 @@ def run(cfg: DictConfig) -> None:
     check_types(cfg)
     out = Path(cfg.out)
     num_workers = cfg.num_workers or usable_cores()
-    options = PackOptions(cfg.shard_images, cfg.shard_size, cfg.seed, num_workers, cfg.short_side, cfg.quality)
+    options = PackOptions(
+        cfg.shard_images, cfg.shard_size, cfg.seed, num_workers, cfg.short_side, cfg.quality, cfg.check
+    )
     source = instantiate(cfg.sources[cfg.source], _convert_="all")
     with FolderLock(out, "varlab pack"):
         manifest = source.write(out, options)

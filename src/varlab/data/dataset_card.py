@@ -61,4 +61,4 @@ def write_card(folder: Path, storage: Storage | None = None) -> None:
         "",
     ]
     with atomic_write(folder / "README.md") as partial:
-        partial.write_text("\n".join(lines))
+        partial.write_text("\n".join(lines), encoding="utf-8")

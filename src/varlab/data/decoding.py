@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+try:
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pass
 Image.init()
 FORMATS = sorted(set(Image.OPEN) - {"EPS"})  # EPS is a program, run by Ghostscript
 
@@ -27,7 +33,22 @@ def open_image(
             return upright_rgb(image)
     except Exception as error:  # decoders raise errors of many kinds for broken files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            package = missing_decoder(source)
+            reason = f"pip install '{package}'" if package else "it is not an image of a known format"
         raise ValueError(f"{name} cannot be decoded: {reason}") from None
+
+
+def missing_decoder(source: bytes | str | Path | IO[bytes]) -> str | None:
+    """The package that decodes this kind of file, where it is not installed."""
+    head = source[:16] if isinstance(source, bytes) else b""
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            head = file.read(16)
+    if head[4:8] != b"ftyp":
+        return None
+    is_avif = head[8:12] in (b"avif", b"avis")
+    return ("pillow>=11.3" if is_avif else "pillow-heif") if head[8:12] != b"qt  " else None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

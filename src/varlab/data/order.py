@@ -72,7 +72,7 @@ class Order:
         if self.is_full_shuffle:
             return len(self.shard_counts)
         assert self.window is not None
-        return self.lanes * (self.window // min(self.shard_counts) + 2)
+        return self.lanes * (self.window // max(min(self.shard_counts), 1) + 2)
 
     def epoch(self, epoch: int) -> "EpochOrder":
         """The order of one epoch."""

@@ -105,7 +105,7 @@ def evaluate_grid(
         sample(folder, point)
         found = evaluate(folder) or load_json(folder / "generation.json", "varlab evaluate")
         rows.append({**point, **{key: value for key, value in found.items() if isinstance(value, float)}})
-        with atomic_write(out / "grid.csv") as partial, open(partial, "w", newline="") as file:
+        with atomic_write(out / "grid.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

@@ -172,7 +172,7 @@ def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, titl
     parts.append("<pre class='note wide'>" + html.escape("\n".join(summary_lines(analysis))) + "</pre>")
     for name, kinds in files.items():
         svg = next(file for file in kinds if file.suffix == ".svg")
-        parts.append(f"<h2>{NAMES[name]}</h2><figure>{with_titles(svg.read_text())}</figure>")
+        parts.append(f"<h2>{NAMES[name]}</h2><figure>{with_titles(svg.read_text(encoding='utf-8'))}</figure>")
     parts.append("<h2>Runs</h2>" + table(analysis.runs.rows, SHOWN))
     if analysis.runs.left_out:
         listed = "".join(f"<li>{html.escape(line)}</li>" for line in analysis.runs.left_out)
@@ -183,7 +183,7 @@ def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, titl
     )
     file = out / "report.html"
     with atomic_write(file) as partial:
-        partial.write_text(page)
+        partial.write_text(page, encoding="utf-8")
     return file
 
 

@@ -126,7 +126,7 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
         return read_csv(path)
     runs = []
     for file in sorted(path.rglob("run.json")):
-        row = json.loads(file.read_text())
+        row = json.loads(file.read_text(encoding="utf-8"))
         runs.append((row, curve_of(row, read_curves(file.parent / "metrics.csv"))))
     known = {row.get("run_id") for row, _ in runs}
     for row, logged in offline_runs(path, known):
@@ -163,7 +163,7 @@ def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
 
 def read_table(path: Path) -> list[Row]:
     """A CSV with units in its header."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return [
             {key.split(" [")[0]: parse(key, value) for key, value in row.items() if value != ""}
             for row in csv.DictReader(file)
@@ -192,7 +192,7 @@ def check_same(rows: Sequence[Row]) -> None:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes a table with units in its header."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([f"{column} [{unit(column)}]" if unit(column) else column for column in columns])
         for row in rows:

@@ -20,14 +20,14 @@ def run_id(folder: str | Path) -> str:
     file = Path(folder) / "run_id"
     if not file.is_file():
         with atomic_write(file) as partial:
-            partial.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    return file.read_text().strip()
+            partial.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def has_wandb_login() -> bool:
     """Whether W&B can log in without prompting."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8"))
 
 
 def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> WandbLogger:
@@ -87,20 +87,20 @@ class CSVLog(Logger):
             return
         row, self.pending = self.pending, {}
         if not self.columns and self.file.is_file():
-            text = self.file.read_text()
+            text = self.file.read_text(encoding="utf-8")
             self.columns = next(csv.reader(text.splitlines()), [])
             if not text.endswith("\n"):  # killed while writing a row
-                with open(self.file, "a") as file:
+                with open(self.file, "a", encoding="utf-8") as file:
                     file.write("\n")
         if new := [key for key in row if key not in self.columns]:
             rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
             self.columns += new
-            with atomic_write(self.file) as partial, open(partial, "w", newline="") as file:
+            with atomic_write(self.file) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows([*rows, row])
         else:
-            with open(self.file, "a", newline="") as file:
+            with open(self.file, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     @rank_zero_only

@@ -100,7 +100,7 @@ def band(runs: Sequence[Curves]) -> dict[str, Band]:
 
 def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> None:
     """Saves a reference: the CSV, and a JSON of the same name that describes its runs."""
-    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["metric", "step", "mean", "low", "high"])
         for metric, found in bands.items():
@@ -112,7 +112,7 @@ def write_band(path: Path, bands: dict[str, Band], facts: dict[str, Any]) -> Non
 def read_band(path: Path) -> dict[str, Band]:
     """Reads a reference. Raises ValueError naming the file if it is not one."""
     rows: dict[str, list[list[float]]] = {}
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != ["metric", "step", "mean", "low", "high"]:
             raise ValueError(f"{path} is not a reference: its columns are {reader.fieldnames}")
@@ -246,9 +246,8 @@ def report(folder: Path, reference: Path | None = None) -> str:
     row = folder / "run.json"
     if row.is_file() and "speed/images_per_second" in curves:
         speed = np.median(list(curves["speed/images_per_second"].values()))
-        lines.append(
-            f"  {speed:.3g} images per second on {json.loads(row.read_text())['device']} (not compared, since machines differ)"
-        )
+        device = json.loads(row.read_text(encoding="utf-8"))["device"]
+        lines.append(f"  {speed:.3g} images per second on {device} (not compared, since machines differ)")
     plot(curves, bands, comparisons, folder / "doctor.png")
     return "\n".join([*lines, f"  figure: {folder / 'doctor.png'}"])
 

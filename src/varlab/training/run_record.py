@@ -278,7 +278,7 @@ class Progress(ProgressBar):
 
 def summary(folder: Path) -> str:
     """The results of a run and its files, as text; also writes `curves.png`."""
-    row = json.loads((folder / "run.json").read_text())
+    row = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     scores = [f"{key} {row[key]:.4g}" for key in ("val_loss", "val_loss_last", "val_err", "val_psnr") if key in row]
     seconds, devices = row["device_seconds"], row["num_devices"]
     saved = sorted((folder / "checkpoints").glob("[!.]*"))

@@ -69,7 +69,7 @@ def child_processes() -> list[int]:
     """Processes that this one started."""
     tasks = Path("/proc/self/task")
     files = [task / "children" for task in tasks.iterdir()] if tasks.is_dir() else []
-    return [int(pid) for file in files if file.is_file() for pid in file.read_text().split()]
+    return [int(pid) for file in files if file.is_file() for pid in file.read_text(encoding="utf-8").split()]
 
 
 def is_first_process() -> bool:

@@ -40,6 +40,20 @@ def image(file):
     Image.new("RGB", (20, 20)).save(file)
 
 
+def test_a_folder_of_images_without_labels_is_one_class(tmp_path):
+    for i in range(6):
+        image(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/.hidden.png").write_bytes(b"")
+    source = folder_source(tmp_path / "in", 0.5)
+    assert source.class_names == ["image"] and [len(source.splits[split]) for split in ("train", "val")] == [3, 3]
+    assert "has no class folders: its images have no labels" in source.notes[0] and len(source.notes) == 1
+    for i in range(4):
+        image(tmp_path / f"splits/train/{i}.png")
+        image(tmp_path / f"splits/val/{i}.png")
+    source = folder_source(tmp_path / "splits")
+    assert source.class_names == ["image"] and [len(source.splits[split]) for split in ("train", "val")] == [4, 4]
+
+
 def test_files_of_systems_and_editors_are_no_classes_and_what_is_left_out_is_said(tmp_path, capsys):
     for name in ("cat/1.png", "cat/deep/2.png", "dog/1.png", "__MACOSX/cat/1.png", ".ipynb_checkpoints/1.png"):
         image(tmp_path / "in" / name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from varlab.data.shards import EXTENSIONS
 from varlab.data.sources.items import Item, check_share, extension_of, split_off
+from varlab.data.sources.labels import UNLABELED
 from varlab.data.write_shards import Source
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
@@ -38,14 +39,20 @@ def files_below(folder: Path) -> list[Path]:
 def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
     """Image files by class folder; what is left out is added to `notes`. Raises ValueError if there are none."""
     classes: dict[str, list[Path]] = {}
-    others: Counter[str] = Counter(f".{extension_of(file)}" for file in folder.iterdir() if file.is_file())
+    flat = sorted(file for file in folder.iterdir() if file.is_file() and extension_of(file) in EXTENSIONS)
+    if flat and not subfolders(folder):
+        notes.append(f"{folder} has no class folders: its images have no labels, and are of one class")
+        classes[UNLABELED[0]] = [file for file in flat if not is_hidden(file.name)]
+    others: Counter[str] = Counter(
+        f".{extension_of(file)}" for file in folder.iterdir() if file.is_file() and not (classes and file in set(flat))
+    )
     for sub in subfolders(folder):
         files = files_below(sub)
         classes[sub.name] = [file for file in files if extension_of(file) in EXTENSIONS]
         others.update(f".{extension_of(file)}" for file in files if extension_of(file) not in EXTENSIONS)
     if not any(classes.values()):
         raise ValueError(
-            f"{folder} holds no images: expected one folder for each class with files of type"
+            f"{folder} holds no images: expected one folder for each class (or images without labels), with files of type"
             f" {' '.join(f'.{extension}' for extension in sorted(EXTENSIONS))}"
         )
     if empty := [name for name, files in classes.items() if not files]:
@@ -75,7 +82,7 @@ def split_folders(path: Path, notes: list[str]) -> dict[str, Path]:
 
 def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0) -> Source:
     """A folder of class folders, or of splits (`train`; `val`, `validation` or `test`) with class folders each. Labels
-    number the sorted names.
+    number the sorted names. Instead of class folders, there may be images without labels.
 
     Without a validation split, `val_share` of each class (at least one image, if it has two) becomes one.
     """

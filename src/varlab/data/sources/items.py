@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from varlab.data.decoding import open_image
-
 
 @dataclass(frozen=True)
 class Item:
     """One image: its label, its file extension, and its bytes, given directly or as a file or byte range of a file.
-    `condition`: a vector in addition to the label, for networks that are conditioned on more than a class."""
+    `condition`: a vector in addition to the label, for networks that are conditioned on more than a class. `name`: what
+    messages call it, by default the file."""
 
     label: int
     extension: str
@@ -23,15 +22,25 @@ class Item:
     offset: int = 0
     size: int | None = None
     condition: np.ndarray | None = None
+    name: str = ""
+
+    @property
+    def where(self) -> str:
+        """What messages call the image."""
+        place = "an image" if self.file is None else str(self.file)
+        return self.name or (place if self.size is None else f"{place}, byte {self.offset}")
 
     def load(self) -> bytes:
-        """The encoded image."""
+        """The encoded image. Raises ValueError naming it if it cannot be read."""
         if self.content is not None:
             return self.content
         assert self.file is not None
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as error:  # an error of reading, not of writing the shard
+            raise ValueError(f"{self.where} cannot be read: {error.strerror or error}") from None
 
 
 def extension_of(file: Path) -> str:
@@ -67,22 +76,15 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def reencode(encoded: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
-    """(bytes, extension) of an image, upright, with its shorter side at most `short_side` (Lanczos), as JPEG of this quality.
-
-    An image that is already small enough, or cannot be decoded, is returned unchanged, with extension "".
-    """
-    try:
-        image = open_image(encoded)
-    except ValueError:
-        return encoded, ""
+def reencode(image: Image.Image, short_side: int, quality: int) -> bytes | None:
+    """The image with its shorter side at `short_side` (Lanczos), as JPEG of this quality; None if it is small enough."""
     if min(image.size) <= short_side:
-        return encoded, ""
+        return None
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     buffer = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "jpeg", quality=quality, subsampling=0)
-    return buffer.getvalue(), "jpg"
+    return buffer.getvalue()
 
 
 def usable_cores() -> int:

@@ -1,87 +1,114 @@
-"""`source=parquet`: parquet files as on public hubs, with a column of encoded images and one of labels.
+"""`source=parquet`: tables with a column of encoded images and one of labels, as on public hubs: parquet files, or the arrow
+files of a data set saved by the `datasets` library.
 
-Random access to rows of a parquet file is slow, and packing shuffles images over all shards. So each file is first
+Random access to rows of these files is slow, and packing shuffles images over all shards. So each file is first
 staged next to the shards (`staging/`, as large as the images, removed when packing is done).
 """
 
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from varlab.data.sources.items import Item, check_share, split_off
+from varlab.data.shards import EXTENSIONS
+from varlab.data.sources.items import Item, check_share
+from varlab.data.sources.labels import UNLABELED, Rows, labeled, read_names
 from varlab.data.storage import Storage
-from varlab.data.write_shards import PackOptions, Source, in_processes
-from varlab.files import atomic_write, json_hash
+from varlab.data.write_shards import PackOptions, in_processes
+from varlab.files import atomic_write, json_hash, load_json
 
 ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One parquet file and its staged form: `flat` (all images concatenated) and `table` (label, extension, offset and
-    size of each)."""
+    """One file and its staged form: `flat` (all images concatenated) and `table` (label, extension, offset and size of
+    each, number of rows left out)."""
 
-    parquet: Path
+    source: Path
     flat: Path
     table: Path
     image_column: str
-    label_column: str
+    label_column: str | None
 
 
-def stage(file: StagedFile) -> list[Item]:
-    """The images of a parquet file, staged unless an earlier run did so. Raises ValueError naming file and row."""
+def stage(file: StagedFile) -> tuple[Rows, int]:
+    """(label and image of each row, number of rows that are left out because one of them is null) of a file, staged unless
+    an earlier run did so. Raises ValueError naming file and row."""
     if not file.table.is_file():
         write_flat(file)
-    with np.load(file.table) as table:
-        columns = [table[name].tolist() for name in ("label", "extension", "offset", "size")]
-    return [
-        Item(label, extension, file=file.flat, offset=offset, size=size)
-        for label, extension, offset, size in zip(*columns, strict=True)
+    table = load_json(file.table, "varlab pack")
+    rows = [
+        (label, Item(0, extension, file=file.flat, offset=offset, size=size, name=f"{file.source}, row {row}"))
+        for row, label, extension, offset, size in table["rows"]
     ]
+    return rows, table["empty"]
 
 
 def write_flat(file: StagedFile) -> None:
     """Writes `flat` and then `table`, each atomically."""
-    parquet = open_parquet(file.parquet)
-    for column in (file.image_column, file.label_column):
-        if column not in parquet.schema_arrow.names:
-            raise ValueError(f"{file.parquet} has no column {column!r}, only {parquet.schema_arrow.names}")
-    rows: list[tuple[int, str, int, int]] = []
+    schema, batches = open_table(file.source)
+    columns = [column for column in (file.image_column, file.label_column) if column is not None]
+    for column in columns:
+        if column not in schema.names:
+            raise ValueError(f"{file.source} has no column {column!r}, only {schema.names}")
+    rows, number, empty = [], -1, 0
     with atomic_write(file.flat) as partial, open(partial, "wb") as stream:
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[file.image_column, file.label_column]):
-            images, labels = (batch.column(name).to_pylist() for name in (file.image_column, file.label_column))
-            for image, label in zip(images, labels, strict=True):
-                encoded = image["bytes"] if isinstance(image, dict) else image
-                if not isinstance(encoded, bytes) or not isinstance(label, int) or label < 0:
+        for batch in batches:
+            images, *labels = (batch.column(name).to_pylist() for name in columns)
+            for image, label in zip(images, labels[0] if labels else UNLABELED * len(images), strict=True):
+                number += 1
+                if image is None or label is None:
+                    empty += 1
+                    continue
+                encoded = bytes_of(image, file.source.parent)
+                if encoded is None or not isinstance(label, int | float | str | bool):
                     raise ValueError(
-                        f"{file.parquet}, row {len(rows)}: expected an encoded image and a label of at least 0, found"
-                        f" {type(encoded).__name__} and {label!r}"
+                        f"{file.source}, row {number}: expected an encoded image and a label (a number, text or a boolean), found"
+                        f" {type(image).__name__} and {label!r}"
                     )
-                rows.append((label, extension_of(encoded), stream.tell(), len(encoded)))
+                rows.append((number, label, extension_of(encoded), stream.tell(), len(encoded)))
                 stream.write(encoded)
-    labels, extensions, offsets, sizes = (np.array(column) for column in zip(*rows, strict=True))
-    with atomic_write(file.table) as partial, open(partial, "wb") as stream:
-        np.savez(stream, label=labels, extension=extensions, offset=offsets, size=sizes)
+    with atomic_write(file.table) as partial:
+        partial.write_text(json.dumps({"rows": rows, "empty": empty}), encoding="utf-8")
 
 
-def open_parquet(file: Path) -> Any:
-    """Opens a parquet file. Raises ValueError if it is not one or if pyarrow is missing."""
+def bytes_of(image: Any, folder: Path) -> bytes | None:
+    """The encoded image of a cell: bytes, or a hub's structure of bytes or of a path, relative to the table."""
+    if not isinstance(image, dict):
+        return image if isinstance(image, bytes) else None
+    if image.get("bytes") is not None or not image.get("path"):
+        return image.get("bytes")
+    try:
+        return (folder / image["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder / image['path']} cannot be read: {error.strerror}") from None
+
+
+def open_table(file: Path) -> tuple[Any, Iterator[Any]]:
+    """(schema, batches of rows) of a parquet or arrow file. Raises ValueError if it is none or if pyarrow is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError("source=parquet needs pyarrow: pip install 'varlab[parquet]'") from None
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        if file.suffix == ".arrow":
+            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+            return reader.schema, iter(reader)
+        table = pyarrow.parquet.ParquetFile(file)
+        return table.schema_arrow, table.iter_batches(ROWS_AT_ONCE)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a parquet file: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file} is not a{'n arrow' if file.suffix == '.arrow' else ' parquet'} file: {reason}"
+        ) from None
 
 
 def extension_of(encoded: bytes) -> str:
@@ -90,62 +117,87 @@ def extension_of(encoded: bytes) -> str:
         kind = (Image.open(io.BytesIO(encoded)).format or "jpeg").lower()
     except Exception:  # whatever decoders raise for broken files
         kind = "jpeg"
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+    return kind if kind in EXTENSIONS and kind != "jpeg" else "jpg"
 
 
-def names_in(file: Path, label_column: str) -> list[str] | None:
+def names_in(file: Path, label_column: str | None) -> list[str] | None:
     """Class names in the hub's metadata of a file, if any."""
-    metadata = open_parquet(file).schema_arrow.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(label_column, {}).get("names")
+    try:
+        features = json.loads((open_table(file)[0].metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label_column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def files_of_splits(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
+    """The tables below a folder by split, told by how a file's or folder's name starts: train, val, or else test."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(file for suffix in ("parquet", "arrow") for file in folder.rglob(f"*.{suffix}")):
+        parts = [part.lower() for part in file.relative_to(folder).parts]
+        if not parts[-1].startswith("cache-"):  # written by the datasets library while it works
+            named = [name for name in ("train", "val", "test") if any(part.startswith(name) for part in parts)]
+            found.setdefault(named[0] if named else "train", []).append(file)
+    if "train" not in found:
+        raise ValueError(f"{folder} holds no .parquet or .arrow files of a training split")
+    if "val" in found and (left := found.pop("test", None)):
+        notes.append(f"{len(left)} files are left out: they are the split test, and there is a split val")
+    if "test" in found:
+        found["val"] = found.pop("test")
+        notes.append("the split test is used for validation")
+    return found
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files by split: paths, globs or brace patterns. Without `val`, `val_share` of each class becomes the
-    validation set.
+    """Parquet or arrow files by split: `path`, a folder of them, or paths, globs or brace patterns for each split. Without a
+    validation split, `val_share` of each class becomes one.
 
-    Class names come from the files' metadata; without it they are the labels.
+    `label_column`: null for images without labels. Class names come from the file `class_names` or the files' metadata;
+    without them, numbers name themselves, and text is numbered in sorted order.
     """
 
-    train: str | None
+    train: str | None = None
     val: str | None = None
     image_column: str = "image"
-    label_column: str = "label"
+    label_column: str | None = "label"
     val_share: float = 0.1
     seed: int = 0
+    path: str | None = None
+    class_names: str | None = None
 
     def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
         """Packs the images; returns the manifest."""
-        if self.train is None:
-            raise ValueError("source=parquet needs train= (and val=): parquet files, globs or brace patterns")
+        if self.train is None and self.path is None:
+            raise ValueError("source=parquet needs path=FOLDER, or train= (and val=): files, globs or brace patterns")
         check_share(self.val_share)
-        manifest = self.staged(out / "staging", options.num_workers).write(out, options)
-        shutil.rmtree(out / "staging")
-        return manifest
-
-    def staged(self, staging: Path, num_workers: int) -> Source:
-        """The images of all files, staged in a folder."""
-        assert self.train is not None
-        patterns = {"train": self.train, "val": self.val}
-        files = {split: list(map(Path, Storage().expand(pattern))) for split, pattern in patterns.items() if pattern}
-        splits: dict[str, list[Item]] = {}
+        patterns = {split: pattern for split, pattern in (("train", self.train), ("val", self.val)) if pattern}
+        files = {split: list(map(Path, Storage().expand(pattern))) for split, pattern in patterns.items()}
+        notes: list[str] = []
+        files = files or files_of_splits(Path(self.path or ""), notes)
+        splits: dict[str, Rows] = {}
+        notes += [f"{len(members)} files are the split {split}" for split, members in files.items()]
         for split, members in files.items():
             staged = [
                 StagedFile(
-                    file, staging / f"{name}.flat", staging / f"{name}.npz", self.image_column, self.label_column
+                    file,
+                    out / f"staging/{name}.flat",
+                    out / f"staging/{name}.json",
+                    self.image_column,
+                    self.label_column,
                 )
                 for file in members
                 for name in [f"{split}-{file.stem}-{json_hash([str(file.resolve()), file.stat().st_size])}"]
             ]
-            done = tqdm(in_processes(stage, staged, num_workers), desc=f"read {split}", unit="file", total=len(staged))
-            splits[split] = [item for items in done for item in items]
-        if not splits.get("val"):
-            splits = split_off(splits["train"], self.val_share, self.seed)
-        num_classes = 1 + max(item.label for items in splits.values() for item in items)
-        names = names_in(files["train"][0], self.label_column) or [str(i) for i in range(num_classes)]
-        if len(names) < num_classes:
-            raise ValueError(
-                f"{files['train'][0]} names {len(names)} classes, but the labels go up to {num_classes - 1}"
+            done = tqdm(
+                in_processes(stage, staged, options.num_workers), desc=f"read {split}", unit="file", total=len(staged)
             )
-        return Source("parquet", "parquet", names, splits)
+            found = list(done)
+            splits[split] = [row for rows, _ in found for row in rows]
+            if empty := sum(count for _, count in found):
+                notes.append(f"{empty} rows of {split} without an image or label are left out")
+        names = read_names(self.class_names) or names_in(files["train"][0], self.label_column)
+        source = labeled("parquet", Path(self.path or self.train or "").name, splits, names, self.val_share, self.seed, notes)
+        manifest = source.write(out, options)
+        shutil.rmtree(out / "staging")
+        return manifest
