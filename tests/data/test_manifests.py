@@ -145,4 +145,4 @@ def test_arrays_are_mapped_and_checked(tmp_path):
 
 def test_all_rows_of_usual_files_are_checked_and_some_of_large_ones():
     assert len(range(10**6)[spot_check(10**6)]) == 10**6
-    assert 4096 <= len(range(10**9)[spot_check(10**9)]) <= 4097
+    assert 64 <= len(range(10**9)[spot_check(10**9)]) <= 65

@@ -78,3 +78,10 @@ def test_every_number_may_be_given_for_each_scale(var, tokenizer, labels):
 def test_settings_out_of_range_are_named(settings, message, var, tokenizer, labels):
     with pytest.raises(ValueError, match=message):
         generate(var, tokenizer, labels, **settings)
+
+
+def test_guidance_of_one_is_guidance(var, tokenizer, labels):
+    unguided, guided = (
+        generate(var, tokenizer, labels, cfg_scale=scale, cfg_schedule="constant", seed=1) for scale in (0.0, 1.0)
+    )
+    assert not torch.equal(unguided, guided)

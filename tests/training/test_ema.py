@@ -105,3 +105,5 @@ def test_a_checkpoint_holds_the_raw_weights_also_while_the_averages_are_validate
     assert (
         float(checkpoint["state_dict"]["weight"]) == 4.0 != float(module.weight) == float(checkpoint["ema"]["weight"])
     )
+    ema.on_validation_end(at(1), module)
+    assert float(module.weight.detach()) == 4.0 and not ema.raw

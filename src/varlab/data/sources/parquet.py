@@ -197,7 +197,9 @@ class ParquetSource:
             if empty := sum(count for _, count in found):
                 notes.append(f"{empty} rows of {split} without an image or label are left out")
         names = read_names(self.class_names) or names_in(files["train"][0], self.label_column)
-        source = labeled("parquet", Path(self.path or self.train or "").name, splits, names, self.val_share, self.seed, notes)
+        source = labeled(
+            "parquet", Path(self.path or self.train or "").name, splits, names, self.val_share, self.seed, notes
+        )
         manifest = source.write(out, options)
         shutil.rmtree(out / "staging")
         return manifest
