@@ -16,7 +16,9 @@ def load(shards: str, split: str) -> tuple[Tensor, Tensor]:
     """Real digits as (N, 1, 16, 16) in [0, 1], and their labels."""
     reader = ShardReader(shards, split)
     pixels = [preprocess(open_image(reader.read(i)), 16, 1.0, Crop()) for i in range(len(reader))]
-    return torch.from_numpy(np.stack(pixels)[:, None, :, :, 0]).float() / 255, torch.from_numpy(reader.labels)
+    return torch.from_numpy(np.stack(pixels)[:, None, :, :, 0]).float() / 255, torch.from_numpy(
+        reader.labels.astype(np.int64)
+    )
 
 
 def network() -> nn.Sequential:

@@ -146,7 +146,6 @@ def measure_resume(folder: Path) -> list[tuple[str, float, str]]:
     reader = ShardReader(folder / "shards", "train")
     repeats = 1_281_167 // len(reader) + 1
     reader.index = np.tile(np.asarray(reader.index), repeats)[:1_281_167]
-    reader.labels = np.tile(reader.labels, repeats)[:1_281_167]
     images = ImageDataset(reader, RESOLUTION, 1.125, random_crop=True, random_flip=True)
     counts = [1000] * 1281 + [167]
 

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from run import HERE, RUNS, SHARDS, varlab
 
@@ -45,7 +46,7 @@ def distance_of_samples(arm: str) -> dict[str, float]:
     network, reader, device = EfficientNetLite0(), ShardReader(SHARDS, "val"), torch.device("cpu")
     real = features_of(network, CenterCrops(reader, 64, 1.0, None, 32, device), "real")
     decoder, var, _ = load(run / "checkpoints/last.ckpt")
-    labels = torch.from_numpy(reader.labels)
+    labels = torch.from_numpy(reader.labels.astype(np.int64))
 
     def drawn():
         for first in range(0, len(labels), 64):

@@ -267,13 +267,26 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header. Raises ValueError naming the file if it is none."""
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{file} is not a CSV file: {error}") from None
+    if any(None in row for row in rows):
+        raise ValueError(f"{file} is not a CSV file with a header: a row has more cells than the header")
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
 def read_curves(file: Path) -> dict[str, dict[int, float]]:
     """metrics.csv as {name: {step: value}}. For a step that was repeated after a restart, the last row counts."""
     curves: dict[str, dict[int, float]] = {}
-    if file.is_file():
-        with open(file, encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if value and row["step"] and name not in ("step", "epoch"):
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+    for row in read_rows(file) if file.is_file() else []:
+        try:
+            for name, value in row.items():
+                if value and row.get("step") and name not in ("step", "epoch"):
+                    curves.setdefault(name, {})[int(row["step"])] = float(value)
+        except ValueError as error:
+            raise ValueError(f"{file} is not the log of a run: {error}") from None
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

@@ -1,7 +1,9 @@
 """Which runs are fitted together."""
 
 import pytest
-from support.scaling_runs import make_runs, scale
+from hypothesis import given
+from support.fuzz import FUZZ, damaged, forged, is_read_or_refused, write
+from support.scaling_runs import make_row, make_runs, scale
 
 from varlab.scaling.runs import collect, read_table, write_csv
 
@@ -55,3 +57,36 @@ def test_the_table_survives_a_round_trip(tmp_path):
     ]
     write_csv(rows, tmp_path / "runs.csv")
     assert read_table(tmp_path / "runs.csv") == rows
+
+
+TABLE = ("name,kind,state,step,depth,params_main,images_seen,flops_exact [FLOP],val_loss [nat/token]\n" + "".join(
+    f"d{depth},var,finished,10,{depth},{depth * 10**6},1000,1e12,{4 - depth / 10}\n" for depth in (1, 2, 3)
+)).encode()  # fmt: skip
+
+
+@FUZZ
+@given(content=damaged(TABLE))
+def test_damaged_tables(content, tmp_path):
+    (tmp_path / "runs.csv").write_bytes(content)
+    assert is_read_or_refused(lambda: collect([str(tmp_path / "runs.csv")]), tmp_path / "runs.csv")
+
+
+@FUZZ
+@given(row=forged(make_row(2)))
+def test_forged_rows(row, tmp_path):
+    if not (tmp_path / "sweep").is_dir():
+        make_runs(tmp_path / "sweep", depths=(1, 2))
+    write(tmp_path / "sweep/d2-38400/run.json", row)
+    assert is_read_or_refused(lambda: collect([str(tmp_path / "sweep")]), tmp_path / "sweep/d2-38400/run.json")
+
+
+LOG = b"step,val/loss,val/loss_last,count/images_seen\n1,3.0,3.1,100\n2,2.9,3.0,200\n"
+
+
+@FUZZ
+@given(content=damaged(LOG))
+def test_damaged_logs(content, tmp_path):
+    if not (tmp_path / "sweep").is_dir():
+        make_runs(tmp_path / "sweep", depths=(1, 2))
+    (tmp_path / "sweep/d2-38400/metrics.csv").write_bytes(content)
+    assert is_read_or_refused(lambda: collect([str(tmp_path / "sweep")]), tmp_path / "sweep/d2-38400/metrics.csv")

@@ -108,6 +108,17 @@ def open_array(file: Path, shape: tuple[int | None, ...] | None = None, dtype: A
     return array
 
 
+def read_archive(file: Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file, or those of these names that it holds. Raises ValueError naming the file if it is missing,
+    damaged, or holds anything but arrays of numbers."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: np.asarray(archive[name]) for name in names or archive if name in archive}
+    except Exception as error:  # numpy and zipfile raise errors of many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} cannot be read as an archive of arrays: {reason}") from None
+
+
 def spot_check(num: int) -> slice:
-    """Rows to check before a run: all of a file of up to four million rows, 64 evenly spaced ones of a larger file, each a read from disk."""
+    """Rows to check before a run: all of a file of up to four million rows, 64 evenly spaced ones of a larger file."""
     return slice(None, None, 1 if num <= 2**22 else num // 64)

@@ -144,7 +144,7 @@ def write_part(
         numbers += [number for _, number, _ in by_view[0]]
         skipped += [is_replaced for _, _, is_replaced in by_view[0]]
     arrays = {"tokens": np.concatenate(tokens).astype(smallest_type(tokenizer)), "skipped": np.array(skipped)}
-    arrays["labels"] = images.reader.labels[numbers]
+    arrays["labels"] = images.reader.labels[numbers].astype(np.int64)
     if "condition" in images.reader.described:
         arrays["condition"] = images.reader.conditions("vector")[numbers]
     with atomic_write(file) as partial, open(partial, "wb") as stream:

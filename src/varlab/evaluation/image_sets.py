@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from varlab.data.decoding import open_image
+from varlab.data.manifests import read_archive
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.evaluation.frechet import FeatureStatistics
 from varlab.evaluation.generation_metrics import Features
@@ -31,10 +32,9 @@ class ImageSet:
         self.files: list[Path] = []
         self.array: np.ndarray | None = None
         if self.path.suffix == ".npz" and self.path.is_file():
-            with np.load(self.path) as archive:
-                if "arr_0" not in archive:
-                    raise ValueError(f"{path} holds {sorted(archive)}, not images as arr_0")
-                array = np.asarray(archive["arr_0"])
+            array = read_archive(self.path, "arr_0").get("arr_0")
+            if array is None or array.size == 0:
+                raise ValueError(f"{path} holds no images as arr_0")
             if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
                 raise ValueError(f"{path}: arr_0 is {array.dtype} of shape {array.shape}, not uint8 (N, H, W, 3)")
             self.array = array
@@ -138,8 +138,10 @@ def save_features(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def load_features(path: Path) -> Features:
     """Features of a cache file."""
-    with np.load(path) as archive:
-        return Features(**{name: archive[name] for name in archive})
+    try:
+        return Features(**read_archive(path))
+    except TypeError:
+        raise ValueError(f"{path} is not a cache of features: remove it") from None
 
 
 def cache_file(*parts: str) -> Path:
@@ -150,12 +152,16 @@ def cache_file(*parts: str) -> Path:
 
 def stored_statistics(path: Path) -> dict[str, FeatureStatistics]:
     """`mu`, `sigma` (and `mu_s`, `sigma_s` for sFID) of an ADM reference .npz; empty if it holds only images."""
-    with np.load(path) as archive:
-        found = {}
-        for name, suffix in [("pooled", ""), ("spatial", "_s")]:
-            if f"mu{suffix}" in archive and f"sigma{suffix}" in archive:
-                found[name] = FeatureStatistics(archive[f"mu{suffix}"], archive[f"sigma{suffix}"], 0)
-        return found
+    arrays, found = read_archive(path, "mu", "sigma", "mu_s", "sigma_s"), {}
+    for name, suffix in [("pooled", ""), ("spatial", "_s")]:
+        mean, covariance = (arrays.get(f"{what}{suffix}") for what in ("mu", "sigma"))
+        if mean is not None and covariance is not None:
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(
+                    f"{path}: mu{suffix} {mean.shape} and sigma{suffix} {covariance.shape} do not belong together"
+                )
+            found[name] = FeatureStatistics(mean, covariance, 0)
+    return found
 
 
 def score_name(network: nn.Module) -> str:

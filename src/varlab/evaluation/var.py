@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varlab import __version__
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
-from varlab.data.images import CenterCrops
+from varlab.data.images import CenterCrops, as_condition
 from varlab.data.shards import ShardReader
 from varlab.data.storage import Storage
 from varlab.data.token_datamodule import TokenDataModule
@@ -56,7 +56,7 @@ def evaluate_likelihood(
     def from_images() -> Batches:
         reader = ShardReader(data, split, storage)
         crops = CenterCrops(reader, tokenizer.image_size[0], resize_ratio, num_images, batch_size, device)
-        conditions = torch.from_numpy(reader.conditions(kind))[crops.samples].to(device)
+        conditions = as_condition(reader.conditions(kind)[crops.samples], kind).to(device)
         for images, condition in zip(crops, conditions.split(batch_size), strict=True):
             yield torch.cat(tokenizer.encode(images), dim=1), condition
 

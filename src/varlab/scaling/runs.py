@@ -11,11 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from varlab.files import atomic_write, read_curves
+from varlab.files import Schema, atomic_write, checked, load_json, read_curves, read_rows
 from varlab.scaling.wandb_runs import offline_runs, online_runs
 
 Row = dict[str, Any]
@@ -38,6 +39,25 @@ UNITS = {
     "warmup": "images",
     "cooldown": "images",
 }
+
+
+Number = Annotated[float, Field(ge=0, le=1e40)]
+
+
+class RunRow(Schema):
+    """What the row of a run must say."""
+
+    name: str
+    kind: str
+    state: str
+    step: Annotated[int, Field(ge=0)]
+    depth: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    order: str = "scales"
+    params_main: Number | None = None
+    images_seen: Number = 0
+    flops_exact: Number = 0
+    val_loss: float | None = None
+    cooldown: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
         return read_csv(path)
     runs = []
     for file in sorted(path.rglob("run.json")):
-        row = json.loads(file.read_text(encoding="utf-8"))
+        row = load_json(file, "varlab train", RunRow)
         runs.append((row, curve_of(row, read_curves(file.parent / "metrics.csv"))))
     known = {row.get("run_id") for row, _ in runs}
     for row, logged in offline_runs(path, known):
@@ -154,7 +174,7 @@ def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
 
 def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
     """Rows of a table, with the curves in `curves.csv` in the same folder, if it exists."""
-    rows, curves = read_table(path), {}
+    rows, curves = [checked(row, RunRow, path) for row in read_table(path)], {}
     file = path.with_name("curves.csv")
     for point in read_table(file) if file.is_file() else []:
         curves.setdefault(point["run_id"], []).append(point)
@@ -163,11 +183,10 @@ def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
 
 def read_table(path: Path) -> list[Row]:
     """A CSV with units in its header."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [
-            {key.split(" [")[0]: parse(key, value) for key, value in row.items() if value != ""}
-            for row in csv.DictReader(file)
-        ]
+    return [
+        {key.split(" [")[0]: parse(key.split(" [")[0], value) for key, value in row.items() if value != ""}
+        for row in read_rows(path)
+    ]
 
 
 def parse(column: str, text: str) -> Any:
@@ -176,7 +195,7 @@ def parse(column: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
