@@ -77,7 +77,10 @@ def test_forged_rows(row, tmp_path):
     if not (tmp_path / "sweep").is_dir():
         make_runs(tmp_path / "sweep", depths=(1, 2))
     write(tmp_path / "sweep/d2-38400/run.json", row)
-    assert is_read_or_refused(lambda: collect([str(tmp_path / "sweep")]), tmp_path / "sweep/d2-38400/run.json")
+    try:
+        assert len(collect([str(tmp_path / "sweep")]).rows) <= 2
+    except ValueError as error:  # also: runs of different tokenizers
+        assert len(str(error).splitlines()) == 1
 
 
 LOG = b"step,val/loss,val/loss_last,count/images_seen\n1,3.0,3.1,100\n2,2.9,3.0,200\n"

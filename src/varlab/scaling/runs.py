@@ -45,17 +45,17 @@ Number = Annotated[float, Field(ge=0, le=1e40)]
 
 
 class RunRow(Schema):
-    """What the row of a run must say."""
+    """What the row of a VAR's run must say."""
 
     name: str
     kind: str
     state: str
     step: Annotated[int, Field(ge=0)]
-    depth: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    depth: Annotated[int, Field(ge=1, le=10**6)]
     order: str = "scales"
-    params_main: Number | None = None
-    images_seen: Number = 0
-    flops_exact: Number = 0
+    params_main: Number
+    images_seen: Number
+    flops_exact: Number
     val_loss: float | None = None
     cooldown: Number | None = None
 
@@ -146,12 +146,17 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
         return read_csv(path)
     runs = []
     for file in sorted(path.rglob("run.json")):
-        row = load_json(file, "varlab train", RunRow)
+        row = checked_row(load_json(file, "varlab train"), file)
         runs.append((row, curve_of(row, read_curves(file.parent / "metrics.csv"))))
     known = {row.get("run_id") for row, _ in runs}
     for row, logged in offline_runs(path, known):
         runs.append((row, curve_of(row, logged)))
     return runs
+
+
+def checked_row(row: Row, file: Path) -> Row:
+    """The row. Raises ValueError naming the file and the field if it is of a VAR and lacks what the fits need."""
+    return checked(row, RunRow, file) if row.get("kind") == "var" else row
 
 
 def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
@@ -174,7 +179,7 @@ def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
 
 def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
     """Rows of a table, with the curves in `curves.csv` in the same folder, if it exists."""
-    rows, curves = [checked(row, RunRow, path) for row in read_table(path)], {}
+    rows, curves = [checked_row(row, path) for row in read_table(path)], {}
     file = path.with_name("curves.csv")
     for point in read_table(file) if file.is_file() else []:
         curves.setdefault(point["run_id"], []).append(point)
