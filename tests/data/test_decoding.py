@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from varlab.app.session import read_upload
-from varlab.data.decoding import open_image, open_mask
+from varlab.data.decoding import missing_decoder, open_image, open_mask
 from varlab.data.images import Crop, ImageDataset, preprocess
 from varlab.data.shards import ShardReader
 from varlab.data.sources.folder import folder_source
@@ -151,3 +151,27 @@ def test_a_folder_with_odd_files_packs_and_names_what_training_will_replace(tmp_
     reader = ShardReader(tmp_path / "out", "train")
     means = sorted(np.asarray(open_image(reader.read(i))).mean() for i in range(len(reader)))
     assert len(means) == 2 and means[-1] > 100  # the transparent one is white, not black
+
+
+@pytest.mark.parametrize(("brand", "package"), [(b"heic", "pillow-heif"), (b"avif", "pillow>=11.3"), (b"qt  ", None)])
+def test_a_missing_decoder_is_named(brand, package, tmp_path):
+    content = b"\0\0\0\x18ftyp" + brand + bytes(40)
+    (tmp_path / "a.heic").write_bytes(content)
+    for source in (content, tmp_path / "a.heic"):
+        assert missing_decoder(source) == package
+    assert missing_decoder(b"") is None
+    if package == "pillow-heif" and "HEIF" not in Image.OPEN:
+        with pytest.raises(ValueError, match="a.heic cannot be decoded: pip install 'pillow-heif'"):
+            open_image(tmp_path / "a.heic", "a.heic")
+
+
+def test_what_is_no_image_is_told_without_an_address_in_memory():
+    with pytest.raises(ValueError, match="x cannot be decoded: it is not an image of a known format$"):
+        open_image(b"no image", "x")
+
+
+def test_avif_is_read_where_pillow_can(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (8, 8), (200, 30, 10)).save(tmp_path / "a.avif")
+    assert np.abs(np.subtract(open_image(tmp_path / "a.avif").getpixel((4, 4)), (200, 30, 10))).max() < 6
