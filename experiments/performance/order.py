@@ -20,7 +20,7 @@ import numpy as np
 
 from varlab.data.manifests import open_array, spot_check
 from varlab.data.order import Order, TrainBatches
-from varlab.data.shards import INDEX_ROW
+from varlab.data.shard_files import INDEX_ROW
 
 HERE = Path(__file__).parent
 SIZES = [10**6, 10**7, 10**8, 10**9]

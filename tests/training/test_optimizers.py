@@ -104,3 +104,5 @@ def test_groups_say_what_is_decayed_and_what_is_slowed():
 def test_one_dimensional_parameters_are_not_decayed():
     assert not is_decayed("blocks.0.norm.weight", torch.ones(3)) and is_decayed("blocks.0.fc.weight", torch.ones(3, 3))
     assert not is_decayed("blocks.0.fc.bias", torch.ones(3, 3))
+    assert not is_hidden_matrix("blocks.0.norm.weight", torch.ones(3))
+    assert is_hidden_matrix("blocks.0.fc.weight", torch.ones(3, 3))

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from varlab.data.decoding import open_image
-from varlab.data.shards import EXTENSIONS, FORMAT, Sample, ShardIndex, index_shard, save_index, write_shard
+from varlab.data.shard_files import EXTENSIONS, Sample, ShardIndex, index_shard, write_shard
+from varlab.data.shards import FORMAT, save_index
 from varlab.data.sources.items import Item, reencode
 from varlab.files import atomic_write, save_json, sha256
 

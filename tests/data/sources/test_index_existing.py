@@ -5,14 +5,11 @@ import tarfile
 
 import pytest
 import webdataset
-from hypothesis import given
-from support.fuzz import FUZZ, damaged, is_read_or_refused
 from support.runs import config
 from support.shards import digits
 
 from varlab.commands import pack as pack_verb
 from varlab.data import shards as format
-from varlab.data.sources.index_existing import decompress
 
 
 def add_member(tar, name, content):
@@ -136,17 +133,3 @@ def test_a_label_is_bounded(tmp_path):
         index(tmp_path, [("a.jpg", PNG), ("a.cls", b"2000000000")])
     with pytest.raises(ValueError, match="1 keys cannot be used and 1 can"):
         index(tmp_path / "b", [("a.jpg", PNG), ("a.cls", b"9" * 5000), ("b.jpg", PNG), ("b.cls", b"1")])
-
-
-TAR = io.BytesIO()
-with tarfile.open(fileobj=TAR, mode="w") as tar:
-    for member, content in (("a.jpg", b"abc"), ("a.cls", b"1"), ("b.jpg", b"abc"), ("b.json", b"{}"), ("b.cls", b"0")):
-        add_member(tar, member, content)
-
-
-@FUZZ
-@given(content=damaged(TAR.getvalue()))
-def test_damaged_tars(content, tmp_path):
-    (tmp_path / "t.tar").write_bytes(content)
-    assert is_read_or_refused(lambda: format.index_shard(tmp_path / "t.tar", 0), tmp_path / "t.tar")
-    assert is_read_or_refused(lambda: decompress(tmp_path / "t.tar", tmp_path / "u.tar"), tmp_path / "t.tar")

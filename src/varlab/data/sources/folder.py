@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from varlab.data.shards import EXTENSIONS
+from varlab.data.shard_files import EXTENSIONS
 from varlab.data.sources.items import Item, check_share, extension_of, split_off
 from varlab.data.sources.labels import UNLABELED
 from varlab.data.write_shards import Source

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.shards import FORMAT, Members, ShardIndex, index_shard, save_index
+from varlab.data.shard_files import Members, ShardIndex, index_shard
+from varlab.data.shards import FORMAT, save_index
 from varlab.data.sources.labels import UNLABELED, class_numbers, number_of, read_names
 from varlab.data.storage import RemoteFile, Storage, is_remote
 from varlab.data.write_shards import PackOptions, in_processes

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from varlab.data.shards import EXTENSIONS
+from varlab.data.shard_files import EXTENSIONS
 from varlab.data.sources.items import Item, check_share
 from varlab.data.sources.labels import UNLABELED, Rows, labeled, read_names
 from varlab.data.storage import Storage
