@@ -107,7 +107,7 @@ def hostile_folder(tmp_path, export_folder, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("module", ["evil", "model.evil"])
+@pytest.mark.parametrize("module", ["evil", pytest.param("model.evil", marks=pytest.mark.slow)])
 def test_no_code_that_a_file_names_is_run_without_a_word(module, hostile_folder, tmp_path):
     folder = hostile_folder(module)
     for call in (load, load_any, VARPipeline.from_pretrained):
