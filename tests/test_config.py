@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from support.runs import config
 
-from varlab.config import check_types, conf_dir
+from varlab.config import check_names, check_types, conf_dir, quoted
 from varlab.models import scales
 
 CONF = Path(conf_dir())
@@ -98,3 +98,30 @@ def test_every_choice_of_losses_composes_with_the_right_types(group, name, tmp_p
     cfg = compose_experiment(tmp_path, "tokenizer_f8_64", f"{group}={name}")
     check_types(cfg)
     assert (cfg[group] is None) == (name == "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("path=a b", "path=a b"),
+        ("path=ünïcode/猫", "path='ünïcode/猫'"),
+        ("path=it's {x}", r"path='it\'s {x}'"),
+        ("train=data/{000..002}.tar", "train='data/{000..002}.tar'"),
+        ("path='ü'", "path='ü'"),
+        ("classes=[1,2]", "classes=[1,2]"),
+        ("steps=1,2", "steps=1,2"),
+        ("+a.b={_target_: x.y}", "+a.b={_target_: x.y}"),
+        ("--multirun", "--multirun"),
+        ("word", "word"),
+    ],
+)
+def test_values_that_hydra_cannot_parse_are_quoted(given, expected):
+    assert quoted(given) == expected
+
+
+def test_a_name_too_long_for_a_file_system_is_told():
+    check_names(["name=" + "x" * 240, "path=" + "x" * 300, "name=" + ",".join(["a"] * 300)])
+    with pytest.raises(SystemExit, match="name=x+... has 241 bytes in one file name"):
+        check_names(["name=" + "x" * 241])
+    with pytest.raises(SystemExit, match="out=.* has 300 bytes"):
+        check_names(["out=runs/" + "ü" * 150])

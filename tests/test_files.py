@@ -11,8 +11,10 @@ import pytest
 
 from varlab.files import (
     FolderLock,
+    Schema,
     atomic_folder,
     atomic_write,
+    checked,
     flat,
     json_hash,
     load_json,
@@ -179,3 +181,14 @@ def test_a_lock_that_cannot_be_read_binds_for_a_moment_only(content, tmp_path):
     os.utime(lock, (0, os.stat(lock).st_mtime - FolderLock.BEAT - 1))
     with FolderLock(tmp_path, "varlab train"):
         pass
+
+
+def test_a_value_that_json_does_not_have_is_refused():
+    class Sized(Schema):
+        size: int
+
+    assert checked({"size": 3, "more": [1]}, Sized, "a.ckpt")["more"] == [1]
+    with pytest.raises(ValueError, match=r"a.ckpt is not as expected: .*not JSON serializable"):
+        checked({"size": 3, "more": {1, 2}}, Sized, "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt: size is '3', expected a valid integer"):
+        checked({"size": "3"}, Sized, "a.ckpt")

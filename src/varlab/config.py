@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ def check_names(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if (
             key in ("name", "out", "run_dir")
-            and (longest := max(len(part.encode()) for part in value.split("/"))) > 240
+            and (longest := max(len(part.encode()) for part in re.split("[/,]", value))) > 240
         ):
             sys.exit(f"varlab: {key}={value[:20]}... has {longest} bytes in one file name: give a name of at most 240")
 

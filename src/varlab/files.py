@@ -247,7 +247,7 @@ def checked(value: dict[str, Any], schema: type[Schema], path: Path | str) -> di
         found = found if len(found) <= 60 else f"{found[:57]}..."
         reason = first["msg"].replace("Input should be", "expected")
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))} is {found}, {reason}") from None
-    except (ValueError, RecursionError) as error:  # NaN, or nested too deeply
+    except (ValueError, TypeError, RecursionError) as error:  # nested too deeply, or of values that JSON does not have
         raise ValueError(f"{path} is not as expected: {error}") from None
     return value
 

@@ -49,13 +49,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 @dataclass(frozen=True)
 class ShardIndex:
     """Contents of a shard: keys, index rows, labels as found, and vectors (if any) of its images, and the problems of the
-    keys that are left out."""
+    keys that are left out. `has_dots`: whether keys contain dots."""
 
     keys: list[str]
     rows: np.ndarray
     problems: list[str]
     conditions: np.ndarray | None = None
     labels: list[Any] = field(default_factory=list)
+    has_dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
                 number = int(label) if str(label).isdecimal() and len(str(label)) < 10 else 0
                 rows.append(
                     (key, (shard, image.offset_data, len(content), min(number, 2**32 - 1), zlib.crc32(content)))
-                )  # pyright: ignore[reportOptionalMemberAccess]
+                )
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if vectors and len(vectors) != len(rows):
@@ -153,6 +154,7 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
         rows=np.array([row for _, row in rows], dtype=INDEX_ROW),
         problems=[f"key {key!r} holds {problem}" for key, problem in problems.items()],
         labels=labels,
+        has_dots=any("." in key.rpartition("/")[2] for key, _ in rows),
     )
 
 

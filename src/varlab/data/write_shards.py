@@ -40,9 +40,8 @@ class Job:
     quality: int
     check: bool
 
-    def encoded(self, item: Item) -> tuple[bytes, str]:
+    def encoded(self, item: Item, image: bytes) -> tuple[bytes, str]:
         """(bytes, extension) of an image as they are written. Raises ValueError naming it if it cannot be decoded."""
-        image = item.load()
         if self.check or self.short_side is not None:
             opened = open_image(image, item.where)
             smaller = None if self.short_side is None else reencode(opened, self.short_side, self.quality)
@@ -52,8 +51,9 @@ class Job:
     def samples(self, problems: list[str]) -> Iterator[Sample]:
         """The images as they are written into the shard; those that cannot be decoded are added to `problems`."""
         for key, item in zip(self.keys, self.items, strict=True):
+            content = item.load()  # an image that cannot be read ends the work: it may be readable the next time
             try:
-                image, extension = self.encoded(item)
+                image, extension = self.encoded(item, content)
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -74,12 +74,10 @@ def write(job: Job) -> Written:
     """Writes a shard unless an earlier run finished it."""
     done = index_shard(job.file, job.number).keys if job.file.is_file() else None
     problems: list[str] = []
-    if done is not None and set(done) <= set(job.keys):
-        missing = [item for key, item in zip(job.keys, job.items, strict=True) if key not in set(done)]
-        left_out = replace(job, keys=["" for _ in missing], items=missing)
-        if list(left_out.samples(problems)):  # the source changed
-            done = None
-    if done is None or not set(done) <= set(job.keys):
+    present = set(done or [])
+    missing = [item for key, item in zip(job.keys, job.items, strict=True) if key not in present]
+    left_out = replace(job, keys=[""] * len(missing), items=missing)
+    if done is None or not present <= set(job.keys) or list(left_out.samples(problems)):  # another source
         problems = []
         write_shard(job.file, job.samples(problems))
     index = index_shard(job.file, job.number)
@@ -127,7 +125,7 @@ class Source:
     def __post_init__(self) -> None:
         num_classes = len(self.class_names)
         for name in self.class_names:
-            if not name.isprintable() or name != name.encode(errors="replace").decode():
+            if not name or "\n" in name or name != name.encode(errors="replace").decode():
                 raise ValueError(f"the class name {name!r} is not text, or not in this locale: try LC_ALL=C.UTF-8")
         for item in (item for items in self.splits.values() for item in items):
             is_number = isinstance(item.label, int | np.integer) and not isinstance(item.label, bool)

@@ -118,6 +118,8 @@ def test_labels_in_json_are_numbers_or_text_also_in_compressed_tars(mode, tmp_pa
     assert reader.manifest["class_names"] == ["image"]
     with pytest.raises(ValueError, match=r"4 keys cannot be used and 0 can, .* key '0' holds label .*: no such field"):
         index(tmp_path / "d", members, "label_member=json:none", mode=mode)
+    reader = index(tmp_path / "d", members, "label_member=json:label", mode=mode)  # nothing of the attempt is used
+    assert reader.manifest["class_names"] == ["cat", "owl"] and len(reader) == 4
 
 
 def test_keys_with_dots_and_text_labels(tmp_path):
@@ -126,6 +128,9 @@ def test_keys_with_dots_and_text_labels(tmp_path):
     ]
     reader = index(tmp_path, members)
     assert reader.manifest["class_names"] == ["a b"] and len(reader) == 4
+    assert reader.manifest["notes"] == [
+        "4 train, 4 val images of 1 classes (a b)", "keys end at the last dot of a name, since names up to the first are not unique",
+    ]  # fmt: skip
 
 
 def test_a_label_is_bounded(tmp_path):

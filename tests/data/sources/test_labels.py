@@ -34,6 +34,7 @@ def test_numbers_number_and_text_names_the_classes(values, names, expected):
         ([0, -1], None, f"image 1: label -1 is out of range: labels number the classes from 0 to {MAX_CLASSES - 1}"),
         ([0, 2_000_000_000], None, "image 1: label 2000000000 is out of range"),
         ([3], ["a", "b"], "image 0: label 3 is out of range: labels number the classes from 0 to 1"),
+        ([0, 10**400], None, "image 1: label 1000"),
         ([0, 0.5], None, "image 1: the label 0.5 is neither a whole number nor text"),
         ([None], None, "image 0: the label None is neither"),
         (["a", "c"], ["a", "b"], "image 1: the label 'c' is not among the 2 class names"),

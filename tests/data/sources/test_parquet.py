@@ -117,6 +117,19 @@ def test_chosen_columns_null_rows_and_paths(tmp_path, capsys):
     assert format.ShardReader(tmp_path / "none", "train").manifest["class_names"] == ["image"]
 
 
+def test_other_columns_are_read_anew(tmp_path):
+    columns = {"image": [PNG] * 4, "first": ["a", "b"] * 2, "second": ["c", "d"] * 2}
+    with pytest.raises(ValueError, match="has no column 'label'"):
+        pack_tables(tmp_path, {"train.parquet": columns})
+    with pytest.raises(ValueError, match="the label 'a' is not among the 1 class names"):
+        (tmp_path / "names").write_text("x\n")
+        pack_tables(tmp_path, {"train.parquet": columns}, "label_column=first", f"class_names={tmp_path / 'names'}")
+    assert pack_tables(tmp_path, {"train.parquet": columns}, "label_column=second").manifest["class_names"] == [
+        "c",
+        "d",
+    ]
+
+
 def test_a_saved_data_set_is_read_by_its_splits(tmp_path, capsys):
     few = {"image": [PNG] * 2, "label": [0, 1]}
     tables = {"train/data-00000-of-00001.arrow": few, "test/data-00000-of-00001.arrow": few, "train/cache-1.arrow": few}

@@ -43,9 +43,9 @@ def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
     if flat and not subfolders(folder):
         notes.append(f"{folder} has no class folders: its images have no labels, and are of one class")
         classes[UNLABELED[0]] = [file for file in flat if not is_hidden(file.name)]
-    others: Counter[str] = Counter(
-        f".{extension_of(file)}" for file in folder.iterdir() if file.is_file() and not (classes and file in set(flat))
-    )
+    packed = set(flat) if classes else set()
+    beside = (file for file in folder.iterdir() if file.is_file() and file not in packed and not is_hidden(file.name))
+    others: Counter[str] = Counter(f".{extension_of(file)}" for file in beside)
     for sub in subfolders(folder):
         files = files_below(sub)
         classes[sub.name] = [file for file in files if extension_of(file) in EXTENSIONS]

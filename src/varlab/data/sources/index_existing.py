@@ -59,7 +59,14 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
         problems = [f"{job.url}: {problem}" for problem in index.problems]
         save_json(
             described,
-            {"url": job.url, "entry": entry, "problems": problems, "keys": index.keys, "labels": index.labels},
+            {
+                "url": job.url,
+                "entry": entry,
+                "problems": problems,
+                "keys": index.keys,
+                "labels": index.labels,
+                "has_dots": index.has_dots,
+            },
         )
     with np.load(job.part) as part:
         rows, conditions = part["rows"], part.get("conditions")
@@ -141,8 +148,9 @@ def index_existing(
         urls = [url if is_remote(url) else str(Path(url).resolve()) for url in storage.expand(pattern)]
         parts = out / "indexing"
         jobs = [
-            Job(url, number, storage, parts / f"{json_hash(url)}.npz", members, out / f"{split}-{number:06d}.tar")
+            Job(url, number, storage, parts / f"{name}.npz", members, out / f"{name}.tar")
             for number, url in enumerate(urls)
+            for name in [json_hash([url, members.image, members.label])]
         ]
         done = tqdm(in_processes(read_shard, jobs, num_workers), desc=f"index {split}", unit="shard", total=len(jobs))
         described, indexes = zip(*done, strict=True)
@@ -170,7 +178,14 @@ def index_existing(
     ]
     numbers, names = class_numbers(labels, class_names, lambda i: places[i])
     names = UNLABELED if members.label is None else names
-    manifest |= {"class_names": names, "splits": {}}
+    counts = ", ".join(
+        f"{sum(len(index.rows) for index in indexes):,} {split}" for split, (_, indexes) in found.items()
+    )
+    notes = [f"{counts} images of {len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"]
+    if any(shard["has_dots"] for described, _ in found.values() for shard in described):
+        notes.append("keys end at the last dot of a name, since names up to the first are not unique")
+    print("\n".join(notes), flush=True)
+    manifest |= {"class_names": names, "notes": notes, "splits": {}}
     first = 0
     for split, (described, indexes) in found.items():
         for index in indexes:

@@ -17,7 +17,9 @@ Rows = list[tuple[Any, Item]]  # (label as found, image)
 
 def number_of(value: Any) -> int | None:
     """A label that is a whole number, also as a float or as text; None for any other."""
-    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float | np.floating):
         return int(value) if float(value).is_integer() else None
     is_digits = isinstance(value, str) and len(value) < 19 and value.strip().isdecimal()
     return int(value) if is_digits else None

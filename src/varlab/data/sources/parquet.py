@@ -187,7 +187,8 @@ class ParquetSource:
                     self.label_column,
                 )
                 for file in members
-                for name in [f"{split}-{file.stem}-{json_hash([str(file.resolve()), file.stat().st_size])}"]
+                for identity in [[str(file.resolve()), file.stat().st_size, self.image_column, self.label_column]]
+                for name in [f"{split}-{file.stem}-{json_hash(identity)}"]
             ]
             done = tqdm(
                 in_processes(stage, staged, options.num_workers), desc=f"read {split}", unit="file", total=len(staged)
