@@ -76,7 +76,7 @@ def test_a_damaged_cache_is_refused(token_cache, tmp_path):
     manifest["splits"]["val"]["num_images"] = 12
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        ValueError, match="val.tokens.npy holds an array \(11, 2, 30\) of uint8, expected \(12, 2, 30\)"
+        ValueError, match=r"val.tokens.npy holds an array \(11, 2, 30\) of uint8, expected \(12, 2, 30\)"
     ):
         TokenDataModule(str(copy), global_batch_size=8).setup()
 

@@ -45,19 +45,26 @@ Number = Annotated[float, Field(ge=0, le=1e40)]
 
 
 class RunRow(Schema):
-    """What the row of a VAR's run must say."""
+    """What the row of any run must say."""
 
     name: str
     kind: str
     state: str
     step: Annotated[int, Field(ge=0)]
-    depth: Annotated[int, Field(ge=1, le=10**6)]
+    run_id: str | None = None
     order: str = "scales"
-    params_main: Number
-    images_seen: Number
-    flops_exact: Number
-    val_loss: float | None = None
+    images_seen: Number = 0
     cooldown: Number | None = None
+    val_loss: float | None = None
+
+
+class VARRow(RunRow):
+    """What the row of a VAR's run must say."""
+
+    depth: Annotated[int, Field(ge=1, le=10**6)]
+    params_main: Number
+    images_seen: Number  # pyright: ignore[reportGeneralTypeIssues]
+    flops_exact: Number
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,8 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
 
 
 def checked_row(row: Row, file: Path) -> Row:
-    """The row. Raises ValueError naming the file and the field if it is of a VAR and lacks what the fits need."""
-    return checked(row, RunRow, file) if row.get("kind") == "var" else row
+    """The row. Raises ValueError naming the file and the field that the fits need and that is missing or of another kind."""
+    return checked(row, VARRow if row.get("kind") == "var" else RunRow, file)
 
 
 def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:

@@ -60,7 +60,7 @@ def write_flat(file: StagedFile) -> None:
             raise ValueError(f"{file.source} has no column {column!r}, only {schema.names}")
     rows, number, empty = [], -1, 0
     with atomic_write(file.flat) as partial, open(partial, "wb") as stream:
-        for batch in batches:
+        for batch in read_batches(batches, file.source):
             images, *labels = (batch.column(name).to_pylist() for name in columns)
             for image, label in zip(images, labels[0] if labels else UNLABELED * len(images), strict=True):
                 number += 1
@@ -77,6 +77,21 @@ def write_flat(file: StagedFile) -> None:
                 stream.write(encoded)
     with atomic_write(file.table) as partial:
         partial.write_text(json.dumps({"rows": rows, "empty": empty}), encoding="utf-8")
+
+
+def read_batches(batches: Iterator[Any], file: Path) -> Iterator[Any]:
+    """The batches. Raises ValueError naming the file if one of them is damaged."""
+    try:
+        yield from batches
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # pyarrow's are of all kinds
+        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def bytes_of(image: Any, folder: Path) -> bytes | None:
@@ -104,11 +119,9 @@ def open_table(file: Path) -> tuple[Any, Iterator[Any]]:
             return reader.schema, iter(reader)
         table = pyarrow.parquet.ParquetFile(file)
         return table.schema_arrow, table.iter_batches(ROWS_AT_ONCE)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{file} is not a{'n arrow' if file.suffix == '.arrow' else ' parquet'} file: {reason}"
-        ) from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        kind = "an arrow" if file.suffix == ".arrow" else "a parquet"
+        raise ValueError(f"{file} is not {kind} file: {str(error).splitlines()[0]}") from None
 
 
 def extension_of(encoded: bytes) -> str:
