@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from support.docs import PAGES, ROOT, code, commands
-from support.image_files import make_ilsvrc, make_parquet
+from support.image_files import make_idx, make_ilsvrc, make_parquet, make_tables
 from support.networks import make_tokenizer, make_var
 from support.scaling_runs import make_runs
 from support.servers import free_port
@@ -136,6 +136,8 @@ def world(tmp_path, tokenizer_run, token_cache, digits_folder, monkeypatch):
         shutil.copy(shard, "theirs")
     Path("hub").mkdir()
     make_parquet(Path("hub"), names=["ant", "bee", "cat"])
+    make_tables(Path())
+    make_idx(Path("mnist"))
     for file in Path("hub").glob("val-*.parquet"):
         file.rename(file.with_name(file.name.replace("val-", "validation-")))
     make_ilsvrc(Path("archives"))

@@ -1,10 +1,20 @@
 """Which requests the page answers."""
 
+import asyncio
 import socket
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from varlab.app.guard import OwnRequests, check_uploads
+
+
+def test_a_sender_who_left_is_no_error():
+    async def left(scope, receive, send):
+        raise ClientDisconnect
+
+    scope = {"type": "http", "headers": [(b"host", b"localhost")]}
+    asyncio.run(OwnRequests(left, "localhost")(scope, nothing, nothing))
 
 
 async def nothing(scope, receive, send):

@@ -1,7 +1,9 @@
 """Image sets in the forms that people have: the ILSVRC2012 archives, parquet files."""
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 
@@ -92,3 +94,23 @@ def pattern(side: int, num: int = 2) -> torch.Tensor:
     x = torch.linspace(0, 6, side)
     waves = torch.sin(x[:, None] * torch.arange(1, 3 * num + 1)[:, None, None] + x[None, :] * 2)
     return waves.view(num, 3, side, side)
+
+
+def make_tables(folder):
+    """`train.csv` and `val.csv` of paths and breeds, in `folder`."""
+    items = mnist5k_source(0.1, seed=0).splits
+    for split in ("train", "val"):
+        lines = ["path,breed"]
+        for i, item in enumerate(items[split][:: len(items[split]) // 12][:12]):
+            (folder / f"{split}-{i}.png").write_bytes(item.load())
+            lines.append(f"{split}-{i}.png,{('beagle', 'poodle')[i % 2]}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def make_idx(folder):
+    """Twelve random images of ten classes as idx files."""
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(256, size=(12, 28, 28), dtype=np.uint8)
+    for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(12, dtype=np.uint8) % 3)):
+        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        (folder / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))

@@ -2,11 +2,13 @@
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,8 +33,10 @@ class OwnRequests:
             host, origin = headers.get("host", ""), headers.get("origin")
             if not self.is_own(host) or (origin is not None and urlsplit(origin).netloc != host):
                 answer = PlainTextResponse(f"refused: this page is not {host!r}, or not {origin!r}\n", status_code=403)
-                return await answer(scope, receive, send)
-        return await self.app(scope, receive, send)
+                await answer(scope, receive, send)
+                return
+        with suppress(ClientDisconnect):  # the sender left
+            await self.app(scope, receive, send)
 
     def is_own(self, host: str) -> bool:
         """Whether a Host header names this page. An IP address does where the page is served to a network."""

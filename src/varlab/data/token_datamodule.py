@@ -1,7 +1,6 @@
 """Training from a token cache."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +18,22 @@ from varlab.data.shards import ConditionKind
 from varlab.files import json_hash, load_json
 from varlab.models import scales
 
-Check = Callable[[np.ndarray, np.ndarray], None]  # raises ValueError for rows that are out of range
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What the rows of a split hold: codes below `codebook_size`, and labels below `num_classes` (None: vectors)."""
+
+    files: str  # path of its files, without their endings
+    codebook_size: int
+    num_classes: int | None
+
+    def __call__(self, tokens: np.ndarray, conditions: np.ndarray) -> None:
+        """Raises ValueError naming the file for rows that are out of range."""
+        for name, values, bound in (("tokens", tokens, self.codebook_size), ("labels", conditions, self.num_classes)):
+            if bound is not None and values.size and not 0 <= values.min() <= values.max() < bound:
+                raise ValueError(
+                    f"{self.files}.{name}.npy is damaged: it holds {values.min()} to {values.max()}, expected 0 to {bound - 1}"
+                )
 
 
 class TokenBatch(NamedTuple):
@@ -39,7 +53,7 @@ class TokenDataset(Dataset):
         tokens: np.ndarray | Tensor,
         conditions: np.ndarray | Tensor,
         kind: ConditionKind = "label",
-        check: Check | None = None,
+        check: RowCheck | None = None,
     ) -> None:
         self.tokens, self.conditions, self.check = tokens, conditions, check
         self.kind: ConditionKind = kind
@@ -137,25 +151,12 @@ class TokenDataModule(OrderedDataModule):
             conditions = open_array(self.path / f"{split}.condition.npy")
         if len(conditions) != num_images:
             raise ValueError(f"{self.path}: {split} has {len(conditions)} vectors for {num_images} images")
+        num_classes = len(self.class_names) if self.condition == "label" else None
+        check = RowCheck(str(self.path / split), self.manifest["codebook_size"], num_classes)
         chosen = spot_check(tokens.nbytes // 64)
-        self.check(split, tokens[chosen], conditions[chosen])
+        check(tokens[chosen], conditions[chosen])
         if self.keep != "disk":
             tokens, conditions = np.array(tokens), np.array(conditions)
-        rows = TokenDataset(
-            tokens if split == "train" else tokens[:, :1],  # validation uses no augmentation
-            conditions,
-            self.condition,
-            partial(self.check, split),
-        )
+        views = tokens if split == "train" else tokens[:, :1]  # validation uses no augmentation
+        rows = TokenDataset(views, conditions, self.condition, check)
         return rows.on_device(self.trainer.strategy.root_device) if self.keep == "device" and self.trainer else rows
-
-    def check(self, split: str, tokens: np.ndarray, conditions: np.ndarray) -> None:
-        """Raises ValueError naming the file for tokens that are no code, or labels without a class."""
-        bounds = [("tokens", tokens, self.manifest["codebook_size"])]
-        if self.condition == "label":
-            bounds.append(("labels", conditions, len(self.class_names)))
-        for name, values, bound in bounds:
-            if values.size and not 0 <= values.min() <= values.max() < bound:
-                raise ValueError(
-                    f"{self.path / split}.{name}.npy is damaged: it holds {values.min()} to {values.max()}, expected 0 to {bound - 1}"
-                )
