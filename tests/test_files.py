@@ -20,6 +20,7 @@ from varlab.files import (
     load_json,
     lock_holder,
     read_curves,
+    reason_of,
     save_json,
     sha256,
     this_host,
@@ -192,3 +193,7 @@ def test_a_value_that_json_does_not_have_is_refused():
         checked({"size": 3, "more": {1, 2}}, Sized, "a.ckpt")
     with pytest.raises(ValueError, match=r"a.ckpt: size is '3', expected a valid integer"):
         checked({"size": "3"}, Sized, "a.ckpt")
+
+
+def test_an_error_without_a_message_is_told_by_its_kind():
+    assert reason_of(ValueError("one\ntwo")) == "one" and reason_of(EOFError()) == "EOFError"

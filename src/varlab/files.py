@@ -214,6 +214,11 @@ def save_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def reason_of(error: Exception) -> str:
+    """An error in one line: the first of its message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class Schema(BaseModel, strict=True, extra="allow"):
     """What a file of ours must say: its fields, their types and ranges. Other fields are ignored."""
 

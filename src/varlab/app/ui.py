@@ -19,6 +19,7 @@ from PIL import Image
 from varlab import image_grid
 from varlab.app.guard import check_uploads
 from varlab.app.session import Dissection, Model, Sweep, enlarged, read_upload
+from varlab.files import reason_of
 
 log = logging.getLogger(__name__)
 NETWORK = "network"  # all requests that run a network share one FIFO queue
@@ -58,8 +59,7 @@ class Page(gr.Blocks):
             check_uploads(inputs, Path(os.environ["GRADIO_TEMP_DIR"]))
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
         except Exception as error:  # Gradio's components raise errors of many kinds for values of other types
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise message(ValueError(f"this request cannot be read: {reason}")) from None
+            raise message(ValueError(f"this request cannot be read: {reason_of(error)}")) from None
 
 
 def show_errors(run: Callable[..., Any]) -> Callable[..., Any]:

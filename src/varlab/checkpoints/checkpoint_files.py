@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from varlab.files import sha256
+from varlab.files import reason_of, sha256
 
 META_FILE = "meta.pt"  # of a sharded checkpoint, Lightning's name for it
 CHECKSUMS = "sha256"  # key in META_FILE: hash of each other file of the folder
@@ -86,11 +86,6 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(found).__name__} without names")
     return found
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class PlainUnpickler(pickle._Unpickler):

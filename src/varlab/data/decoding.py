@@ -7,6 +7,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from varlab.files import reason_of
+
 try:
     import pillow_heif  # pyright: ignore[reportMissingImports]
 
@@ -32,7 +34,7 @@ def open_image(
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {max_pixels:,}")
             return upright_rgb(image)
     except Exception as error:  # decoders raise errors of many kinds for broken files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         if isinstance(error, UnidentifiedImageError):
             package = missing_decoder(source)
             reason = f"pip install '{package}'" if package else "it is not an image of a known format"
@@ -99,7 +101,7 @@ def open_mask(path: str | Path) -> np.ndarray:
             if (mask.mode == "P" and values.max() > 1) or values.ndim == 3:
                 values = np.asarray(mask.convert("L"))
     except Exception as error:
-        raise ValueError(f"mask={path} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"mask={path} cannot be used: {reason_of(error)}") from None
     high = float(values.max())
     if high not in (0, 1, 255, 65535):
         raise ValueError(f"mask={path} cannot be used: its largest value is {high:g}, not 1, 255 or 65535")

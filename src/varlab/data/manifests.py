@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from varlab.files import Schema
+from varlab.files import Schema, reason_of
 from varlab.models import scales
 
 MAX_CLASSES = 2**20
@@ -95,7 +95,7 @@ def open_array(file: Path, shape: tuple[int | None, ...] | None = None, dtype: A
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy evaluates the header, so broken ones raise errors of many kinds
-        raise ValueError(f"{file} cannot be read as an array: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} cannot be read as an array: {reason_of(error)}") from None
     wanted = (None,) * max(array.ndim, 1) if shape is None else shape
     fits = len(wanted) == array.ndim and all(n in (None, m) for n, m in zip(wanted, array.shape, strict=True))
     if not fits or (array.dtype.kind not in "iuf" if dtype is None else array.dtype != dtype):
@@ -115,8 +115,7 @@ def read_archive(file: Path, *names: str) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as archive:
             return {name: np.asarray(archive[name]) for name in names or archive if name in archive}
     except Exception as error:  # numpy and zipfile raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} cannot be read as an archive of arrays: {reason}") from None
+        raise ValueError(f"{file} cannot be read as an archive of arrays: {reason_of(error)}") from None
 
 
 def spot_check(num: int) -> slice:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varlab.files import atomic_write
+from varlab.files import atomic_write, reason_of
 
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif", "avif"}
 INDEX_ROW = np.dtype([("shard", "u4"), ("offset", "u8"), ("size", "u4"), ("label", "u4"), ("crc32", "u4")])
@@ -143,7 +143,7 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
                     (key, (shard, image.offset_data, len(content), min(number, 2**32 - 1), zlib.crc32(content)))
                 )
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is damaged: {reason_of(error)}") from None
     if vectors and len(vectors) != len(rows):
         raise ValueError(
             f"{path}: {len(vectors)} of {len(rows)} images have a vector (.npy): all of them need one, or none"

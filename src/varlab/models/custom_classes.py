@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from torch import nn
 
+from varlab.files import reason_of
+
 Network = TypeVar("Network", bound=nn.Module)
 PLAIN = (bool, int, float, str, type(None))
 
@@ -174,8 +176,7 @@ def build(base: type[Network], description: dict[str, Any], trust: Trust | None 
     try:
         return found(**given)
     except Exception as error:  # whatever a constructor raises for arguments that it did not expect
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{class_path(found)} cannot be built from {trust.source}: {reason}") from error
+        raise ValueError(f"{class_path(found)} cannot be built from {trust.source}: {reason_of(error)}") from error
 
 
 def rebuilt(network: Network) -> Network:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varlab.files import sha256
+from varlab.files import reason_of, sha256
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path} is not a weight file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a weight file: {reason_of(error)}") from None

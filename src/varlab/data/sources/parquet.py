@@ -21,7 +21,7 @@ from varlab.data.sources.items import Item, check_share
 from varlab.data.sources.labels import UNLABELED, Rows, labeled, read_names
 from varlab.data.storage import Storage
 from varlab.data.write_shards import PackOptions, in_processes
-from varlab.files import atomic_write, json_hash, load_json
+from varlab.files import atomic_write, json_hash, load_json, reason_of
 
 ROWS_AT_ONCE = 256
 
@@ -91,7 +91,7 @@ def read_batches(batches: Iterator[Any], file: Path) -> Iterator[Any]:
         OSError,
         NotImplementedError,
     ) as error:  # pyarrow's are of all kinds
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} is damaged: {reason_of(error)}") from None
 
 
 def bytes_of(image: Any, folder: Path) -> bytes | None:
@@ -121,7 +121,7 @@ def open_table(file: Path) -> tuple[Any, Iterator[Any]]:
         return table.schema_arrow, table.iter_batches(ROWS_AT_ONCE)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         kind = "an arrow" if file.suffix == ".arrow" else "a parquet"
-        raise ValueError(f"{file} is not {kind} file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} is not {kind} file: {reason_of(error)}") from None
 
 
 def extension_of(encoded: bytes) -> str:
