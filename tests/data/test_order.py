@@ -181,3 +181,9 @@ def test_of_ten_to_the_nine_samples_only_a_window_per_lane_is_kept():
     shards = {int(sample) // 10_000 for _, window in epoch.windows.values() for sample in window}
     assert len(shards) <= order.num_shards_at_once()
     assert order.epoch(7)[np.arange(middle, middle + 256)].tolist() == batch.tolist()
+
+
+def test_each_window_of_each_lane_is_shuffled_in_its_own_way():
+    epoch = Order([64], seed=0, lanes=2, window=8).epoch(0)
+    windows = [epoch.window(lane, number) for lane in (0, 1) for number in range(4)]
+    assert len({tuple(samples - samples.min()) for samples in windows}) == 8
