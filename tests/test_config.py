@@ -65,7 +65,7 @@ def test_the_recipes_are_the_published_ones(depth, peak, end, tmp_path):
     assert net.init_adaln_gamma == gammas[depth]
     assert net.shared_adaln == (depth == 36)
     assert cfg.epochs == {16: 200, 20: 250}.get(depth, 350)
-    assert cfg.trainer.gradient_clip_val == 2.0
+    assert cfg.module.gradient_clip_val == 2.0
 
 
 @pytest.mark.parametrize("name", names("trainer"))

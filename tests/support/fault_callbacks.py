@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 
 def num_batches(trainer: Trainer) -> int:
@@ -109,14 +110,18 @@ class GraphLog(Callback):
 
 
 class Poison(Callback):
-    """Makes a gradient infinite in some steps."""
+    """Makes a gradient infinite in some steps; of a sharded gradient, the first shard."""
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = steps
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step + 1 in self.steps:
-            next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+            gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
+            if not isinstance(gradient, DTensor):
+                gradient.fill_(float("inf"))
+            elif gradient.device_mesh.get_coordinate()[-1] == 0:
+                gradient.to_local().fill_(float("inf"))
 
 
 class Grow(Callback):

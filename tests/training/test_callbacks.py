@@ -2,11 +2,9 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
 from support.runs import (
     command,
     fit,
@@ -15,6 +13,9 @@ from support.runs import (
     logged_losses,
     weights,
 )
+
+from varlab.training.callbacks import Health
+from varlab.training.gradients import HostCopy
 
 
 def poison(steps):
@@ -81,12 +82,31 @@ def test_a_gradient_far_above_the_usual_is_named(tmp_path, still, caplog):
 
 
 def test_a_loss_scale_that_vanishes_ends_the_run(tmp_path, still, monkeypatch):
-    """16-mixed needs a GPU: here a scaler is put beside the precision of a CPU run."""
-    scale = [1024.0]
-    monkeypatch.setattr(Precision, "scaler", SimpleNamespace(get_scale=lambda: scale[0]), raising=False)
-    fit(tmp_path / "fine", *still)
+    fit(tmp_path / "fine", *still, "trainer.precision=16-mixed")
     rows = list(csv.DictReader((tmp_path / "fine/metrics.csv").open()))
-    assert {row["train/grad_scaler_scale"] for row in rows} - {""} == {"1024.0"}
-    scale[0] = 1e-6
-    with pytest.raises(ValueError, match="the scale of 16-mixed's gradient scaler fell to 1e-06"):
-        fit(tmp_path / "vanished", *still)
+    assert {row["train/grad_scaler_scale"] for row in rows} - {""} == {"65536.0"}
+    monkeypatch.setattr(Health, "SMALLEST_SCALE", 1e5)
+    with pytest.raises(ValueError, match=r"the scale of 16-mixed's gradient scaler fell to 6.55e\+04"):
+        fit(tmp_path / "vanished", *still, "trainer.precision=16-mixed")
+
+
+def test_the_norm_is_read_a_step_late_but_in_time_for_log_and_checkpoint(tmp_path, still, monkeypatch):
+    """Every second step is logged; the last but one and the last are skipped, the last before anything reads it."""
+    reads = []
+    original = HostCopy.read
+    monkeypatch.setattr(HostCopy, "read", lambda copy: reads.append(1) or original(copy))
+    fit(tmp_path, *still, *poison([3, 6, 7]), "steps=7", "save_every=100", "log_every=2")
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Health"]
+    assert (saved["num_skipped"], saved["in_row"], len(reads)) == (3, 2, 7)
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["train/grad_norm"]]
+    assert [row["train/steps_skipped"] for row in rows] == ["0.0", "1.0", "2.0"]
+    assert rows[2]["train/grad_norm"] == "inf" != rows[1]["train/grad_norm"]
+
+
+def test_failing_steps_from_before_a_resume_do_not_end_the_next_run(tmp_path, still):
+    late = [*still, "callbacks.health.max_in_row=3", "save_every=3", "log_every=100"]
+    with pytest.raises(ValueError, match="not finite 3 steps in a row, the last at step 6"):
+        fit(tmp_path, *late, *poison([4, 5, 6]))
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert (saved["global_step"], saved["callbacks"]["Health"]["in_row"]) == (6, 3)
+    fit(tmp_path, *late, "ckpt_path=last")

@@ -15,7 +15,7 @@ class Module(ScheduledModule):
     """One decayed and one undecayed parameter; the score of an image is its value."""
 
     def __init__(self):
-        super().__init__(partial(torch.optim.SGD, momentum=0.9), Linear(warmup=5.0), 0.1, (0.5, 0.1), num_scores=1)
+        super().__init__(partial(torch.optim.SGD, momentum=0.9), Linear(warmup=5.0), 0.1, (0.5, 0.1), 2.0, num_scores=1)
         self.decayed, self.other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
         self.logged = {}
 
@@ -34,7 +34,12 @@ def module():
     module = Module()
     datamodule = SimpleNamespace(global_batch_size=512)
     trainer = SimpleNamespace(
-        datamodule=datamodule, estimated_stepping_batches=10, global_step=0, log_every_n_steps=5, optimizers=None
+        datamodule=datamodule,
+        estimated_stepping_batches=10,
+        global_step=0,
+        log_every_n_steps=5,
+        optimizers=None,
+        gradient_clip_val=None,
     )
     module._trainer = trainer
     return module

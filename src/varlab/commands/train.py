@@ -83,16 +83,16 @@ def fit_locked(cfg: DictConfig) -> float | None:
 
 
 def make_trainer(cfg: DictConfig, callbacks: list, loggers: list):
-    """The Trainer of the config, with atomic checkpoint files and, for bf16-true, weights in bf16."""
+    """The Trainer of the config, with atomic checkpoint files and the precisions of `precision_plugin`."""
     from hydra.utils import instantiate
 
     from varlab.training.run_setup import steps_of_branch
-    from varlab.training.strategies import AtomicCheckpointIO, BF16Weights
+    from varlab.training.strategies import AtomicCheckpointIO, precision_plugin
 
-    plugins, precision = [AtomicCheckpointIO()], cfg.trainer.precision
-    if precision == "bf16-true":
-        plugins, precision = [*plugins, BF16Weights("cpu" if cfg.trainer.accelerator == "cpu" else "cuda")], None
-    settings: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "precision": precision}
+    precision = precision_plugin(cfg.trainer.precision, "cpu" if cfg.trainer.accelerator == "cpu" else "cuda")
+    settings: dict[str, Any] = {"callbacks": callbacks, "logger": loggers, "plugins": [AtomicCheckpointIO()]}
+    if precision is not None:
+        settings |= {"plugins": [*settings["plugins"], precision], "precision": None}
     settings |= {"max_steps": steps_of_branch(cfg), "val_check_interval": cfg.val_every * cfg.accumulate}
     return instantiate(cfg.trainer, _convert_="all", **settings)
 

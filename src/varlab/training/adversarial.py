@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from varlab.models import losses
 from varlab.models.discriminator import DiffAugment
 from varlab.models.losses import AdversarialLoss
+from varlab.training.gradients import clip_or_skip, gradient_norm, keep_implementation
 from varlab.training.optimizers import parameter_groups
 from varlab.training.schedules import Schedule, set_step
 
@@ -73,7 +74,9 @@ class DiscriminatorTrainer:
         self.base_lr = base_lr
         self.weight_decay = weight_decay
         self.clip = clip
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.net), lr=base_lr, betas=(betas[0], betas[1]))
+        groups = parameter_groups(self.net)
+        self.optimizer = torch.optim.AdamW(groups, lr=base_lr, betas=(betas[0], betas[1]), fused=True)
+        keep_implementation(self.optimizer)
         self.logit_means = torch.zeros(2)  # moving averages, real and fake
         self.num_steps = 0
 
@@ -128,7 +131,7 @@ class DiscriminatorTrainer:
         }
 
     def step(self, progress: float, total_steps: int, global_batch_size: int) -> None:
-        """One optimizer step; gradients are averaged over ranks first."""
+        """One optimizer step, skipped if the gradient is not finite; gradients are averaged over ranks first."""
         parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
         if dist.is_available() and dist.is_initialized():
             flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # pyright: ignore[reportOptionalMemberAccess]
@@ -136,7 +139,7 @@ class DiscriminatorTrainer:
             flat /= dist.get_world_size()
             for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
-        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        clip_or_skip(self.optimizer, gradient_norm(parameters), self.clip)
         first = int(self.discriminator_start * total_steps)
         step, peak_lr = round(progress * total_steps) - first, self.base_lr * global_batch_size / 256
         decay = (self.weight_decay, self.weight_decay)

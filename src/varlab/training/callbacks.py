@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint  # Lightning calls these after all others
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.tensor import DTensor
 
 from varlab.training import loop_progress, signals
+from varlab.training.gradients import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,13 @@ class Reseed(Callback):
 
 
 class Health(Callback):
-    """Skips optimizer steps whose gradient is not finite, and ends the run after `max_in_row` of them in a row.
+    """Counts the optimizer steps that `ScheduledModule` skips because their gradient is not finite, and ends the run
+    after `max_in_row` of them in a row.
 
-    A skipped step applies neither an update nor weight decay and leaves the moments unchanged, on all ranks alike,
-    since gradients are already averaged. It is counted in `train/steps_skipped`. A norm above `spike` times its running
-    mean is counted in `train/grad_norm_spikes` and logged as a warning. The last checkpoint holds the weights from
-    before the first skipped step. With 16-mixed, the run ends before the scale of the gradient scaler reaches zero.
+    Skipped steps are counted in `train/steps_skipped`. A norm above `spike` times its running mean is counted in
+    `train/grad_norm_spikes` and logged as a warning. The last checkpoint holds the weights from before the first
+    skipped step. With 16-mixed, the run ends before the scale of the gradient scaler reaches zero. The norm is read one
+    step late, except on logged steps, so that the host does not wait for the device.
     """
 
     STATE = ("num_skipped", "in_row", "num_spikes", "usual_norm")
@@ -47,68 +49,76 @@ class Health(Callback):
         self.max_in_row, self.spike = max_in_row, spike
         self.num_skipped = self.in_row = self.num_spikes = 0
         self.usual_norm = 0.0
+        self.last_skipped = 0
+        self.unread: tuple[int, HostCopy] | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        self.read()
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in self.STATE:
             setattr(self, name, state_dict[name])
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        norm, step = float(gradient_norm(pl_module)), trainer.global_step + 1
-        self.check_grad_scaler(trainer, pl_module)
-        if math.isfinite(norm):
-            self.in_row = 0
-            self.note_spike(norm, step, trainer.is_global_zero)
-        if step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            counts = {"steps_skipped": self.num_skipped, "grad_norm_spikes": self.num_spikes}
-            pl_module.log_dict({"train/grad_norm": norm, **{f"train/{key}": float(n) for key, n in counts.items()}})
-        if math.isfinite(norm):
+        norm, step = pl_module.grad_norm, trainer.global_step
+        if is_between_steps(trainer) or not isinstance(norm, torch.Tensor):
             return
-        optimizer.zero_grad(set_to_none=True)  # the optimizer skips parameters without a gradient
-        self.num_skipped, self.in_row = self.num_skipped + 1, self.in_row + 1
-        if trainer.is_global_zero:
-            log.warning("step %d: the gradient norm is %s; the step is skipped", step, norm)
-        if self.in_row >= self.max_in_row:
+        self.read()
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        values = [norm] if scaler is None else [norm, torch.as_tensor(scaler._scale, device=norm.device)]
+        self.unread = step, HostCopy(torch.stack(values))
+        if step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            names = ["train/grad_norm", "train/grad_scaler_scale"]
+            logged = dict(zip(names, self.read(), strict=False))
+            counts = {"steps_skipped": self.num_skipped, "grad_norm_spikes": self.num_spikes}
+            pl_module.log_dict({**logged, **{f"train/{key}": float(n) for key, n in counts.items()}})
+        if self.in_row >= self.max_in_row and step - self.last_skipped <= 1:  # not those from before a resume
             raise ValueError(
-                f"the gradient was not finite {self.in_row} steps in a row, the last at step {step}: lower"
+                f"the gradient was not finite {self.in_row} steps in a row, the last at step {self.last_skipped}: lower"
                 " module.base_lr or check the data, and continue with ckpt_path=last (none of these steps changed the weights)"
             )
 
-    def note_spike(self, norm: float, step: int, is_logged: bool) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.read()
+
+    @rank_zero_only
+    def warn(self, message: str, *values: Any) -> None:
+        """Logs a warning on rank 0."""
+        log.warning(message, *values)
+
+    def read(self) -> list[float]:
+        """Takes the norm of the last step into account, and the scale of 16-mixed's gradient scaler if there is one;
+        returns both. Raises ValueError if the scale is so small that gradients vanish."""
+        if self.unread is None:
+            return []
+        step, copy = self.unread
+        self.unread = None
+        norm, *scale = values = copy.read()
+        if scale and scale[0] < self.SMALLEST_SCALE:
+            raise ValueError(
+                f"the scale of 16-mixed's gradient scaler fell to {scale[0]:.3g}: gradients overflow at any scale;"
+                " use trainer.precision=bf16-mixed"
+            )
+        if math.isfinite(norm):
+            self.in_row = 0
+            self.note_spike(norm, step)
+        else:
+            self.num_skipped, self.in_row, self.last_skipped = self.num_skipped + 1, self.in_row + 1, step
+            self.warn("step %d: the gradient norm is %s; the step is skipped", step, norm)
+        return values
+
+    def note_spike(self, norm: float, step: int) -> None:
         """Counts a norm above the limit, then adds it, clipped to the limit, to the running mean (of about the last
         hundred)."""
         limit = self.spike * self.usual_norm
         if self.usual_norm and norm > limit:
             self.num_spikes += 1
-            if is_logged:
-                log.warning("step %d: the gradient norm is %.3g, usually %.3g", step, norm, self.usual_norm)
+            self.warn("step %d: the gradient norm is %.3g, usually %.3g", step, norm, self.usual_norm)
             norm = limit
         self.usual_norm = norm if not self.usual_norm else 0.99 * self.usual_norm + 0.01 * norm
-
-    def check_grad_scaler(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the scale of 16-mixed's gradient scaler. Raises ValueError if it is so small that gradients vanish."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return
-        scale = scaler.get_scale()
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
-            pl_module.log("train/grad_scaler_scale", scale)
-        if scale < self.SMALLEST_SCALE:
-            raise ValueError(
-                f"the scale of 16-mixed's gradient scaler fell to {scale:.3g}: gradients overflow at any scale;"
-                " use trainer.precision=bf16-mixed"
-            )
-
-
-def gradient_norm(pl_module: LightningModule) -> torch.Tensor:
-    """Euclidean norm over all gradients and all shards."""
-    gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def is_between_steps(trainer: Trainer) -> bool:

@@ -16,7 +16,7 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.training.adversarial import DiscriminatorTrainer
 from varlab.training.image_mean import ImageMean
 from varlab.training.optimizers import parameter_groups
-from varlab.training.scheduled_module import OptimizerFactory, ScheduledModule
+from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class MSVQVAEModule(ScheduledModule):
         self,
         net: MSVQVAE,
         schedule: Schedule,
-        optimizer: OptimizerFactory = torch.optim.AdamW,
+        optimizer: OptimizerFactory = FUSED_ADAMW,
         reconstruction_losses: dict[str, PairLoss] | None = None,
         vq_weight: float = 1.0,
         perceptual: nn.Module | None = None,
@@ -44,11 +44,12 @@ class MSVQVAEModule(ScheduledModule):
         adversarial: DiscriminatorTrainer | None = None,
         base_lr: float = 1e-4,
         weight_decay: float = 0.005,
+        gradient_clip_val: float = 2.0,
         init_from: str | None = None,
         is_compiled: bool = False,
         trust_code: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule, base_lr, (weight_decay, weight_decay), num_scores=3)
+        super().__init__(optimizer, schedule, base_lr, (weight_decay, weight_decay), gradient_clip_val, num_scores=3)
         describe(net)  # raises if a checkpoint could not rebuild the network
         self.net = net
         if init_from is not None:
@@ -66,6 +67,8 @@ class MSVQVAEModule(ScheduledModule):
     def setup(self, stage: str) -> None:
         if self.trainer.precision == "bf16-true":
             raise ValueError("trainer.precision=bf16-true supports a VAR only; train a tokenizer with bf16-mixed")
+        if self.device_mesh is not None:
+            raise ValueError("trainer=fsdp and hsdp shard the blocks of a VAR; train a tokenizer with trainer=ddp")
         resolution = self.data.resolution
         if (resolution, resolution) != self.net.image_size:
             raise ValueError(

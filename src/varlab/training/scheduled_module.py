@@ -1,6 +1,7 @@
 """Base class of both LightningModules: optimizer and schedule, logging, validation of averaged and raw weights."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,19 +10,24 @@ from lightning import LightningModule
 from torch import Tensor
 
 from varlab.training import loop_progress
+from varlab.training.gradients import clip_or_skip, gradient_norm, is_fused, keep_implementation
 from varlab.training.image_mean import ImageMean
 from varlab.training.schedules import Schedule, set_step
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+FUSED_ADAMW: OptimizerFactory = partial(torch.optim.AdamW, fused=True)
 
 
 class ScheduledModule(LightningModule):
     """Trains `net` with one optimizer and a schedule that is a function of the step.
 
     `optimizer`: called with parameter groups and `lr`. The peak learning rate is base_lr * global batch / 256.
-    `weight_decay`: values at the start and end of the run. `num_scores`: values per image that `score` averages in
-    validation.
+    `weight_decay`: values at the start and end of the run. `gradient_clip_val`: largest norm of the gradient, 0 for no
+    limit. A step whose gradient is not finite is skipped, on all ranks alike, since gradients are already averaged.
+    `num_scores`: values per image that `score` averages in validation.
     """
+
+    grad_norm: Tensor | None = None  # of the last step, before clipping
 
     def __init__(
         self,
@@ -29,13 +35,17 @@ class ScheduledModule(LightningModule):
         schedule: Schedule,
         base_lr: float,
         weight_decay: tuple[float, float],
+        gradient_clip_val: float,
         num_scores: int,
     ) -> None:
         super().__init__()
+        if gradient_clip_val < 0:
+            raise ValueError(f"module.gradient_clip_val={gradient_clip_val}: give a norm, or 0 for no limit")
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.base_lr = base_lr
         self.weight_decay = weight_decay
+        self.gradient_clip_val = gradient_clip_val
         self.val_scores = ImageMean(num_scores)
         self.val_scores_raw = ImageMean(num_scores)
 
@@ -73,7 +83,11 @@ class ScheduledModule(LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.parameter_groups(), lr=self.peak_lr)
+        if self.trainer.gradient_clip_val:
+            raise ValueError("trainer.gradient_clip_val clips on the host: use module.gradient_clip_val")
+        optimizer = self.make_optimizer(self.parameter_groups(), lr=self.peak_lr)
+        keep_implementation(optimizer)
+        return optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -81,6 +95,13 @@ class ScheduledModule(LightningModule):
         self.lr = set_step(
             optimizer, self.global_step, self.total_steps, self.schedule, self.peak_lr, self.weight_decay
         )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and is_fused(optimizer):
+            scaler.unscale_(optimizer)  # Lightning leaves it to the optimizer's step, after clipping
+        self.grad_norm = gradient_norm(self.parameters())
+        clip_or_skip(optimizer, self.grad_norm, self.gradient_clip_val)
 
     def log_means(self, values: dict[str, Tensor], prog_bar: Sequence[str] = ()) -> None:
         """Logs means over all ranks, in one reduction."""

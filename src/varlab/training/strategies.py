@@ -65,6 +65,16 @@ class BF16Weights(MixedPrecision):
         return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
 
+def precision_plugin(precision: str, device_type: str) -> MixedPrecision | None:
+    """The plugin for a precision that Lightning implements otherwise: bf16-true, and 16-mixed on a CPU, which Lightning
+    replaces by bf16-mixed."""
+    if precision == "bf16-true":
+        return BF16Weights(device_type)
+    if precision == "16-mixed" and device_type == "cpu":
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    return None
+
+
 class FSDP2(ModelParallelStrategy):
     """Every block of the transformer sharded over devices (`fully_shard`, see `VARModule`).
 

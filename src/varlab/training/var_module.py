@@ -20,7 +20,7 @@ from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
 from varlab.training.optimizers import parameter_groups
-from varlab.training.scheduled_module import OptimizerFactory, ScheduledModule
+from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Progressive, Schedule
 
 
@@ -50,11 +50,12 @@ class VARModule(ScheduledModule):
         net: Callable[..., VAR],
         tokenizer: str,
         schedule: Schedule,
-        optimizer: OptimizerFactory = torch.optim.AdamW,
+        optimizer: OptimizerFactory = FUSED_ADAMW,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         base_lr: float = 1e-4,
         weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
+        gradient_clip_val: float = 2.0,
         lr_reference_depth: int | None = None,
         mup_lr_scaling: bool = False,
         warmup_tokens: float | None = None,
@@ -74,6 +75,7 @@ class VARModule(ScheduledModule):
             schedule if progressive is None else progressive.schedule(schedule),
             base_lr,
             (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end),
+            gradient_clip_val,
             num_scores=2 * len(tokenizer_net.patch_nums) + 1,
         )
         self.make_net = net
