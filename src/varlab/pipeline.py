@@ -14,6 +14,7 @@ from varlab.distributed import default_device
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
+from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.generate import generate, image_seeds
 
 
@@ -24,18 +25,41 @@ class VARPipeline:
     images = pipeline(labels=["golden retriever", 207], cfg_scale=4.0, seed=0)
     """
 
-    def __init__(self, tokenizer: MSVQVAE, var: VAR, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: MSVQVAE,
+        var: VAR,
+        class_names: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        compiled: str = "none",
+    ) -> None:
+        """`dtype`: torch.bfloat16 keeps the weights of transformer and decoder in bf16 from now on. `compiled`: see
+        `generate`."""
         self.tokenizer, self.var, self.class_names = tokenizer.eval(), var.eval(), list(class_names or [])
+        self.compiled = compiled
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype={dtype}: choose torch.float32 or torch.bfloat16")
+        if dtype == torch.bfloat16:
+            use_bf16(tokenizer, var)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device | None = None, trust_code: bool = False
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        trust_code: bool = False,
+        dtype: torch.dtype | None = None,
+        compiled: str = "none",
     ) -> "VARPipeline":
-        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). `trust_code`: see
-        `load`. Raises ValueError naming the file if it is missing, damaged, contains no VAR, or names code of others.
+        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). `dtype`: by default
+        bf16 on a GPU, fp32 elsewhere. `compiled`: see `generate`. `trust_code`: see `load`. Raises ValueError naming the
+        file if it is missing, damaged, contains no VAR, or names code of others.
         """
         tokenizer, var, class_names = load(path, trust_code=trust_code)
-        return cls(tokenizer, var, class_names).to(device or default_device(None))
+        device = device or default_device(None)
+        if dtype is None:
+            dtype = torch.bfloat16 if default_precision(device) == "bf16" else torch.float32
+        return cls(tokenizer, var, class_names, dtype, compiled).to(device)
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Moves both networks."""
@@ -72,7 +96,8 @@ class VARPipeline:
         images = []
         for first in range(0, len(condition), batch_size):
             chunk = slice(first, first + batch_size)
-            batch = generate(self.var, self.tokenizer, condition[chunk].to(self.device), seed=seeds[chunk], **settings)
+            rows = condition[chunk].to(self.device)
+            batch = generate(self.var, self.tokenizer, rows, seed=seeds[chunk], compiled=self.compiled, **settings)
             assert isinstance(batch, torch.Tensor)
             images += [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
         return images

@@ -6,7 +6,6 @@ from support.runs import config
 
 from varlab.checkpoints.programs import DecoderProgram, StepProgram, decoder_example, step_example
 from varlab.commands import export
-from varlab.models.transformer import BlockCache
 
 
 def export_to(tmp_path, *settings):
@@ -22,13 +21,13 @@ def test_exported_programs_compute_the_same(export_folder, tokenizer, var, tmp_p
     step = torch.export.load(tmp_path / "programs/step_03.pt2").module()
     inputs, labels = torch.randn(3, 29, 6), torch.tensor([0, 2, 3])
     with torch.no_grad():
-        cache = [BlockCache(torch.empty(3, 2, 30, 16), torch.empty(3, 2, 30, 16)) for _ in var.blocks]
+        cache = var.start_cache(labels)
         for k, (first, last) in enumerate(var.step_bounds):
-            logits = var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], labels, cache)
-        keys, values = (torch.stack([getattr(c, kind)[:, :, :14] for c in cache]) for kind in ("keys", "values"))
+            logits = var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], cache)
+        keys, values = (torch.stack([getattr(c, kind)[:, :, :14] for c in cache.blocks]) for kind in ("keys", "values"))
         found, new_keys, _ = step(inputs[:, 13:], labels, keys, values)
     torch.testing.assert_close(found, logits)
-    torch.testing.assert_close(new_keys, torch.stack([c.keys for c in cache]))
+    torch.testing.assert_close(new_keys, torch.stack([c.keys for c in cache.blocks]))
     assert StepProgram(var, 3)(*step_example(var, 3))[0].shape == (2, 16, 12)
 
 

@@ -42,9 +42,9 @@ def test_an_open_gate_changes_nothing_and_cached_steps_give_the_same(extend_page
     gated.load_state_dict(plain.state_dict(), strict=False)
     inputs = torch.randn(2, 29, 6)
     assert not torch.allclose(gated(inputs, labels), plain(inputs, labels), atol=1e-3)
-    whole, cache = gated(inputs, labels), gated.start_cache(2)
+    whole, cache = gated(inputs, labels), gated.start_cache(labels)
     steps = [
-        gated.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], labels, cache)
+        gated.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], cache)
         for k, (first, last) in enumerate(gated.step_bounds)
     ]
     assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)

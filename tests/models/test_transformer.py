@@ -63,11 +63,3 @@ def test_the_cache_grows_scale_by_scale():
     keys, values = cache.append(2 * torch.ones(1, 1, 4, 2), 3 * torch.ones(1, 1, 4, 2))
     assert keys[0, 0, :, 0].tolist() == [1, 2, 2, 2, 2]
     assert values[0, 0, :, 0].tolist() == [1, 3, 3, 3, 3]
-
-
-def test_the_last_scale_is_not_kept():
-    cache = BlockCache(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    cache.append(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
-    keys, values = cache.append(2 * torch.ones(1, 1, 4, 2), 3 * torch.ones(1, 1, 4, 2))
-    assert keys[0, 0, :, 0].tolist() == [1, 2, 2, 2, 2] and values[0, 0, :, 0].tolist() == [1, 3, 3, 3, 3]
-    assert cache.keys.shape[2] == cache.length == 1

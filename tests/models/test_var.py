@@ -32,9 +32,9 @@ def test_cached_logits_equal_the_masked_ones(form, token_maps, labels, tokenizer
     var = make_var(**form).eval()
     inputs = tokenizer.quantizer.teacher_forcing_inputs(token_maps)
     expected = var(inputs, labels)
-    cache = var.start_cache(2)
+    cache = var.start_cache(labels)
     for k, (first, last) in enumerate(var.step_bounds):
-        logits = var.predict_scale(k, inputs[:, first - 1 : last - 1] if k else None, labels, cache)
+        logits = var.predict_scale(k, inputs[:, first - 1 : last - 1] if k else None, cache)
         torch.testing.assert_close(logits, expected[:, first:last], rtol=1e-5, atol=1e-5)
 
 
@@ -144,7 +144,8 @@ def test_initial_gates_by_depth_are_those_of_the_released_recipes():
     assert size_defaults(36).shared_adaln and not size_defaults(35).shared_adaln
 
 
-def test_the_cache_has_room_for_all_scales_but_the_last(var):
-    entries = var.start_cache(3)
+def test_the_cache_has_room_for_all_scales(var):
+    entries = var.start_cache(torch.tensor([0, 2, 3]), torch.bfloat16).blocks
     assert len(entries) == 2
-    assert all(tensor.shape == (3, 2, 1 + 4 + 9, 16) for entry in entries for tensor in (entry.keys, entry.values))
+    assert all(tensor.shape == (3, 2, 1 + 4 + 9 + 16, 16) for entry in entries for tensor in (entry.keys, entry.values))
+    assert entries[0].keys.dtype == torch.bfloat16

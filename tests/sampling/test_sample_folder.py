@@ -79,7 +79,7 @@ def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):
         "sample",
         *sample_settings(export_folder, tmp_path / "compiled", "batch_size=4"),
     ]
-    answer = subprocess.run([*command, "is_compiled=true"], capture_output=True, text=True, check=False, timeout=300)
+    answer = subprocess.run([*command, "compiled=blocks"], capture_output=True, text=True, check=False, timeout=300)
     assert answer.returncode == 0, answer.stderr
     assert "recompile_limit" not in answer.stderr
     drawn = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "compiled/images").iterdir()}

@@ -22,6 +22,7 @@ from varlab.data.images import Crop, preprocess, to_tensor
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
+from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 from varlab.sampling.generate import decode, generate_scales
 from varlab.sampling.token_sampling import SamplingSettings
@@ -65,6 +66,8 @@ class Model:
         self.tokenizer: MSVQVAE
         self.var: VAR
         self.tokenizer, self.var, names = load(path, trust_code=trust_code)
+        if default_precision(device) == "bf16":
+            use_bf16(self.tokenizer, self.var)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
         self.class_names = names or [str(number) for number in range(self.var.num_classes)]
         self.side = self.tokenizer.image_size[0]

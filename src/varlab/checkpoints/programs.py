@@ -1,6 +1,7 @@
 """Exported programs of a trained model: the decoder and one step of the next-scale loop (torch.export), or the decoder
 as ONNX."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class StepProgram(nn.Module):
             BlockCache(torch.cat([keys[i], room[i]], dim=2), torch.cat([values[i], room[i]], dim=2), seen)
             for i in range(len(keys))
         ]
-        logits = self.var.predict_scale(self.k, inputs, condition, caches)
+        logits = self.var.predict_scale(self.k, inputs, replace(self.var.start_cache(condition), blocks=caches))
         return logits, torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
 
 

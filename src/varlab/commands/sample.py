@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
-    if cfg.precision not in ("fp32", "bf16"):
+    if cfg.precision not in (None, "fp32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r}: choose fp32 or bf16")
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
     tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
@@ -41,10 +41,7 @@ def run(cfg: DictConfig) -> None:
             SamplingSettings(**{name: given[name] for name in SETTINGS}),
             class_names=class_names,
             device=default_device(cfg.device),
-            **{
-                name: cfg[name]
-                for name in ("seed", "batch_size", "precision", "is_compiled", "npz", "grid", "film_rows")
-            },
+            **{name: cfg[name] for name in ("seed", "batch_size", "precision", "compiled", "npz", "grid", "film_rows")},
         )
     if work.rank == 0:
         npz = ", samples.npz" if cfg.npz else ""

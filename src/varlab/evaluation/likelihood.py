@@ -18,11 +18,11 @@ NUM_BINS = 15
 
 class Calibration:
     """Expected calibration error (Guo et al. 2017): mean gap between the probability of the most likely code and its
-    accuracy, over 15 bins of equal width, in percent."""
+    accuracy, over 15 bins of equal width, in percent. Counted on `device`."""
 
-    def __init__(self, num_scales: int) -> None:
+    def __init__(self, num_scales: int, device: torch.device | None = None) -> None:
         self.counts, self.confidence, self.right = (
-            torch.zeros(num_scales, NUM_BINS, dtype=torch.float64) for _ in range(3)
+            torch.zeros(num_scales, NUM_BINS, dtype=torch.float64, device=device) for _ in range(3)
         )
 
     def add(self, k: int, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> None:
@@ -35,7 +35,7 @@ class Calibration:
             (self.confidence, confidence.double()),
             (self.right, right),
         ]:
-            total[k] += torch.bincount(bins, values, minlength=NUM_BINS).cpu()
+            total[k].scatter_add_(0, bins, values)
 
     def error(self, k: int | None = None) -> float:
         """Calibration error of scale k, or of all tokens."""
@@ -56,9 +56,10 @@ def likelihood_scores(
     token), over all tokens and, in `by_scale`, for each scale.
     """
     var.eval()
-    patch_nums, num = var.patch_nums, 0
-    sums = {name: torch.zeros(len(patch_nums), dtype=torch.float64) for name in ("loss", "error", "unconditional_loss")}
-    calibration = Calibration(len(patch_nums))
+    patch_nums, num, device = var.patch_nums, 0, var.head.weight.device
+    zeros = torch.zeros(len(patch_nums), dtype=torch.float64, device=device)
+    sums = {name: zeros.clone() for name in ("loss", "error", "unconditional_loss")}
+    calibration = Calibration(len(patch_nums), device)
     for sequence, condition in tqdm(batches, desc="likelihood", unit="batch"):
         token_maps = list(sequence.split(scales.lengths(patch_nums), dim=1))
         inputs = quantizer.teacher_forcing_inputs(token_maps, var.order)
@@ -66,10 +67,11 @@ def likelihood_scores(
         found = losses.token_scores(logits, sequence, patch_nums)
         blind = losses.token_scores(var(inputs, var.embedder.null(condition)), sequence, patch_nums)
         for name, values in [("loss", found.loss), ("error", found.error), ("unconditional_loss", blind.loss)]:
-            sums[name] += values.double().sum(dim=0).cpu()
+            sums[name] += values.double().sum(dim=0)
         for k, (first, last) in enumerate(scales.scale_bounds(patch_nums)):
             calibration.add(k, logits[:, first:last], sequence[:, first:last])
         num += len(condition)
+    sums = {name: total.cpu() for name, total in sums.items()}
     by_scale = {name: (total / num).tolist() for name, total in sums.items()}
     overall = {name: float(losses.over_tokens(total / num, patch_nums)) for name, total in sums.items()}
     by_scale["perplexity"] = [math.exp(loss) for loss in by_scale["loss"]]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from varlab.models.autocast import autocast_of
 from varlab.models.autoencoder import Decoder, Encoder
 from varlab.models.custom_classes import RecordedModule
 from varlab.models.quantizer import MultiScaleQuantizer
@@ -97,7 +98,8 @@ class MSVQVAE(RecordedModule):
 
     def decode_features(self, f_hat: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] from a sum of codes."""
-        return self.decoder(self.post_conv(f_hat)).clamp(-1, 1)
+        with autocast_of(self.post_conv.weight):
+            return self.decoder(self.post_conv(f_hat)).clamp(-1, 1)
 
     def decode(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] from token maps. Fewer maps than scales give a coarser image."""

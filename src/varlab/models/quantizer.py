@@ -264,14 +264,15 @@ class MultiScaleQuantizer(RecordedModule):
 
     @torch.no_grad()
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
-        """Updates the moving average of hit counts; counts are summed over all ranks, so every rank must call this."""
-        counts = torch.stack(
-            [torch.bincount(tokens.flatten(), minlength=self.codebook_size) for tokens in token_maps]
-        ).float()
+        """Updates the moving average of hit counts; counts are summed over all ranks, so every rank must call this. The
+        weight of the new counts is 1 at first, then 0.1, and 0.01 after 100 updates."""
+        counts = torch.zeros_like(self.hits)
+        for count, tokens in zip(counts, token_maps, strict=True):  # bincount would make the host wait
+            count.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten(), dtype=counts.dtype))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
-        momentum = 0.0 if self.num_updates == 0 else 0.9 if self.num_updates < 100 else 0.99
-        self.hits.mul_(momentum).add_(counts, alpha=1 - momentum)
+        weight = torch.where(self.num_updates < 100, 0.1, 0.01)
+        self.hits.lerp_(counts, torch.where(self.num_updates == 0, 1.0, weight))
         self.num_updates += 1
 
     def lookup_vectors(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:

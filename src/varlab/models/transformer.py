@@ -89,12 +89,8 @@ class BlockCache:
     def append(
         self, k: Float[Tensor, "B N l d"], v: Float[Tensor, "B N l d"]
     ) -> tuple[Float[Tensor, "B N m d"], Float[Tensor, "B N m d"]]:
-        """Stores the keys and values of one scale; returns those of all scales so far. The last scale, for which the
-        buffers have no room, is returned but not stored: nothing attends to it later."""
+        """Stores the keys and values of one scale; returns those of all scales so far."""
         end = self.length + k.shape[2]
-        if end > self.keys.shape[2]:
-            before = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-            return torch.cat([before[0], k.to(self.keys)], dim=2), torch.cat([before[1], v.to(self.values)], dim=2)
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end

@@ -7,6 +7,7 @@ The network does not depend on the tokenizer: it maps embeddings (sums of coarse
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,6 +62,16 @@ class HiddenStates(NamedTuple):
 
     x: Float[Tensor, "B l D"]
     vector: Float[Tensor, "B D"]
+
+
+@dataclass
+class ScaleCache:
+    """What `predict_scale` keeps from scale to scale: what depends on the condition alone, and keys and values."""
+
+    vector: Float[Tensor, "B D"]  # starts the sequence
+    cond: Float[Tensor, "B *six D"]  # modulates the blocks
+    head: Float[Tensor, "B 2 D"]  # scale and shift of the head
+    blocks: list[BlockCache]
 
 
 class VAR(RecordedModule):
@@ -225,7 +236,11 @@ class VAR(RecordedModule):
 
     def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
         """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast dtype."""
-        scale, shift = self.head_modulation(vector)[:, :, None].unbind(dim=1)  # each B 1 D
+        return self.logits(x, self.head_modulation(vector))
+
+    def logits(self, x: Float[Tensor, "B l D"], modulation: Float[Tensor, "B 2 D"]) -> Float[Tensor, "B l V"]:
+        """The same, given scale and shift of the head."""
+        scale, shift = modulation[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
     def forward(
@@ -263,24 +278,20 @@ class VAR(RecordedModule):
         coarse = apart[0][0]
         return Split(self.mask[:coarse, :coarse], apart)
 
-    def start_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[BlockCache]:
-        """An empty cache for `predict_scale`, one entry per block, with room for all scales but the last, to which no
-        later scale attends."""
-        shape = (batch_size, self.num_heads, self.step_bounds[-1][0], self.width // self.num_heads)
-        device = self.head.weight.device
-        return [
-            BlockCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in self.blocks
-        ]
-
-    def predict_scale(
-        self, k: int, inputs: Float[Tensor, "B l C"] | None, condition: Tensor, cache: list[BlockCache]
-    ) -> Float[Tensor, "B m V"]:
-        """Logits of step k alone, given steps 0..k-1 in `cache`. Adds step k to the cache unless it is the last. No
-        mask is needed: step k attends to everything cached. `inputs` is None at step 0."""
+    def start_cache(self, condition: Tensor, dtype: torch.dtype = torch.float32) -> ScaleCache:
+        """The cache for `predict_scale`, with room for all scales; keys and values are stored in `dtype`."""
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
-        x = self.embed(inputs, vector, k, k)
-        for block, block_cache in zip(self.blocks, cache, strict=True):
-            x = block(x, cond, cache=block_cache)
-        return self.predict(x, vector)
+        shape = (vector.shape[0], self.num_heads, self.step_bounds[-1][1], self.width // self.num_heads)
+        blocks = [
+            BlockCache(vector.new_empty(shape, dtype=dtype), vector.new_empty(shape, dtype=dtype)) for _ in self.blocks
+        ]
+        return ScaleCache(vector, cond, self.head_modulation(vector), blocks)
+
+    def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m V"]:
+        """Logits of step k alone, given steps 0..k-1 in `cache`, to which it adds step k. No mask is needed: step k
+        attends to everything cached. `inputs` is None at step 0."""
+        x = self.embed(inputs, cache.vector, k, k)
+        for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
+            x = block(x, cache.cond, cache=block_cache)
+        return self.logits(x, cache.head)

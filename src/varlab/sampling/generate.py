@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from varlab.models import scales
+from varlab.models.autocast import autocast_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+from varlab.sampling.acceleration import Drawn, accelerate
 from varlab.sampling.token_sampling import (
     Randomness,
     SamplingSettings,
@@ -51,16 +53,6 @@ def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
             raise ValueError(f"the VAR has {name}={expected}, the tokenizer {found}: they do not belong together")
 
 
-def compile_scales(var: VAR) -> None:
-    """Makes `generate` run one compiled program per scale of this network (and per batch size, so keep it constant).
-
-    The first batch takes a minute or more; tokens are the same up to rounding.
-    """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * len(var.step_bounds))
-    var.predict_scale = torch.compile(var.predict_scale, dynamic=False)
-
-
 def generate_tokens(
     var: VAR, tokenizer: MSVQVAE, condition: Tensor, settings: SamplingSettings, **options: Any
 ) -> tuple[Float[Tensor, "B C H W"], list[Int[Tensor, "B _"]]]:
@@ -86,27 +78,50 @@ def generate_scales(
     Image i depends on `condition[i]` and its seed (`seed + i`, or `seed[i]`). With `settings.smooth`, `f_hat` is the
     sum of soft codes, not of the codes of the returned tokens. `randomness` overrides the random numbers of the seeds.
     """
+    check(var, tokenizer, condition, settings, kept)
+    randomness = randomness or Randomness(image_seeds(seed, len(condition)), scales.lengths(var.patch_nums))
+    yield from scale_loop(var, tokenizer.quantizer, condition, settings, randomness.to(condition.device), kept)
+
+
+def check(
+    var: VAR, tokenizer: MSVQVAE, condition: Tensor, settings: SamplingSettings, kept: KeptTokens | None = None
+) -> None:
+    """Raises ValueError for networks that do not belong together, and for conditions and settings out of range."""
     check_pair(var, tokenizer)
     var.embedder.check(condition)
+    settings.by_scale(len(var.patch_nums), var.codebook_size)
     if var.order == "raster" and (settings.smooth or kept is not None):
         raise ValueError(
             "a network with order=raster samples token by token and supports neither smooth codes nor editing"
         )
-    quantizer, device = tokenizer.quantizer, condition.device
-    lengths = scales.lengths(var.patch_nums)
+
+
+def scale_loop(
+    var: VAR,
+    quantizer: MultiScaleQuantizer,
+    condition: Tensor,
+    settings: SamplingSettings,
+    randomness: Randomness,
+    kept: KeptTokens | None = None,
+) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B _"]]]:
+    """`generate_scales` for arguments that were checked and are on the device. The host neither waits for the device
+    nor sends anything to it, so that the loop can be captured as a CUDA graph (not with smooth codes or kept tokens).
+    """
+    device, lengths = condition.device, scales.lengths(var.patch_nums)
     by_scale = settings.by_scale(len(lengths), quantizer.codebook_size)
     var.eval()
-    randomness = randomness or Randomness(image_seeds(seed, len(condition)), lengths)
     is_guided = any(scale_settings.guidance != 0 for scale_settings in by_scale)
     rows = torch.cat([condition, var.embedder.null(condition)]) if is_guided else condition
-    has_autocast = torch.is_autocast_enabled(device.type)
-    cache = var.start_cache(len(rows), torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
+    with autocast_of(var.head.weight):
+        has_autocast = torch.is_autocast_enabled(device.type)
+        cache = var.start_cache(rows, torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
 
     def predict(step: int, inputs: Tensor | None, scale_settings: ScaleSettings) -> Tensor:
         """Guided logits of one step; `inputs` are the same for both halves of a guided batch."""
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
-        logits = var.predict_scale(step, inputs, rows, cache).float()
+        with autocast_of(var.head.weight):
+            logits = var.predict_scale(step, inputs, cache).float()
         if not is_guided:
             return logits
         cond, uncond = logits.chunk(2)
@@ -115,7 +130,7 @@ def generate_scales(
     def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and codes of scale k, predicted from the sum of the coarser ones."""
         inputs = None if k == 0 else quantizer.at_scale(f_hat, k)
-        logits, uniform = predict(k, inputs, by_scale[k]), randomness.uniform(k).to(device)
+        logits, uniform = predict(k, inputs, by_scale[k]), randomness.uniform(k)
         if settings.smooth:
             tokens, logits = sample_filtered(logits, uniform, by_scale[k])
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, quantizer)
@@ -133,7 +148,7 @@ def generate_scales(
     def choose_one_by_one(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """The same in raster order: each token from the previous one."""
         sampled = []
-        for step, uniform in enumerate(randomness.uniform(k).to(device).split(1, dim=1), start=sum(lengths[:k])):
+        for step, uniform in enumerate(randomness.uniform(k).split(1, dim=1), start=sum(lengths[:k])):
             sampled.append(sample_codes(predict(step, previous[0], by_scale[k]), uniform, by_scale[k]))
             previous[0] = quantizer.embed(sampled[-1])
         tokens = torch.cat(sampled, dim=1)
@@ -168,18 +183,37 @@ def generate(
     *,
     seed: int | Sequence[int] = 0,
     return_tokens: bool = False,
+    compiled: str = "none",
     **settings: Any,
 ) -> Float[Tensor, "B 3 H W"] | tuple[Float[Tensor, "B 3 H W"], list[Int[Tensor, "B _"]]]:
     """Images (B 3 H W) in [0, 1], and their token maps (B l_k each) if `return_tokens`.
 
     `condition`: class labels (B), 0 to num_classes - 1, or num_classes for none; or what the network's embedder takes.
-    `seed`: image i has seed `seed + i`, or `seed[i]`, and does not depend on the other images. `settings`: fields of
-    `SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError for a label or a setting out of range, and for
-    a transformer and a tokenizer that do not belong together.
+    `seed`: image i has seed `seed + i`, or `seed[i]`, and does not depend on the other images. `compiled`: `none`;
+    `blocks` runs compiled blocks and decoder; `graph` runs them as one CUDA graph, captured in the first call for each
+    batch size and settings. `settings`: fields of `SamplingSettings` (cfg_scale=4.0, top_k=900, ...). Raises ValueError
+    for a label or a setting out of range, and for a transformer and a tokenizer that do not belong together.
     """
-    f_hat, token_maps = generate_tokens(var, tokenizer, condition, SamplingSettings(**settings), seed=seed)
-    images = decode(tokenizer, f_hat)
-    return (images, token_maps) if return_tokens else images
+    chosen = SamplingSettings(**settings)
+    drawn = draw(var, tokenizer, condition, chosen, image_seeds(seed, len(condition)), compiled)
+    return (drawn.images, drawn.token_maps) if return_tokens else drawn.images
+
+
+@torch.no_grad()
+def draw(
+    var: VAR, tokenizer: MSVQVAE, condition: Tensor, settings: SamplingSettings, seeds: Sequence[int], compiled: str
+) -> Drawn:
+    """Images, their token maps and sums of codes; see `generate`."""
+    check(var, tokenizer, condition, settings)
+    randomness = Randomness(seeds, scales.lengths(var.patch_nums)).to(condition.device)
+
+    def plain(condition: Tensor, uniform: Tensor) -> Drawn:
+        numbers = randomness.of(uniform)
+        by_scale = list(scale_loop(var, tokenizer.quantizer, condition, settings, numbers))
+        return Drawn(by_scale[-1][0], decode(tokenizer, by_scale[-1][0]), [tokens for _, tokens in by_scale])
+
+    fast = accelerate(plain, tokenizer, var, settings, condition, randomness.joined, compiled)
+    return fast(condition, randomness.joined)
 
 
 @torch.no_grad()

@@ -3,10 +3,12 @@
 Image i has seed `seed + i`, so the set does not depend on batch size, devices or restarts; existing images are kept.
 """
 
+import copy
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,11 @@ from varlab.files import load_json, save_json
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
-from varlab.sampling.generate import compile_scales, decode, generate_tokens
+from varlab.sampling.acceleration import Precision, default_precision, use_bf16
+from varlab.sampling.generate import draw, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
+
+NUM_WRITERS = 8  # threads that encode PNG files
 
 
 def labels_of(
@@ -65,8 +70,8 @@ def write_samples(
     class_names: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 50,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    is_compiled: bool = False,
+    precision: Precision | None = None,
+    compiled: str = "none",
     device: str = "cpu",
     npz: bool = False,
     grid: int = 100,
@@ -75,16 +80,20 @@ def write_samples(
     """Writes one image per condition (class labels, or rows of an array) into `out`; the images are split over the
     processes of torchrun.
 
-    Raises ValueError for a setting out of range, and if `out` holds images made with other settings.
+    `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. Images are
+    written by threads while the next batch is generated. Raises ValueError for a setting out of range, and if `out`
+    holds images made with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
+    identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
+    precision = precision or default_precision(device)
+    if precision == "bf16":
+        tokenizer, var = copy.deepcopy((tokenizer, var))
+        use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
     settings.by_scale(len(var.patch_nums), var.codebook_size)  # raises before anything is written
-    if is_compiled:
-        compile_scales(var)
     is_labels = not isinstance(conditions, np.ndarray)
     rows = torch.as_tensor(np.asarray(conditions))
-    identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
     named = [int(label) for label in conditions] if is_labels else rows.tolist()
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
@@ -94,15 +103,21 @@ def write_samples(
     own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
-    for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
-        padding = batch_size - len(chunk) if is_compiled else 0  # a smaller last batch would be recompiled
-        padded = chunk + chunk[-1:] * padding
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            seeds = [seed + i for i in padded]
-            f_hat, _ = generate_tokens(var, tokenizer, rows[padded].to(device), settings, seed=seeds)
-            images = decode(tokenizer, f_hat[: len(chunk)])
-        for i, pixels in zip(chunk, image_grid.to_uint8(images), strict=True):
-            image_grid.save(Image.fromarray(pixels), files[i])
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        writes: list[Future[None]] = []
+        for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
+            padding = 0 if compiled == "none" else batch_size - len(chunk)  # a smaller batch would be compiled anew
+            padded = chunk + chunk[-1:] * padding
+            drawn = draw(var, tokenizer, rows[padded].to(device), settings, [seed + i for i in padded], compiled)
+            pixels = image_grid.to_uint8(drawn.images[: len(chunk)])
+            for write in writes:  # of the batch before
+                write.result()
+            writes = [
+                pool.submit(image_grid.save, Image.fromarray(image), files[i])
+                for i, image in zip(chunk, pixels, strict=True)
+            ]
+        for write in writes:
+            write.result()
     if work.rank > 0:
         return
     wait_for_files(files)

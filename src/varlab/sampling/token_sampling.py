@@ -3,6 +3,7 @@
 Each image has its own random stream, derived from its seed alone, so it does not depend on the rest of its batch.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,8 +57,19 @@ class Randomness:
 
     def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform = torch.stack([torch.rand(sum(lengths), generator=generator) for generator in self.generators])
-        self.uniform_by_scale = uniform.split(list(lengths), dim=1)
+        self.lengths = list(lengths)
+        self.joined = torch.stack([torch.rand(sum(lengths), generator=generator) for generator in self.generators])
+        self.uniform_by_scale = self.joined.split(self.lengths, dim=1)
+
+    def to(self, device: torch.device) -> "Randomness":
+        """With the uniform numbers of all scales on a device, by one copy. Gumbel noise is made on the CPU."""
+        return self.of(self.joined.to(device))
+
+    def of(self, uniform: Float[Tensor, "B L"]) -> "Randomness":
+        """With these uniform numbers instead."""
+        other = copy.copy(self)
+        other.joined, other.uniform_by_scale = uniform, uniform.split(self.lengths, dim=1)
+        return other
 
     def uniform(self, k: int) -> Float[Tensor, "B l"]:
         """Uniform numbers in [0, 1), one per token of scale k."""

@@ -8,6 +8,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def local(value: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a sharded tensor, or the tensor itself."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 class EMA(Callback):
     """Exponential moving average of the trainable weights, used in validation and saved in addition to the raw ones.
 
@@ -43,8 +48,9 @@ class EMA(Callback):
             return  # still accumulating
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for name, value in self.weights(pl_module).items():
-            self.average[name].lerp_(value, 1 - decay)
+        weights = self.weights(pl_module)
+        averages = [local(self.average[name]) for name in weights]
+        torch._foreach_lerp_(averages, [local(value) for value in weights.values()], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.average:

@@ -180,7 +180,7 @@ class MSVQVAEModule(ScheduledModule):
 
     def score(self, batch: ImageBatch, scores: ImageMean) -> None:
         """Adds squared error, PSNR and perceptual distance of a batch's reconstructions."""
-        output = self.net.decode(self.net.encode(batch.images))
+        output = self.net.decode(self.net.quantizer.encode(self.net.features(batch.images)))
         error = (output - batch.images).square().mean(dim=(1, 2, 3))
         distance = torch.zeros_like(error) if self.perceptual is None else self.perceptual(output, batch.images)
         scores.update(torch.stack([error, losses.psnr(output, batch.images), distance], dim=1), batch.weight)

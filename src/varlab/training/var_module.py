@@ -153,7 +153,8 @@ class VARModule(ScheduledModule):
         for block in self.net.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.net, mesh=mesh)
-        register_fsdp_forward_method(self.net, "predict_scale")  # sampling for images in the log
+        for name in ("start_cache", "predict_scale"):  # sampling for images in the log
+            register_fsdp_forward_method(self.net, name)
 
     def setup(self, stage: str) -> None:
         data = self.data
@@ -190,7 +191,10 @@ class VARModule(ScheduledModule):
         """The batch's sequence (B L) and token maps."""
         if isinstance(batch, ImageBatch):
             with torch.autocast(self.device.type, enabled=False):
-                token_maps = self.tokenizer.encode(batch.images.float())
+                features = self.tokenizer.features(batch.images.float())
+                token_maps = self.tokenizer.quantizer.encode(
+                    features
+                )  # `tokenizer.encode` waits for a check of the values
             return torch.cat(token_maps, dim=1), token_maps
         return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
 
