@@ -43,7 +43,8 @@ from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
-from varlab.sampling.generate import compile_scales, generate, generate_tokens
+from varlab.sampling.acceleration import use_bf16
+from varlab.sampling.generate import generate, generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
 from varlab.training.optimizers import parameter_groups
 
@@ -255,25 +256,27 @@ class Bench:
                 theirs = released_var(self.released, released_tokenizer(self.released, tokenizer), var).to(self.device)
                 theirs.vae_proxy[0].to(self.device)  # pyright: ignore
             tokenizer, var = tokenizer.to(self.device), var.to(self.device)
-            compiled = deepcopy(var)
-            compile_scales(compiled)
+            if self.is_gpu:
+                use_bf16(tokenizer, var)
             for batch in self.given.batches:
-                yield self.sampling_of(name, var, compiled, tokenizer, theirs, batch)
+                yield self.sampling_of(name, tokenizer, var, theirs, batch)
 
     @torch.no_grad()
-    def sampling_of(self, name: str, var: VAR, compiled: VAR, tokenizer: MSVQVAE, theirs: Any, batch: int):
+    def sampling_of(self, name: str, tokenizer: MSVQVAE, var: VAR, theirs: Any, batch: int):
         """Contenders for one network and batch size; greedy tokens are compared first."""
         labels = torch.arange(batch, device=self.device)
-        tokens = [
-            torch.cat(generate_tokens(net, tokenizer, labels, SamplingSettings(1.5, top_k=1))[1], dim=1)
-            for net in (var, compiled)
-        ]
-        agreeing = (tokens[0] == tokens[1]).float().mean()
-        print(f"{name}: {agreeing:.2%} of greedy tokens are the same compiled", flush=True)
-        runs: dict[str, Callable[[], object]] = {
-            "varlab": lambda: generate(var, tokenizer, labels, **SETTINGS),
-            "varlab, compiled": lambda: generate(compiled, tokenizer, labels, **SETTINGS),
-        }
+        fast = deepcopy(tokenizer), deepcopy(var)  # compiled in the first call
+        ways = {"varlab": (tokenizer, var, "none"), "varlab, compiled": (*fast, "blocks")}
+        ways |= {"varlab, graph": (*fast, "graph")} if self.is_gpu else {}
+
+        def run(tokenizer: MSVQVAE, var: VAR, compiled: str, **settings: Any) -> Any:
+            return generate(var, tokenizer, labels, compiled=compiled, return_tokens=True, **settings)
+
+        tokens = {code: torch.cat(run(*way, cfg_scale=1.5, top_k=1)[1], dim=1) for code, way in ways.items()}
+        for code, found in tokens.items():
+            agreeing = (found == tokens["varlab"]).float().mean()
+            print(f"{name}, {code}: {agreeing:.2%} of greedy tokens are the same", flush=True)
+        runs: dict[str, Callable[[], object]] = {code: partial(run, *way, **SETTINGS) for code, way in ways.items()}
         if theirs is not None:
             ours = tokenizer.decode_features(generate_tokens(var, tokenizer, labels, SamplingSettings(1.5, top_k=1))[0])
             gap = (ours / 2 + 0.5 - theirs.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=1)).abs().max()

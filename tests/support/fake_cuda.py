@@ -163,6 +163,19 @@ def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True)
     return self
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """In place of `scaled_dot_product_attention`, which a CPU build decomposes: the kernels that a GPU would choose."""
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (part.to(torch.bfloat16) for part in (q, k, v))
+    if attn_mask is None and q.dtype == torch.bfloat16:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[0]
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -torch.inf)
+        bias = bias.expand(q.shape[0], q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad, scale=scale)[0]
+
+
 decode = ImageDataset.__getitems__
 
 
@@ -180,6 +193,7 @@ def fake_cuda() -> Iterator[HostTraffic]:
         mock.patch("varlab.training.callbacks.HostCopy", FakeHostCopy),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda: True),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
         mock.patch.object(nn.Module, "_apply", apply),
         mock.patch.object(ImageDataset, "__getitems__", fake_images),
         FakeTensorMode(),
@@ -190,7 +204,7 @@ def fake_cuda() -> Iterator[HostTraffic]:
 
 def train(folder: Path, *overrides: str, steps: int = 3) -> HostTraffic:
     """Host traffic of some training steps of a Trainer, without the logged ones."""
-    cfg = config(folder, *overrides, f"steps={steps}")
+    cfg = config(folder, *overrides, f"steps={steps}", "module.is_compiled=false")  # Inductor needs a real GPU
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
     callbacks = [instantiate(cfg.callbacks[name]) for name in ("reseed", "ema", "health") if cfg.callbacks[name]]
     with fake_cuda() as traffic:

@@ -18,9 +18,9 @@ from varlab.files import FolderLock
 from varlab.sweeps.jobs import run_job
 
 
-def run(cfg: DictConfig) -> float | None:
+def run(cfg: DictConfig) -> Any:
     """Trains one run, in a separate process if it is part of a sweep; returns the last validation loss, so that a
-    sweeper can minimize it."""
+    sweeper can minimize it. With `plan`, returns the cost."""
     if cfg.plan:
         from varlab.cost.plan import print_plan
 

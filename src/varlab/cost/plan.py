@@ -1,7 +1,7 @@
 """The cost of a run, before anything starts.
 
-Weights, gradients and moments are counted, activations estimated (activation_memory.py); time is computed from FLOPs at
-an assumed MFU.
+Weights, gradients and moments are counted, activations estimated (activation_memory.py); time is estimated from counted
+FLOPs and bytes, and computed at an assumed MFU if one is given.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,25 @@ RESERVED = 3.0  # GB for the driver, kernel workspaces and allocator fragmentati
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB; peak of dense bf16 matrix products in FLOP/s, from the vendor's data sheet."""
+    """Memory in GB; peak of dense bf16 matrix products in FLOP/s, from the vendor's data sheet; the share of it that large
+    products reach (0.8 was measured on an H200, assumed elsewhere); bytes per second of large copies (4.3 TB/s was
+    measured on an H200, 90 % of the data sheet; assumed elsewhere)."""
 
     memory: float
     peak: float
+    bandwidth: float
+    reached: float = 0.8
 
 
-GPUS = {"a100": GPU(80.0, 312e12), "h100": GPU(80.0, 989e12), "h200": GPU(141.0, 989e12)}
+GPUS = {
+    "a100": GPU(80.0, 312e12, 1.8e12),
+    "h100": GPU(80.0, 989e12, 3.0e12),
+    "h200": GPU(141.0, 989e12, 4.3e12),
+}
+# Bytes of a compiled block in bf16-mixed as Inductor counts them (experiments/performance/block_bytes.py): for each
+# token and unit of width, forward and backward; for each weight, both together, and AdamW's.
+TOKEN_BYTES, WEIGHT_BYTES, ADAMW_BYTES = (157, 256), 17, 28
+LOGIT_BYTES = 16  # for each token and code: logits, their softmax and gradient
 
 
 @dataclass(frozen=True)
@@ -70,15 +82,34 @@ class PlannedRun:
         return float(training_flops(self.sizes) * self.steps * self.batch)
 
 
-def print_plan(run: PlannedRun, gpu_name: str, mfu: float, measured_flops: float | None = None) -> float:
-    """Prints cost and memory of a run; returns its FLOPs. `mfu`: assumed fraction of the peak. `measured_flops`: FLOP/s
-    of this machine.
+def estimated_mfu(run: PlannedRun, gpu: GPU) -> float:
+    """Fraction of the peak that training reaches with compiled blocks, if matrix products run at the rate of large ones,
+    all other bytes move at the rate of large copies, and nothing overlaps."""
+    sizes, layout = run.sizes, run.layout
+    params, tokens = parameter_counts(sizes)["params_total"], scales.num_tokens(sizes["patch_nums"])
+    forward, backward = TOKEN_BYTES
+    flops = training_flops(sizes)
+    moved = forward + backward + (0 if layout.recompute == "none" else forward)
+    bytes_moved = tokens * (sizes["depth"] * sizes["width"] * moved + sizes["codebook_size"] * LOGIT_BYTES)
+    images = run.batch / layout.num_devices / layout.accumulate  # per forward pass of a device
+    bytes_moved += params * (WEIGHT_BYTES / images + ADAMW_BYTES / (images * layout.accumulate))
+    is_half = "bf16" in run.precision
+    rate, width = (gpu.peak * gpu.reached, 1) if is_half else (gpu.peak * gpu.reached / 16, 2)
+    seconds = flops * (4 / 3 if layout.recompute == "all" else 1) / rate + width * bytes_moved / gpu.bandwidth
+    return flops / seconds / gpu.peak
+
+
+def print_plan(
+    run: PlannedRun, gpu_name: str, mfu: float | None, measured_flops: float | None = None
+) -> dict[str, float]:
+    """Prints cost and memory of a run; returns its `flops`, and for each kind of GPU the seconds on one. `mfu`: assumed
+    fraction of the peak; None: estimated. `measured_flops`: FLOP/s of this machine.
 
     Raises ValueError if the run does not fit on the device with its layout.
     """
     if gpu_name not in GPUS:
         raise ValueError(f"planned_gpu={gpu_name!r}: choose one of {', '.join(GPUS)}")
-    if not 0 < mfu < 1:
+    if mfu is not None and not 0 < mfu < 1:
         raise ValueError(f"planned_mfu={mfu}: give a fraction of the peak between 0 and 1")
     sizes, images = run.sizes, run.steps * run.batch
     params = parameter_counts(sizes)["params_total"]
@@ -93,9 +124,14 @@ def print_plan(run: PlannedRun, gpu_name: str, mfu: float, measured_flops: float
         print(f"  assumed: {line}")
     parts = memory(run)
     print_memory(parts, run.layout)
-    print_time(run.flops, run.layout.num_devices, mfu, measured_flops)
+    if mfu is None:
+        print(
+            "time estimated with compiled blocks: matrix products at 80 % of the peak, other bytes at the rate of copies"
+        )
+    seconds = {name: run.flops / gpu.peak / (mfu or estimated_mfu(run, gpu)) for name, gpu in GPUS.items()}
+    print_time(run.flops, run.layout.num_devices, seconds, measured_flops)
     check_fit(run, gpu_name, sum(parts.values()))
-    return run.flops
+    return {"flops": run.flops, **seconds}
 
 
 def memory(run: PlannedRun) -> dict[str, float]:
@@ -153,14 +189,14 @@ def print_memory(parts: dict[str, float], layout: Layout) -> None:
     print(f"  {sum(parts.values()):8.2f}  in total, plus about {RESERVED:g} for driver and kernels")
 
 
-def print_time(flops: float, num_devices: int, mfu: float, measured_flops: float | None = None) -> None:
-    """Prints days and GPU hours at the assumed MFU, and hours at the measured speed."""
+def print_time(flops: float, num_devices: int, seconds: dict[str, float], measured_flops: float | None = None) -> None:
+    """Prints days and GPU hours from the seconds on one GPU of each kind, and hours at the measured speed."""
     if measured_flops is not None:
         print(f"time at {measured_flops:.3g} FLOP/s, as measured: {flops / measured_flops / 3600:,.3g} hours")
-    print(f"time at {mfu:.0%} MFU on {num_devices} devices:")
-    for name, gpu in GPUS.items():
-        hours = flops / (gpu.peak * mfu) / 3600
-        print(f"  {name:5} {hours / num_devices / 24:8.3g} days, {hours:10,.3g} GPU hours")
+    print(f"time on {num_devices} devices:")
+    for name, alone in seconds.items():
+        days, hours, mfu = alone / num_devices / 86400, alone / 3600, flops / alone / GPUS[name].peak
+        print(f"  {name:5} {days:8.3g} days, {hours:10,.3g} GPU hours at {mfu:.0%} MFU")
 
 
 def check_fit(run: PlannedRun, gpu_name: str, needed: float) -> None:

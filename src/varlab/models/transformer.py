@@ -53,19 +53,19 @@ def attend(
     v: Float[Tensor, "B N m d"],
     softmax_scale: float,
     visible: Bool[Tensor, "l m"] | Split | BlockMask | None,
-) -> Float[Tensor, "B N l d"]:
+) -> Float[Tensor, "B l N d"]:
     """Attention of each token to the tokens that `visible` allows: a mask (True: attends), None (all), a `Split`, or
     a FlexAttention `BlockMask`, whose kernel skips fully masked blocks."""
     if isinstance(visible, BlockMask):
         kernel = compiled_flex_attention() if q.is_cuda else flex_attention
-        return kernel(q, k, v, block_mask=visible, scale=softmax_scale)  # pyright: ignore[reportReturnType]
+        return kernel(q, k, v, block_mask=visible, scale=softmax_scale).transpose(1, 2)  # pyright: ignore
     if not isinstance(visible, Split):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale).transpose(1, 2)
     coarse = len(visible.mask)
     parts = [attend(q[:, :, :coarse], k[:, :, :coarse], v[:, :, :coarse], softmax_scale, visible.mask)]
     for first, last in visible.bounds:
         parts.append(attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], softmax_scale, None))
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=1)
 
 
 @cache
@@ -97,6 +97,12 @@ class BlockCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def unit(x: Float[Tensor, "B l N d"], length: Float[Tensor, "N 1"] | float = 1.0) -> Float[Tensor, "B l N d"]:
+    """Vectors with the direction of `x` and the given length, in the dtype of `x`; the arithmetic is fp32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * (length / norm.clamp(min=1e-12))).type_as(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. With `qk_norm`, q and k have unit length and each head learns its own temperature.
 
@@ -118,20 +124,21 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B l D"], visible: Visible = None, cache: BlockCache | None = None
     ) -> Float[Tensor, "B l D"]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = rearrange(
-            F.linear(x, self.qkv.weight, bias), "B l (three N d) -> three B N l d", three=3, N=self.num_heads
+        qkv = rearrange(
+            F.linear(x, self.qkv.weight, bias), "B l (three N d) -> B l three N d", three=3, N=self.num_heads
         )
+        q, k, v = qkv.unbind(dim=2)  # each B l N d: no copy of the whole
         if self.log_scale is None:
             softmax_scale = 0.25 / math.sqrt(q.shape[-1])
         else:
             softmax_scale = 1.0
-            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()[:, None, None]
-            k = F.normalize(k, dim=-1)
-        q, k = q.type_as(v), k.type_as(v)  # autocast leaves the normalized ones in fp32
+            q = unit(q, self.log_scale.clamp(max=math.log(100)).exp()[:, None])
+            k = unit(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         h = attend(q, k, v, softmax_scale, visible)
-        return self.proj(rearrange(h, "B N l d -> B l (N d)"))
+        return self.proj(rearrange(h, "B l N d -> B l (N d)"))
 
 
 class FeedForward(nn.Module):
@@ -160,17 +167,18 @@ class Modulation(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops the whole branch for some samples while training; kept branches are divided by the keep probability."""
+    """Drops the whole branch for some samples while training; kept branches are divided by the keep probability. Applied
+    to the gate of a branch, which is small, not to its output."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "B l D"]) -> Float[Tensor, "B l D"]:
+    def forward(self, gate: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B 1 D"]:
         if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
+            return gate
+        keep = torch.rand(gate.shape[0], 1, 1, device=gate.device) >= self.rate
+        return gate * keep / (1 - self.rate)
 
 
 class AdaLNBlock(nn.Module):
@@ -230,5 +238,7 @@ class AdaLNBlock(nn.Module):
         if cache is not None:
             cache.modulation = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(dim=1)  # each B 1 D
-        x = x + self.drop_path(gamma1 * self.attention(modulate(self.norm(x), scale1, shift1), visible, cache))
-        return x + self.drop_path(gamma2 * self.feed_forward(modulate(self.norm(x), scale2, shift2)))
+        h = self.attention(modulate(self.norm(x), scale1, shift1), visible, cache)
+        x = x + self.drop_path(gamma1) * h
+        h = self.feed_forward(modulate(self.norm(x), scale2, shift2))
+        return x + self.drop_path(gamma2) * h

@@ -29,7 +29,7 @@ class Ledger(Callback):
     """Hydra callback of a sweep: records the planned jobs, and reports their states at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.planned: list[float] = []
+        self.planned: list[dict[str, float]] = []
         HydraConfig.instance().set_config(config)  # so that the sweep's folder can be resolved
         if config.get("plan"):
             return  # nothing is started
@@ -63,8 +63,10 @@ class Ledger(Callback):
             return
         from varlab.cost.plan import print_time
 
-        print(f"all {len(self.planned)} jobs: {sum(self.planned):.3g} FLOP")
-        print_time(sum(self.planned), 1, config.planned_mfu, config.planned_flops)
+        total = {name: sum(job[name] for job in self.planned) for name in self.planned[0]}
+        flops = total.pop("flops")
+        print(f"all {len(self.planned)} jobs: {flops:.3g} FLOP")
+        print_time(flops, 1, total, config.planned_flops)
 
 
 def task_overrides(hydra: Any) -> list[str]:

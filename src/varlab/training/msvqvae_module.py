@@ -46,7 +46,7 @@ class MSVQVAEModule(ScheduledModule):
         weight_decay: float = 0.005,
         gradient_clip_val: float = 2.0,
         init_from: str | None = None,
-        is_compiled: bool = False,
+        is_compiled: bool | None = None,
         trust_code: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, base_lr, (weight_decay, weight_decay), gradient_clip_val, num_scores=3)
@@ -89,7 +89,7 @@ class MSVQVAEModule(ScheduledModule):
             if self.trainer.precision == "16-mixed":
                 raise ValueError("trainer.precision=16-mixed scales only one loss: use bf16-mixed with a discriminator")
             self.adversarial.to(self.device)
-        if self.is_compiled:
+        if self.compiles:
             self.compile_networks()
 
     def compile_networks(self) -> None:

@@ -209,6 +209,7 @@ class RunRecord(Callback):
             else pl_module.device.type,
             "num_devices": trainer.world_size,
             "precision": str(trainer.precision),
+            "is_compiled": pl_module.compiles,
             "torch": torch.__version__,
             "val_images": data.num_val,
             **{key.replace("/", "_"): value for key, value in self.scores.items()},

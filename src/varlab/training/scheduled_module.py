@@ -28,6 +28,7 @@ class ScheduledModule(LightningModule):
     """
 
     grad_norm: Tensor | None = None  # of the last step, before clipping
+    is_compiled: bool | None = None
 
     def __init__(
         self,
@@ -63,6 +64,11 @@ class ScheduledModule(LightningModule):
     def peak_lr(self) -> float:
         """Learning rate after the warm-up."""
         return self.base_lr * self.data.global_batch_size / 256
+
+    @property
+    def compiles(self) -> bool:
+        """Whether networks are compiled: as `is_compiled` says, by default on a GPU."""
+        return self.trainer.strategy.root_device.type == "cuda" if self.is_compiled is None else self.is_compiled
 
     @property
     def is_logged(self) -> bool:

@@ -39,7 +39,7 @@ class VARModule(ScheduledModule):
 
     `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in this many
     chunks, with only one in memory at a time, at the cost of one more matrix product of the head. `is_compiled`:
-    applies torch.compile to each block. `progressive`: trains scale by scale. `trust_code`: see
+    applies torch.compile to each block, None on a GPU only. `progressive`: trains scale by scale. `trust_code`: see
     `load`, for the tokenizer.
     """
 
@@ -63,7 +63,7 @@ class VARModule(ScheduledModule):
         recompute: Recompute = "none",
         attention: AttentionKind = "split",
         loss_chunks: int = 1,
-        is_compiled: bool = False,
+        is_compiled: bool | None = None,
         progressive: Progressive | None = None,
         trust_code: bool = False,
     ) -> None:
@@ -114,7 +114,7 @@ class VARModule(ScheduledModule):
         for block in self.net.blocks:
             assert isinstance(block, AdaLNBlock)
             block.recompute = self.recompute
-            if self.is_compiled:
+            if self.compiles:
                 block.forward = torch.compile(block.forward)
         if self.device_mesh is not None:
             self.shard()
