@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from support.runs import config
 
-from varlab.config import check_names, check_types, conf_dir, quoted
+from varlab.config import check_names, check_types, conf_dir, is_user_error, one_sentence, quoted
 from varlab.models import scales
 
 CONF = Path(conf_dir())
@@ -125,3 +125,15 @@ def test_a_name_too_long_for_a_file_system_is_told():
         check_names(["name=" + "x" * 241])
     with pytest.raises(SystemExit, match="out=.* has 300 bytes"):
         check_names(["out=runs/" + "ü" * 150])
+
+
+def test_full_memory_and_lost_processes_are_told_in_a_sentence():
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of\nmore")
+    lost = RuntimeError("Read error [127.0.0.1]:6845: Connection reset by peer. This is typically caused by")
+    hanging = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0.")
+    assert all(is_user_error(error) for error in (full, lost, hanging))
+    assert not is_user_error(RuntimeError("shape mismatch"))
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in one_sentence(full)
+    assert "accumulate=2" in one_sentence(full) and "\n" not in one_sentence(full)
+    assert "died or hangs (Read error [127.0.0.1]:6845: Connection reset by peer): see" in one_sentence(lost)
+    assert "ckpt_path=last" in one_sentence(hanging)

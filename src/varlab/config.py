@@ -131,8 +131,21 @@ def report_user_errors(name: str) -> Iterator[None]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error is a user error. Of RuntimeErrors, only those of a dead or hanging data worker are."""
-    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader")
+    """Whether an error is a user error. Of RuntimeErrors, only those of a dead or hanging process and of full memory are."""
+    is_ours = str(error).startswith("DataLoader") or is_out_of_memory(error) or is_lost_process(error)
+    return not isinstance(error, RuntimeError) or is_ours
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU has no memory left. By name, since the command line starts without torch."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether another process of a distributed run ended, or did not answer in time."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    is_of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return is_of_torch or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def one_sentence(error: BaseException) -> str:
@@ -142,6 +155,17 @@ def one_sentence(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
         return (
             f"a data worker died or hangs ({str(error).splitlines()[0]}): out of memory, or a file system that stalls"
+        )
+    if is_out_of_memory(error):
+        return (
+            f"the GPU's memory is full ({str(error).splitlines()[0]}): to train, use accumulate=2, module.loss_chunks=8,"
+            " module.recompute=selective or trainer=fsdp, which change no result (plan=true tells what fits); for other"
+            " commands, a smaller batch_size"
+        )
+    if is_lost_process(error):
+        return (
+            f"another process of this run died or hangs ({str(error).splitlines()[0].partition('. ')[0]}): see its output;"
+            " ckpt_path=last continues from the last checkpoint"
         )
     key = getattr(error, "full_key", None)
     return f"{str(error).splitlines()[0]} (setting {key})" if key else str(error)

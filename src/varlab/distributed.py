@@ -1,4 +1,4 @@
-"""Splitting work over the processes of torchrun; the default device."""
+"""Splitting work over the processes of torchrun or srun; the default device."""
 
 import logging
 import os
@@ -19,19 +19,44 @@ class WorkSplit:
 
     @classmethod
     def of_environment(cls) -> "WorkSplit":
-        """From the environment variables of torchrun; all of the work without them."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """From the environment variables of torchrun, or of srun; all of the work without them."""
+        for rank, num_ranks in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            if num_ranks in os.environ:  # the batch script itself has a SLURM_PROCID, but is no task of a step
+                return cls(int(os.environ[rank]), int(os.environ[num_ranks]))
+        return cls()
 
 
 def default_device(device: str | None) -> str:
-    """The given device, or this process's GPU, or the CPU if there is none."""
+    """The given device, or this process's GPU among those it sees, or the CPU if there is none. Raises ValueError if more
+    processes run on this machine than it has GPUs."""
     import torch
 
-    return device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device is not None or not torch.cuda.is_available():
+        return device or "cpu"
+    local_rank, visible = (
+        int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))),
+        torch.cuda.device_count(),
+    )
+    if visible == 1:  # the scheduler shows each process its own
+        return "cuda:0"
+    if local_rank >= visible:
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU: {visible} are visible; start {visible} processes"
+        )
+    return f"cuda:{local_rank}"
 
 
-def wait_for_files(files: Sequence[Path]) -> None:
-    """Returns once the other processes have written their files."""
+def wait_for_files(files: Sequence[Path], timeout: float = 1800, every: float = 2.0) -> None:
+    """Returns once the other processes have written their files. Raises ValueError if none appears for `timeout`
+    seconds."""
+    since, num_before = time.monotonic(), -1
     while missing := [file for file in files if not file.is_file()]:
-        log.info("waiting for %d files of other processes, first %s", len(missing), missing[0].name)
-        time.sleep(2)
+        if len(missing) != num_before:
+            log.info("waiting for %d files of other processes, first %s", len(missing), missing[0].name)
+            since, num_before = time.monotonic(), len(missing)
+        if time.monotonic() - since > timeout:
+            raise ValueError(
+                f"another process died or hangs: {len(missing)} of {len(files)} files are missing after {timeout / 60:g}"
+                f" minutes without a new one, first {missing[0]}; the same command continues from what there is"
+            )
+        time.sleep(every)

@@ -116,13 +116,10 @@ class FakeGPU(CPUAccelerator):
 
 
 class OneFakeGPU(SingleDeviceStrategy):
-    """A strategy whose module is on the device already, and stays there."""
+    """A strategy whose module stays on the device."""
 
     def __init__(self) -> None:
         super().__init__(CUDA, accelerator=FakeGPU())
-
-    def model_to_device(self) -> None:
-        pass
 
     def teardown(self) -> None:
         pass

@@ -18,16 +18,29 @@ def num_batches(trainer: Trainer) -> int:
 
 
 class Kill(Callback):
-    """SIGKILL after a batch, before anything is saved for it."""
+    """SIGKILL after a batch, before anything is saved for it; of one rank, or of all."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, rank: int | None = None) -> None:
+        self.batch, self.rank = batch, rank
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if num_batches(trainer) == self.batch:
+        if num_batches(trainer) == self.batch and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hang(Callback):
+    """One rank stops working after a batch."""
+
+    def __init__(self, batch: int, rank: int) -> None:
+        self.batch, self.rank = batch, rank
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if num_batches(trainer) == self.batch and trainer.global_rank == self.rank:
+            time.sleep(3600)
 
 
 class KillInValidation(Callback):

@@ -1,11 +1,14 @@
 """Before the first step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from support.runs import (
-    fit,
-)
+import torch
+from hydra.utils import instantiate
+from support.runs import config, fit
+
+CPU = torch.device("cpu")
 
 
 def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path, var_overrides):
@@ -36,3 +39,26 @@ def test_a_damaged_checkpoint_is_named_with_the_one_that_can_serve(tmp_path, var
     last.write_bytes(b"")
     with pytest.raises(ValueError, match=r"last.ckpt.*; no other checkpoint in .*checkpoints is whole"):
         fit(tmp_path, *var_overrides, "val_every=4", "ckpt_path=last")
+
+
+def test_several_devices_need_a_trainer_that_uses_them(tmp_path, var_overrides):
+    for trainer in ("cpu", "gpu"):
+        with pytest.raises(ValueError, match="devices=4: this trainer uses one device; choose trainer=ddp"):
+            fit(tmp_path, *var_overrides, f"trainer={trainer}", "devices=4")
+
+
+def test_the_first_weights_do_not_depend_on_the_device(var_overrides, tmp_path):
+    """Strategies build the network in the context of their device; the values come from the CPU in any case."""
+    found = []
+    for device in ("cpu", "meta"):
+        cfg = config(tmp_path, *var_overrides)
+        module, data = instantiate(cfg.module, _convert_="all"), instantiate(cfg.data, _convert_="all")
+        data.setup()
+        module._trainer = SimpleNamespace(
+            datamodule=data, precision="32-true", strategy=SimpleNamespace(root_device=CPU)
+        )
+        torch.manual_seed(5)
+        with torch.device(device):
+            module.configure_model()
+        found.append(module.net.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

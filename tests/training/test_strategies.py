@@ -231,3 +231,17 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
     if processes == 1:
         assert logged_losses(tmp_path / "whole.log") == logged_losses(tmp_path / "log")
     same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("fault", ["Kill", "Hang"])
+def test_a_process_that_dies_or_hangs_ends_the_run_in_a_sentence(fault, tmp_path, still):
+    """In the second of two processes, after the fifth step; the first notices within the timeout."""
+    broken = [f"+callbacks.broken={{_target_: support.fault_callbacks.{fault}, batch: 5, rank: 1}}"]
+    ddp = ["trainer=ddp", *CPU, "trainer.strategy.timeout.minutes=0.1"]
+    ended = command(tmp_path, *still, *ddp, *broken, processes=2)
+    assert ended.returncode == 1
+    assert "varlab train: another process of this run died or hangs (" in ended.stdout
+    assert "ckpt_path=last continues" in ended.stdout and "Traceback" not in ended.stdout
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+    fit(tmp_path, *still, "ckpt_path=last")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"

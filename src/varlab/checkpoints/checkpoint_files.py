@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run in `folder` continues from, or None."""
     path = folder / "last.ckpt"
     _, old = swap_paths(path)
-    if not path.exists() and old.exists():
-        old.rename(path)
+    if not path.exists():
+        with suppress(FileNotFoundError):  # there is none, or another process was faster
+            old.rename(path)
     return path if path.exists() else None
 
 

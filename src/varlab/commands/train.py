@@ -102,7 +102,7 @@ def set_steps(cfg: DictConfig) -> None:
     run whose first steps depend on its length."""
     from hydra.utils import instantiate
 
-    from varlab.training.run_setup import check_branch, check_length
+    from varlab.training.run_setup import check_branch, check_devices, check_length
 
     if cfg.compute is not None:
         from varlab.training.planned_run import affordable_steps
@@ -110,6 +110,7 @@ def set_steps(cfg: DictConfig) -> None:
         cfg.steps = 1
         cfg.steps = affordable_steps(cfg.compute, planned(cfg))
     check_length(cfg)
+    check_devices(cfg)
     check_branch(cfg, instantiate(cfg.module.schedule))
 
 

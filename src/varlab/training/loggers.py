@@ -15,10 +15,12 @@ from varlab.files import atomic_write
 
 
 def run_id(folder: str | Path) -> str:
-    """The id of a run, stored in its folder so that a resumed run keeps it. An agent of a W&B sweep provides its own
-    id."""
+    """The id of a run, stored in its folder by rank 0 so that a resumed run keeps it. An agent of a W&B sweep provides
+    its own id."""
     file = Path(folder) / "run_id"
     if not file.is_file():
+        if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
+            return ""  # only rank 0 logs
         with atomic_write(file) as partial:
             partial.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()

@@ -27,6 +27,14 @@ def check_length(cfg: DictConfig) -> None:
         )
 
 
+def check_devices(cfg: DictConfig) -> None:
+    """Raises ValueError for several devices with a trainer that uses one."""
+    if cfg.devices not in ("auto", 1) and cfg.trainer.devices == 1:
+        raise ValueError(
+            f"devices={cfg.devices}: this trainer uses one device; choose trainer=ddp, fsdp, hsdp or multinode"
+        )
+
+
 def check_branch(cfg: DictConfig, schedule: Schedule) -> None:
     """Raises ValueError for a branch of a run whose first steps depend on the run's length."""
     if cfg.branch == 1:

@@ -1,6 +1,7 @@
 """Strategies and plugins: FSDP2 and HSDP, weights in bf16, atomic checkpoint files."""
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class FSDP2(ModelParallelStrategy):
     `num_replicas`: number of groups of devices that each hold all weights (HSDP): 1 shards over all devices of all
     nodes; the number of nodes shards within each node and averages gradients across nodes. Checkpoints are folders with
     one file per rank, or, without `save_distributed_checkpoint`, one regular file. Both can be resumed on any number of
-    devices.
+    devices. `timeout`: how long a process waits for the others before the run fails.
     """
 
     def __init__(
@@ -89,11 +90,13 @@ class FSDP2(ModelParallelStrategy):
         num_replicas: int = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=timeout or timedelta(minutes=30),
         )
         self.num_replicas = num_replicas
 

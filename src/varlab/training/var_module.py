@@ -100,12 +100,13 @@ class VARModule(ScheduledModule):
         self.class_names = self.data.class_names
         torch.manual_seed(torch.initial_seed())  # initial weights do not depend on earlier random numbers
         quantizer = self.tokenizer.quantizer
-        self.net = self.make_net(
-            patch_nums=quantizer.patch_nums,
-            codebook_size=quantizer.codebook_size,
-            codebook_dim=quantizer.codebook_dim,
-            num_classes=self.data.num_classes,
-        )
+        with torch.device("cpu"):  # the same weights on any device and with any strategy
+            self.net = self.make_net(
+                patch_nums=quantizer.patch_nums,
+                codebook_size=quantizer.codebook_size,
+                codebook_dim=quantizer.codebook_dim,
+                num_classes=self.data.num_classes,
+            )
         self.check_net()
         self.net.attention = self.attention
         self.schedule = self.warmed_up_by_size(self.data.global_batch_size)
