@@ -7,7 +7,7 @@ DEV := .venv/.dev
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export app docs bench bench-data
+.PHONY: help setup demo test test-all check format shards tokens train-tokenizer train-d12 train-d16 train-d20 train-d24 train-d30 train-d36 sweep-depth sweep-wandb scaling sample evaluate export app docs bench bench-data gpu
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,3 +92,6 @@ bench: $(BASE) ## training, tokenizer, sampling, data, start-up; beside the rele
 
 bench-data: $(BASE) ## data loading speed of this machine -> experiments/performance/data.csv
 	$(BIN)/python experiments/performance/data.py
+
+gpu: $(BASE) ## everything that needs a GPU, in half an hour -> experiments/performance/gpu; ARGS="--released FOLDER"
+	$(BIN)/python experiments/performance/gpu.py $(ARGS)

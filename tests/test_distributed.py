@@ -4,8 +4,9 @@ import threading
 import time
 
 import pytest
+import torch
 
-from varlab.distributed import WorkSplit, default_device, wait_for_files
+from varlab.distributed import WorkSplit, default_device, use_exact_fp32, wait_for_files
 
 
 def test_rank_and_number_of_processes_come_from_torchrun_or_srun(monkeypatch):
@@ -55,3 +56,9 @@ def test_waiting_ends_when_no_file_appears(tmp_path):
         ValueError, match="1 of 2 files are missing after 0.002 minutes without a new one, first .*late"
     ):
         wait_for_files([tmp_path / "early", tmp_path / "late"], timeout=0.12, every=0.05)
+
+
+def test_fp32_on_a_gpu_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    use_exact_fp32()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

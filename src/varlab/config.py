@@ -143,7 +143,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether another process of a distributed run ended, or did not answer in time."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Application timeout")
     is_of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return is_of_torch or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 

@@ -46,6 +46,14 @@ def default_device(device: str | None) -> str:
     return f"cuda:{local_rank}"
 
 
+def use_exact_fp32() -> None:
+    """Products and convolutions of fp32 tensors in fp32 on a GPU, where cuDNN's default is TF32, which chooses other
+    tokens."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def wait_for_files(files: Sequence[Path], timeout: float = 1800, every: float = 2.0) -> None:
     """Returns once the other processes have written their files. Raises ValueError if none appears for `timeout`
     seconds."""

@@ -30,6 +30,21 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Break(Callback):
+    """Fails after a batch."""
+
+    MESSAGE = "broken on purpose"
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if num_batches(trainer) == self.batch:
+            raise RuntimeError(self.MESSAGE)
+
+
 class Hang(Callback):
     """One rank stops working after a batch."""
 

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from support.fault_callbacks import Break
 from support.runs import SHORT, TOKENIZER, fit, log_to, logged_losses
 
 from varlab.checkpoints.load import read_checkpoint
@@ -25,6 +27,7 @@ STRATEGIES = {
     "fsdp": ["trainer=fsdp", *CPU, "trainer.strategy.process_group_backend=gloo"],
     "hsdp": ["trainer=hsdp", *CPU, "trainer.strategy.num_replicas=2", "trainer.strategy.process_group_backend=gloo"],
 }
+BREAK = "+callbacks.broken={_target_: support.fault_callbacks.Break, batch: 7}"
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
@@ -33,10 +36,18 @@ def poison(step):
 
 
 def interrupted(folder, overrides):
-    """A whole run, and the same run stopped after three of its steps and continued; the second step is not finite."""
+    """A whole run, and the same run broken in its fourth step and continued after the third; the second step is not
+    finite."""
     whole = [str(folder / "whole"), *overrides, *poison(2), *log_to(folder / "whole.log")]
     stopped = [str(folder / "moved"), *overrides, *poison(2), *log_to(folder / "moved.log")]
-    return [whole, [*stopped, "+trainer.limit_train_batches=6"], [*stopped, "ckpt_path=last"]]
+    return [whole, [*stopped, BREAK], [*stopped, "ckpt_path=last"]]
+
+
+def make(runs):
+    """Makes the runs in this process."""
+    for folder, *overrides in runs:
+        with pytest.raises(RuntimeError, match=Break.MESSAGE) if BREAK in overrides else nullcontext():
+            fit(Path(folder), *overrides)
 
 
 def check(folder, num_ranks=1):
@@ -61,10 +72,7 @@ def tokenizer_overrides(digits_folder, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_var_trains_and_continues_in_every_precision(precision, tmp_path, var_overrides):
-    for folder, *overrides in interrupted(
-        tmp_path / precision, [*var_overrides, *LENGTH, f"trainer.precision={precision}"]
-    ):
-        fit(Path(folder), *overrides)
+    make(interrupted(tmp_path / precision, [*var_overrides, *LENGTH, f"trainer.precision={precision}"]))
     check(tmp_path / precision)
 
 
@@ -75,8 +83,7 @@ def test_a_tokenizer_trains_and_continues_in_every_precision(precision, tmp_path
         with pytest.raises(ValueError, match="bf16-true supports a VAR only"):
             fit(tmp_path, *overrides)
         return
-    for folder, *more in interrupted(tmp_path / precision, overrides):
-        fit(Path(folder), *more)
+    make(interrupted(tmp_path / precision, overrides))
     check(tmp_path / precision)
 
 
@@ -99,7 +106,8 @@ def test_all_strategies_in_all_precisions(tmp_path, var_overrides, digits_folder
     assert ended.returncode == 0, ended.stderr[-3000:]
     for rank in range(2):
         outcomes = json.loads((tmp_path / f"runs.json.{rank}").read_text())
-        failed = {run[0]: outcome for run, outcome in zip(runs, outcomes, strict=True) if outcome}
+        pairs = zip(runs, outcomes, strict=True)
+        failed = {run[0]: outcome for run, outcome in pairs if (Break.MESSAGE in (outcome or "")) != (BREAK in run)}
         assert not failed, "\n".join(f"{name}: {outcome}" for name, outcome in failed.items())
     for name in jobs:
         check(tmp_path / name, num_ranks=2)

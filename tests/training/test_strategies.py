@@ -233,6 +233,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(processes, tmp_
     same(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["Kill", "Hang"])
 def test_a_process_that_dies_or_hangs_ends_the_run_in_a_sentence(fault, tmp_path, still):
     """In the second of two processes, after the fifth step; the first notices within the timeout."""

@@ -18,15 +18,20 @@ def run(cfg: DictConfig) -> None:
     from varlab.checkpoints.load import load
     from varlab.data.decoding import open_image
     from varlab.data.images import Crop, preprocess, to_tensor
-    from varlab.distributed import default_device
+    from varlab.distributed import default_device, use_exact_fp32
     from varlab.files import save_json
     from varlab.models.conditioning import label_of
+    from varlab.sampling.acceleration import default_precision, use_bf16
     from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 
     if cfg.num < 1:
         raise ValueError(f"num={cfg.num} must be positive")
     device = default_device(cfg.device)
     tokenizer, var, names = load(cfg.checkpoint, trust_code=cfg.trust_code)
+    precision = default_precision(device)
+    use_exact_fp32()  # the encoder's
+    if precision == "bf16":
+        use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
     side = tokenizer.image_size[0]
     image = open_image(cfg.image, f"image={cfg.image}")
@@ -57,6 +62,7 @@ def run(cfg: DictConfig) -> None:
         "image": str(cfg.image),
         "label": label,
         "seed": cfg.seed,
+        "precision": precision,
         **settings,
     }
     fitted = f"center crop of {min(image.size)} pixels, resized to {side}"

@@ -16,11 +16,12 @@ def run(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from varlab.checkpoints.load import contains_var, load, load_tokenizer
-    from varlab.distributed import default_device
+    from varlab.distributed import default_device, use_exact_fp32
     from varlab.evaluation.image_sets import score_name
     from varlab.evaluation.tokenizer import evaluate_tokenizer
     from varlab.evaluation.var import evaluate_likelihood
 
+    use_exact_fp32()
     if cfg.samples is not None or (cfg.checkpoint is not None and cfg.reference is not None):
         return samples_or_grid(cfg)
     if cfg.checkpoint is None or cfg.shards is None:

@@ -14,8 +14,9 @@ def run(cfg: DictConfig) -> None:
 
     from varlab.checkpoints.load import load_tokenizer
     from varlab.data.token_cache import write_cache
-    from varlab.distributed import WorkSplit, default_device
+    from varlab.distributed import WorkSplit, default_device, use_exact_fp32
 
+    use_exact_fp32()
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
     with FolderLock(Path(cfg.out), "varlab tokenize", share.rank, share.num_ranks):

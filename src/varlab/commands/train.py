@@ -47,6 +47,7 @@ def fit_locked(cfg: DictConfig) -> float | None:
 
     from varlab import __version__
     from varlab.checkpoints.checkpoint_files import latest_checkpoint
+    from varlab.distributed import use_exact_fp32
     from varlab.training.run_record import git_commit, summary
     from varlab.training.run_setup import branch_point, check_new_run, check_start
 
@@ -58,6 +59,7 @@ def fit_locked(cfg: DictConfig) -> float | None:
     if start is not None:
         check_start(Path(start))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    use_exact_fp32()  # the frozen tokenizer's; what is trained runs in bf16
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
     callbacks = {name: instantiate(callback) for name, callback in cfg.callbacks.items() if callback is not None}
