@@ -13,14 +13,19 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by bench.py -->", "<!-- end of results -->"
 COLOURS = {"released": "#888888", "varlab, masked": "#9ecae1", "varlab": "#3182bd", "varlab, compiled": "#08519c"}
 HEADER = (
-    "| work | code | | seconds | spread | ratio | per second | of matmul rate | of copy rate | peak, GB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| work | code | | seconds | spread | ratio | ratio in the same precision | per second | of matmul rate | of copy rate | peak, GB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def percent(share: str) -> str:
     """0.62 -> 62 %."""
     return f"{100 * float(share):.0f} %" if share else ""
+
+
+def work_of(row: dict[str, str]) -> tuple[str, str, str]:
+    """What is compared like for like."""
+    return row["what"], row["network"], row["precision"]
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -36,9 +41,12 @@ def table(rows: list[dict[str, str]]) -> str:
         f"{first['machine']}, torch {first['torch']}, {first['date']}. Ceilings measured in the same run: matrix product {products};"
         f" copy {ceilings['copy'] / 1e9:,.1f} GB/s.\n\n"
     )
+    theirs = {work_of(row): float(row["seconds"]) for row in rows if row["code"] == "released"}
+    like = {work: [row for row in rows if work_of(row) == work] for work in theirs}
+    same = {id(row): f"{seconds / float(row['seconds']):.2f}" for work, seconds in theirs.items() for row in like[work]}
     lines = [
         f"| {row['what']}: {row['network']} | {row['code']} | {row['precision']} | {row['seconds']} | {percent(row['spread'])} |"
-        f" {row['ratio']} | {row['per_second']} {row['unit']} | {percent(row['share_of_matmul'])} | {percent(row['share_of_copy'])} |"
+        f" {row['ratio']} | {same.get(id(row), '')} | {row['per_second']} {row['unit']} | {percent(row['share_of_matmul'])} | {percent(row['share_of_copy'])} |"
         f" {row['peak_gb']} |"
         for row in rows
         if row["what"] not in ("ceiling", "start")
