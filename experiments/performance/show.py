@@ -44,13 +44,20 @@ def table(rows: list[dict[str, str]]) -> str:
     theirs = {work_of(row): float(row["seconds"]) for row in rows if row["code"] == "released"}
     like = {work: [row for row in rows if work_of(row) == work] for work in theirs}
     same = {id(row): f"{seconds / float(row['seconds']):.2f}" for work, seconds in theirs.items() for row in like[work]}
-    lines = [
-        f"| {row['what']}: {row['network']} | {row['code']} | {row['precision']} | {row['seconds']} | {percent(row['spread'])} |"
-        f" {row['ratio']} | {same.get(id(row), '')} | {row['per_second']} {row['unit']} | {percent(row['share_of_matmul'])} | {percent(row['share_of_copy'])} |"
-        f" {row['peak_gb']} |"
-        for row in rows
-        if row["what"] not in ("ceiling", "start")
-    ]
+    lines = []
+    for row in rows:
+        if row["what"] in ("ceiling", "start"):
+            continue
+        cells = [
+            f"{row['what']}: {row['network']}",
+            row["code"],
+            row["precision"],
+            row["seconds"],
+            percent(row["spread"]),
+        ]
+        cells += [row["ratio"], same.get(id(row), ""), f"{row['per_second']} {row['unit']}"]
+        cells += [percent(row["share_of_matmul"]), percent(row["share_of_copy"]), row["peak_gb"]]
+        lines.append(f"| {' | '.join(cells)} |")
     starts = "; ".join(f"`{row['network']}` {row['seconds']} s" for row in rows if row["what"] == "start")
     return head + "\n".join([HEADER, *lines]) + (f"\n\nFrom the shell to the end: {starts}.\n" if starts else "\n")
 

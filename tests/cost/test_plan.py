@@ -8,7 +8,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from varlab.cost.flops import parameter_counts, training_flops
-from varlab.cost.plan import GPUS, Layout, PlannedRun, estimated_mfu, memory
+from varlab.cost.plan import GPUS, Layout, PlannedRun, estimated_mfu, memory, print_plan
 from varlab.models import losses
 from varlab.models.var import VAR
 from varlab.training.optimizers import parameter_groups
@@ -85,3 +85,10 @@ def test_time_is_estimated_from_flops_and_bytes():
     assert estimated_mfu(everything, GPUS["h200"]) < 0.8 * expected
     assert estimated_mfu(replace(run, precision="32-true"), GPUS["h200"]) < 0.2 * expected
     assert estimated_mfu(run, GPUS["h100"]) < expected  # the same products, slower memory
+
+
+def test_a_branch_without_steps_of_its_own_costs_nothing(capsys):
+    sizes = VAR(depth=2, **SIZES).sizes
+    cost = print_plan(PlannedRun("run", sizes, 1000, 0, 64, "bf16-mixed", Layout()), "h100", None)
+    assert cost == {"flops": 0.0, "a100": 0.0, "h100": 0.0, "h200": 0.0}
+    assert "0 GPU hours" in capsys.readouterr().out

@@ -195,7 +195,8 @@ def print_time(flops: float, num_devices: int, seconds: dict[str, float], measur
         print(f"time at {measured_flops:.3g} FLOP/s, as measured: {flops / measured_flops / 3600:,.3g} hours")
     print(f"time on {num_devices} devices:")
     for name, alone in seconds.items():
-        days, hours, mfu = alone / num_devices / 86400, alone / 3600, flops / alone / GPUS[name].peak
+        days, hours = alone / num_devices / 86400, alone / 3600
+        mfu = flops / alone / GPUS[name].peak if alone else 0.0  # a branch that trains no step of its own
         print(f"  {name:5} {days:8.3g} days, {hours:10,.3g} GPU hours at {mfu:.0%} MFU")
 
 

@@ -109,6 +109,7 @@ def silence_warnings() -> None:
         r".*isinstance\(treespec, LeafSpec\)",
         r"Checkpoint directory .* exists and is not empty",  # the folder of the run being continued
         r".*does not have many workers",
+        r"`broadcast_buffers` is deprecated",  # its successor is unknown to torch 2.9
         r"The `srun` command is available",
         r"It is recommended to use `self.log\('val.*sync_dist=True",  # scores are already means over all ranks
         r"Be aware that when using `ckpt_path`",  # callbacks of 0.1.0 that have another name now
