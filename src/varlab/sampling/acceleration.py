@@ -130,7 +130,8 @@ def accelerate(
     if compiled == "blocks":
         return draw
     address = var.head.weight.data_ptr()  # another one after a move to another device or dtype
-    key = (id(tokenizer), repr(settings), tuple(condition.shape), condition.dtype, address)
+    has_autocast = torch.is_autocast_enabled(condition.device.type)
+    key = (id(tokenizer), repr(settings), tuple(condition.shape), condition.dtype, address, has_autocast)
     if key not in graphs:
         try:
             graphs[key] = CUDAGraph(draw, condition, uniform)
