@@ -38,20 +38,34 @@ def save(image: Image.Image, path: Path) -> None:
         image.save(partial, "png")
 
 
+def save_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Writes an image (uint8, H W 3) atomically, as .npy or PNG according to the name of the file."""
+    if path.suffix == ".npy":
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.save(file, pixels)
+    else:
+        save(Image.fromarray(pixels), path)
+
+
 def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
     """Images in [0, 1] as uint8 (B, H, W, 3), rounded to the nearest level (the released demo rounds down)."""
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def read_pixels(path: Path) -> np.ndarray:
+    """An image file (.npy, or any that Pillow reads) as uint8 (H, W, 3)."""
+    return np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path).convert("RGB"))
+
+
 def read(path: Path) -> Float[Tensor, "3 H W"]:
-    """An RGB image file as values in [0, 1]."""
-    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+    """An image file as values in [0, 1]."""
+    return torch.from_numpy(read_pixels(path).astype(np.float32) / 255).permute(2, 0, 1)
 
 
 def save_npz(files: Sequence[Path], path: Path) -> None:
     """Writes image files of one size as `arr_0`, uint8 (N, H, W, 3), the format of the ADM evaluator, one image at a
     time."""
-    height, width = np.asarray(Image.open(files[0])).shape[:2]
+    height, width = read_pixels(files[0]).shape[:2]
     shape = (len(files), height, width, 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with (
@@ -61,7 +75,7 @@ def save_npz(files: Sequence[Path], path: Path) -> None:
     ):
         np.lib.format.write_array_header_2_0(array, header)
         for file in files:
-            pixels = np.asarray(Image.open(file).convert("RGB"))
+            pixels = read_pixels(file)
             if pixels.shape != shape[1:]:
                 raise ValueError(
                     f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but the first image is {width}x{height}"

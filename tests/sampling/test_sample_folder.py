@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 from support.runs import draw, sample_settings
 
+from varlab.evaluation.image_sets import ImageSet
+from varlab.sampling import sample_folder
+
 
 def equal(a, b):
     """Batches of other sizes add up in another order: one level at most."""
@@ -60,13 +63,40 @@ def test_other_settings_do_not_mix_into_a_folder(export_folder, tmp_path):
 
 
 def test_an_npz_for_the_adm_evaluator(export_folder, tmp_path):
-    images = draw(export_folder, tmp_path / "out", "classes=balanced", "num=6", "npz=true")
+    given = ["classes=balanced", "num=6"]
+    images = draw(export_folder, tmp_path / "png", *given)
+    assert not draw(export_folder, tmp_path / "out", *given, "npz=true")
     array = np.load(tmp_path / "out/samples.npz")["arr_0"]
     assert array.dtype == np.uint8 and array.shape == (6, 16, 16, 3)
     for pixels, image in zip(array, images.values(), strict=True):
         assert (pixels == image).all()
     told = json.loads((tmp_path / "out/samples.json").read_text())
     assert told["labels"] == [0, 1, 2, 0, 1, 2] and told["rounding"] == "nearest" and len(told["checkpoint"]) == 33
+    assert len(ImageSet(tmp_path / "out")) == 6
+    assert (tmp_path / "out/grid.png").read_bytes() == (tmp_path / "png/grid.png").read_bytes()
+
+
+def test_a_killed_npz_continues_from_its_images_and_a_complete_one_is_kept(export_folder, tmp_path, monkeypatch):
+    given, out = ["classes=balanced", "num=6", "npz=true", "batch_size=2"], tmp_path / "out"
+    draws, real = [], sample_folder.draw
+
+    def counted(var, tokenizer, rows, settings, seeds, compiled):
+        draws.append(seeds)
+        if len(draws) == 3:
+            raise KeyboardInterrupt
+        return real(var, tokenizer, rows, settings, seeds, compiled)
+
+    monkeypatch.setattr(sample_folder, "draw", counted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(export_folder, out, *given)
+    assert len(list((out / "images").glob("*.npy"))) == 4 and not (out / "samples.npz").exists()
+    draw(export_folder, out, *given)
+    assert draws[2] == draws[3] and len(draws) == 4 and not (out / "images").exists()
+    stamp = (out / "samples.npz").stat().st_mtime_ns
+    draw(export_folder, out, *given)
+    assert len(draws) == 4 and (out / "samples.npz").stat().st_mtime_ns == stamp
+    draw(export_folder, out, *given[:1], "num=9", *given[2:])
+    assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
 
 def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):

@@ -103,7 +103,7 @@ def sample_settings(export_folder, out, *more):
 
 def draw(export_folder, out, *more):
     sample.run(config(out, *sample_settings(export_folder, out, *more), verb="sample"))
-    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((out / "images").iterdir())}
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((out / "images").glob("*.png"))}
 
 
 def wandb_records(folder: Path) -> list[dict]:

@@ -8,11 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from support.runs import command, log_to, logged_losses
+from support.runs import command, log_to, logged_losses, sample_settings
 from support.slurm import Slurm, reason_to_skip
 
+from varlab import image_grid
 from varlab.sweeps import slurm as sweep_slurm
 
 pytestmark = pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
@@ -117,6 +119,30 @@ def test_a_job_whose_node_died_goes_on_from_its_checkpoint_on_another(slurm, tmp
     assert sorted(logged_losses(tmp_path / "log")) == list(range(1, 61))
     slurm.start_node(node)
     slurm.wait(lambda: slurm.call("sinfo", "-h", "-N", "-p", "cpu", "-o", "%T").split() == ["idle"] * 2, 60)
+
+
+@pytest.mark.slow
+def test_tokens_and_samples_of_four_tasks_on_two_nodes_equal_those_of_one_process(
+    slurm, tmp_path, digits_folder, export_folder
+):
+    """`srun` alone sets ranks: each task does its part, the first puts them together."""
+    encode = f"tokenize shards={digits_folder} tokenizer={export_folder} resize_ratio=1.0 part_images=4 out={{}}"
+    sample = " ".join(["sample", *sample_settings(export_folder, "{}")])
+    for verb in (encode, sample):
+        name = verb.partition(" ")[0]
+        one, four = tmp_path / f"{name}-one", tmp_path / f"{name}-four"
+        words = [PYTHON, "-m", "varlab", *verb.format(one).split()]
+        subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
+        started = f"srun {PYTHON} -m varlab {verb.format(four)}"
+        job = slurm.submit(started, tmp_path, "--nodes=2", "--ntasks-per-node=2", "--time=10", "-o", f"{name}.txt")
+        slurm.wait(lambda job=job: slurm.state(job) not in ("PENDING", "RUNNING"), 240)
+        assert slurm.state(job) == "COMPLETED", (tmp_path / f"{name}.txt").read_text()[-3000:]
+        read, own = {"sample": (image_grid.read_pixels, "images/*.png"), "tokenize": (np.load, "*.npy")}[name]
+        files = sorted(file.relative_to(one) for file in one.glob(own))
+        assert files and sorted(file.relative_to(four) for file in four.glob(own)) == files
+        for file in files:  # batches of other sizes add up in another order: one level at most
+            difference = np.abs(read(one / file).astype(int) - read(four / file).astype(int))
+            assert difference.max() <= (name == "sample")
 
 
 def test_a_canceled_job_has_saved_and_is_not_started_again(slurm, tmp_path, slow_run):

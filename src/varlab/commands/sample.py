@@ -44,12 +44,12 @@ def run(cfg: DictConfig) -> None:
             **{name: cfg[name] for name in ("seed", "batch_size", "precision", "compiled", "npz", "grid", "film_rows")},
         )
     if work.rank == 0:
-        npz = ", samples.npz" if cfg.npz else ""
         if cfg.condition is None:
             drawn = list(dict.fromkeys(int(label) for label in conditions))
             shown = [class_names[label] if label < len(class_names) else str(label) for label in drawn[:20]]
             print(f"classes: {', '.join(shown)}{', ...' if len(drawn) > 20 else ''}")
-        print(f"{cfg.out}: {cfg.num} images in images/, grid.png, filmstrip.png (coarse to fine), samples.json{npz}")
+        place = "samples.npz" if cfg.npz else "images/"
+        print(f"{cfg.out}: {cfg.num} images in {place}, grid.png, filmstrip.png (coarse to fine), samples.json")
 
 
 main = hydra_command("sample")(run)

@@ -22,7 +22,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ImageSet:
-    """Images of one size: the files of a folder, sorted by name, or `arr_0` of an .npz (uint8, N H W 3).
+    """Images of one size: the files of a folder, sorted by name, or `arr_0` of an .npz (uint8, N H W 3); for a folder of
+    `varlab sample`, its `images` or its `samples.npz`.
 
     `identity`: hash of their content. Raises ValueError naming the problem.
     """
@@ -31,6 +32,8 @@ class ImageSet:
         self.path = Path(path)
         self.files: list[Path] = []
         self.array: np.ndarray | None = None
+        if (self.path / "samples.npz").is_file() and not (self.path / "images").is_dir():
+            self.path = self.path / "samples.npz"
         if self.path.suffix == ".npz" and self.path.is_file():
             array = read_archive(self.path, "arr_0").get("arr_0")
             if array is None or array.size == 0:

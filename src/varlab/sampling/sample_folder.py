@@ -1,9 +1,10 @@
-"""Samples of a VAR as a folder: PNG images, class grid, filmstrip of scales, and a record of how they were made.
+"""Samples of a VAR as a folder: PNG images or one .npz, class grid, filmstrip of scales, and a record of how they were made.
 
 Image i has seed `seed + i`, so the set does not depend on batch size, devices or restarts; existing images are kept.
 """
 
 import copy
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -81,7 +81,8 @@ def write_samples(
     processes of torchrun.
 
     `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. Images are
-    written by threads while the next batch is generated. Raises ValueError for a setting out of range, and if `out`
+    written by threads while the next batch is generated: as PNG, or with `npz` as arrays of their pixels, which are
+    removed once samples.npz holds them. Raises ValueError for a setting out of range, and if `out`
     holds images made with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
@@ -98,8 +99,11 @@ def write_samples(
     named = [int(label) for label in conditions] if is_labels else rows.tolist()
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
 
-    names = [f"{i:06d}-class{label:04d}.png" if is_labels else f"{i:06d}.png" for i, label in enumerate(named)]
-    files = [out / "images" / name for name in names]
+    suffix = "npy" if npz else "png"
+    names = [f"{i:06d}-class{label:04d}" if is_labels else f"{i:06d}" for i, label in enumerate(named)]
+    files = [out / "images" / f"{name}.{suffix}" for name in names]
+    if npz and is_complete(out, num):
+        return
     own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
@@ -113,8 +117,7 @@ def write_samples(
             for write in writes:  # of the batch before
                 write.result()
             writes = [
-                pool.submit(image_grid.save, Image.fromarray(image), files[i])
-                for i, image in zip(chunk, pixels, strict=True)
+                pool.submit(image_grid.save_pixels, image, files[i]) for i, image in zip(chunk, pixels, strict=True)
             ]
         for write in writes:
             write.result()
@@ -128,6 +131,14 @@ def write_samples(
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
     save_json(out / "samples.json", {**protocol, "num": num, **classes, "labels": named})
+    if npz:
+        shutil.rmtree(out / "images")
+
+
+def is_complete(out: Path, num: int) -> bool:
+    """Whether samples.npz holds `num` images: their single files are gone by then."""
+    record = out / "samples.json"
+    return (out / "samples.npz").is_file() and record.is_file() and load_json(record, "varlab sample")["num"] == num
 
 
 def plain(settings: SamplingSettings) -> dict[str, Any]:
