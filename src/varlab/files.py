@@ -273,10 +273,13 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header. Raises ValueError naming the file if it is none."""
+    """The rows of a CSV file with a header, whose cells are separated by commas, semicolons or tabs. Raises ValueError
+    naming the file if it is none."""
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            header = lines.readline()
+            lines.seek(0)
+            rows = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{file} is not a CSV file: {error}") from None
     if any(None in row for row in rows):

@@ -4,11 +4,11 @@ import json
 
 from support.scaling_runs import make_runs, scale
 
-from varlab.scaling.runs import read_table
+from varlab.scaling.tables import read_table
 
 
 def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
-    make_runs(tmp_path / "sweep")
+    make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5))
     scale(tmp_path, tmp_path / "sweep", "floor=2.5")
     printed = capsys.readouterr().out
     assert "val_loss" in printed and "[paper, ImageNet 256: 0.2]" in printed
@@ -23,7 +23,7 @@ def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
     ).replace("https://matplotlib.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     header = (tmp_path / "fit/runs.csv").read_text().splitlines()[0]
     assert header.count("[nat/token]") == 4 and "flops_exact [FLOP]" in header
-    curves = read_table(tmp_path / "fit/curves.csv")
+    curves, _ = read_table(tmp_path / "fit/curves.csv")
     assert [point["images"] for point in curves[:2]] == [19200, 38400]
     scale(tmp_path / "csv", tmp_path / "fit/runs.csv", "floor=2.5")
     assert (tmp_path / "csv/fit/fits.json").read_text() == (tmp_path / "fit/fits.json").read_text()

@@ -11,7 +11,7 @@ from varlab.cost.flops import parameter_counts, training_flops
 
 def sizes(depth):
     return {
-        "depth": depth, "width": 64 * depth, "num_heads": depth, "patch_nums": [1, 2], "codebook_size": 64, "codebook_dim": 8,
+        "depth": depth, "width": 64 * depth, "num_heads": depth, "patch_nums": [1, 2], "codebook_size": 512, "codebook_dim": 8,
         "num_classes": 10, "mlp_ratio": 4.0, "drop_path": 0.0, "label_dropout": 0.1, "shared_adaln": False, "qk_norm": True,
     }  # fmt: skip
 

@@ -19,37 +19,103 @@ PUBLISHED = {
 
 def run(cfg: DictConfig) -> None:
     """Collects runs, fits, plots and reports; with `ask`, answers one question instead."""
-    from varlab.files import save_json
-    from varlab.scaling.analysis import FitSettings, analyse, parse_floor
-    from varlab.scaling.parametric import parse_form
-    from varlab.scaling.plot import figures
-    from varlab.scaling.predict import answer
-    from varlab.scaling.report import summary_lines, write_html
-    from varlab.scaling.runs import collect, write_csv
+    from varlab.scaling.analysis import analyse
+    from varlab.scaling.predict import Limits, answer
 
-    if cfg.unfinished not in ("leave_out", "use"):
-        raise ValueError(f"unfinished={cfg.unfinished!r}: choose leave_out or use")
-    if cfg.report not in ("html", "wandb"):
-        raise ValueError(f"report={cfg.report!r}: choose html or wandb")
-    floor = parse_floor(cfg.floor)
-    settings = FitSettings(floor, parse_form(cfg.form, floor), cfg.repeated, cfg.bootstraps, cfg.seed)
-    sources = list(cfg.source) if isinstance(cfg.source, ListConfig) else [cfg.source]
-    runs = collect([str(source) for source in sources], cfg.unfinished == "use", cfg.order)
+    check(cfg)
+    if cfg.ask == "compare" and cfg.a is not None:
+        compare_recipes(cfg)
+        return
+    if cfg.source is None:
+        raise ValueError("source=RUNS is missing: a folder of runs, a table, or wandb:ENTITY/PROJECT")
+    runs = collected(cfg, cfg.source)
     for line in runs.left_out:
         print(line)
-    analysis = analyse(runs, settings)
     if cfg.ask is not None:
-        given: dict[str, Any] = {key: cfg[key] for key in ("depth", "images", "compute", "run")}
-        print("\n".join(answer(analysis, cfg.ask, given)))
+        given: dict[str, Any] = {key: cfg[key] for key in ("depth", "images", "n", "d", "compute", "run")}
+        analysis = analyse(runs, settings_of(cfg), is_loss_enough=True)
+        for row, reason in analysis.outliers:
+            print(f"outlier: {row['name']}, {reason} (outliers={cfg.outliers})")
+        print("\n".join(answer(analysis, cfg.ask, given, Limits(float(cfg.max_extrapolation), cfg.force))))
         return
+    report(cfg, analyse(runs, settings_of(cfg)))
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ValueError for a setting out of range."""
+    choices = {"unfinished": ("leave_out", "use"), "report": ("html", "wandb"), "outliers": ("leave_out", "keep")}
+    for name, allowed in choices.items():
+        if cfg[name] not in allowed:
+            raise ValueError(f"{name}={cfg[name]!r}: choose {' or '.join(allowed)}")
+    if not isinstance(cfg.repeated, bool) and not (isinstance(cfg.repeated, int | float) and cfg.repeated > 0):
+        raise ValueError(f"repeated={cfg.repeated!r}: choose false, true, or R* as a number above 0")
+    if not cfg.max_extrapolation >= 1:
+        raise ValueError(f"max_extrapolation={cfg.max_extrapolation}: must be at least 1")
+
+
+def settings_of(cfg: DictConfig) -> Any:
+    """The settings of the fits."""
+    from varlab.scaling.analysis import FitSettings, parse_floor
+    from varlab.scaling.parametric import parse_form
+
+    floor = parse_floor(cfg.floor)
+    form = parse_form(cfg.form, floor)
+    return FitSettings(floor, form, cfg.repeated, cfg.bootstraps, cfg.seed, cfg.outliers, cfg.intermediate)
+
+
+def collected(cfg: DictConfig, source: Any) -> Any:
+    """The runs of one source, or of a list of sources."""
+    from varlab.scaling.runs import collect
+
+    sources = [str(one) for one in source] if isinstance(source, ListConfig) else [str(source)]
+    return collect(sources, cfg.unfinished == "use", cfg.order, dict(cfg.columns or {}))
+
+
+def compare_recipes(cfg: DictConfig) -> None:
+    """Prints how much compute recipe `a` saves over recipe `b`, and with `out` draws it."""
+    from varlab.files import save_json
+    from varlab.scaling.analysis import analyse
+    from varlab.scaling.plot import STYLE, recipes_panels, save
+    from varlab.scaling.recipes import multiplier
+
+    if cfg.b is None:
+        raise ValueError(f"compare a={cfg.a} needs b=RUNS, the recipe that it is compared with")
+    first, second = (
+        analyse(collected(cfg, source), settings_of(cfg), is_loss_enough=True) for source in (cfg.a, cfg.b)
+    )
+    found = multiplier(first, second)
+    print(found.sentence(str(cfg.a), str(cfg.b)))
+    if cfg.out is not None:
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            save(recipes_panels(found, str(cfg.a), str(cfg.b)), Path(cfg.out), "recipes")
+        told = {
+            "multiplier": found.value,
+            "interval": found.interval,
+            "is_paired": found.is_paired,
+            "by_pair": found.by_pair,
+        }
+        save_json(Path(cfg.out) / "recipes.json", {"a": str(cfg.a), "b": str(cfg.b), **told, "runs": found.num_runs})
+        print(f"{cfg.out}: recipes.json, recipes.png (svg, pdf)")
+
+
+def report(cfg: DictConfig, analysis: Any) -> None:
+    """Writes tables, fits, figures and reports."""
+    from varlab.files import save_json
+    from varlab.scaling.plot import captions, figures
+    from varlab.scaling.record import as_json
+    from varlab.scaling.report import summary_lines, write_reports
+    from varlab.scaling.tables import write_csv
+
     if cfg.out is None:
         raise ValueError("out=FOLDER is missing: the folder for tables, figures and report")
     out = Path(cfg.out)
-    write_csv(runs.rows, out / "runs.csv")
-    write_csv(runs.curves, out / "curves.csv")
-    save_json(out / "fits.json", analysis.as_json())
+    write_csv(analysis.runs.rows, out / "runs.csv")
+    write_csv(analysis.runs.curves, out / "curves.csv")
+    save_json(out / "fits.json", as_json(analysis))
     plotted = figures(analysis, out, cfg.published)
-    page = write_html(analysis, plotted, out, cfg.title)
+    page = write_reports(analysis, plotted, captions(analysis), out, cfg.title)
     print("\n".join(summary_lines(analysis)))
     for (y, x), exponent in PUBLISHED.items():
         if (y, x) in analysis.laws:
@@ -57,9 +123,8 @@ def run(cfg: DictConfig) -> None:
     print(
         "The paper's exponents are for reducible losses (floors 5 and 4.5 nats) of ImageNet runs; other data gives other exponents."
     )
-    print(
-        f"{out}: runs.csv, curves.csv, fits.json, report.html, {', '.join(f'{name}.png' for name in plotted)} (svg, pdf)"
-    )
+    drawn = ", ".join(f"{name}.png" for name in plotted)
+    print(f"{out}: runs.csv, curves.csv, fits.json, report.html, report.md, captions.md, {drawn} (svg, pdf)")
     if cfg.report == "wandb":
         publish(analysis, cfg, page)
 

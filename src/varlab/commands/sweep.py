@@ -34,7 +34,7 @@ def rerun(folder: Path, choice: str) -> None:
 
 def table(folder: Path) -> None:
     """Writes one row per job: its state and its run.json."""
-    from varlab.scaling.runs import write_csv
+    from varlab.scaling.tables import write_csv
     from varlab.sweeps.ledger import states
 
     rows = []

@@ -1,15 +1,20 @@
-"""The result of an analysis as one self-contained HTML page, or as a W&B report and workspace."""
+"""The result of an analysis as one self-contained HTML page and as Markdown, or as a W&B report and workspace."""
 
 import html
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from varlab.files import atomic_write
-from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, lack_of_fit, seed_noise
+from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, Surface
+from varlab.scaling.checks import divergences, seed_noise
 from varlab.scaling.plot import POINT, words
-from varlab.scaling.runs import key_of
+from varlab.scaling.predict import choices, flops_of
+from varlab.scaling.record import checklist
 
 SHOWN = (
     "name",
@@ -31,8 +36,8 @@ NAMES = {
     "isoflop": "Best size at a given compute",
     "surface": "Loss by size and data",
     "extrapolation": "Prediction of the largest size from the others",
+    "recipes": "Two recipes at equal compute",
 }
-DIVERGED = 0.02  # relative excess of validation loss over training loss in a run that overfits
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d7dae0; --soft: #f4f5f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --paper: #16181c; --line: #3a3e46; --soft: #20242a; } }
@@ -45,91 +50,107 @@ th:first-child, td:first-child { text-align: left } .wide { overflow-x: auto }
 figure { margin: 0; background: #fff; padding: .5rem; border: 1px solid var(--line); overflow-x: auto }
 figure svg { max-width: 100%; height: auto; min-width: 480px }
 .note { white-space: pre-wrap; background: var(--soft); padding: .6rem 1rem; border-left: 3px solid var(--line); font-size: .85rem }
-g[id^="run:"]:hover path, g[id^="run:"]:hover use { stroke: #d62728; stroke-width: 3 }
+figcaption { color: #333; font-size: .85rem; padding: .25rem .5rem } .words td { text-align: left; vertical-align: top }
+g.run:hover path, g.run:hover use { stroke: #d62728; stroke-width: 3 }
 """
 
 
 def summary_lines(analysis: Analysis) -> list[str]:
-    """The results, one per line, as printed and as written into reports."""
-    rows, law = analysis.runs.rows, analysis.parametric
-    depths = sorted({row["depth"] for row in rows})
-    lines = [
-        f"{len(rows)} runs, depths {depths}; L(N) is fitted to the {len(analysis.fixed)} runs"
-        f" of {analysis.fixed[0]['images_seen']:,.0f} images"
+    """The results, one per line, as printed and as written into reports; what speaks against them comes first."""
+    rows, surface, counts = analysis.runs.rows, analysis.surface, analysis.runs.counts
+    depths = sorted({row["depth"] for row in rows if row.get("depth")})
+    sizes = sorted({row[SIZE] for row in rows})
+    size = f"depths {depths}" if depths else f"{len(sizes)} sizes, N {sizes[0]:.3g} to {sizes[-1]:.3g}"
+    lines = [f"{len(rows)} runs, {size}"]
+    if analysis.fixed:
+        lines[0] += (
+            f"; L(N) is fitted to the {len(analysis.fixed)} runs of {analysis.fixed[0]['images_seen']:,.0f} {counts}"
+        )
+    lines += analysis.runs.notes
+    is_kept = analysis.settings.outliers == "keep"
+    lines += [
+        f"outlier, {'kept' if is_kept else 'left out'}: {row['name']}, {reason}" for row, reason in analysis.outliers
     ]
+    if surface is not None:
+        lines += surface.lack_of_fit
     for (y, x), found in analysis.laws.items():
         if not y.startswith("val_loss_scale"):
             lines.append(f"{y:14} against {x:12} {words(found)}, r {found.r:.3f}")
-    scales = [found.alpha for (y, _), found in analysis.laws.items() if y.startswith("val_loss_scale")]
+    scales = [exponent_words(found) for (y, _), found in analysis.laws.items() if y.startswith("val_loss_scale")]
     if scales:
-        lines.append(f"exponents by scale, coarse to fine: {', '.join(f'{alpha:.3f}' for alpha in scales)}")
-    if law is not None:
-        spread = {name: ends for name, ends in law.intervals().items() if name != "floor" or law.form.floor is None}
-        said = ", ".join(
-            f"{name} {spread[name][0]:.3g} to {spread[name][1]:.3g}"
-            for name in ("floor", "alpha", "beta")
-            if name in spread
-        )
-        lines.append(
-            f"L(N, D) = E + A / N^alpha + B / D^beta: E {law.floor:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}"
-            f" ({law.form.words}; 95 %: {said or 'no bootstraps'}); noise per run {100 * law.noise:.2f} %"
-        )
-        if analysis.squares is not None:
-            other = analysis.squares
-            lines.append(
-                f"  with the other loss ({other.form.words}): E {other.floor:.4g}, alpha {other.alpha:.3f}, beta {other.beta:.3f}"
-                + disagreement(spread, other)
-            )
+        lines.append(f"exponents by scale, coarse to fine: {', '.join(scales)}")
+    if surface is not None:
+        lines += surface_lines(surface)
     spread_of_seeds = seed_noise(rows)
     if spread_of_seeds is not None:
         lines.append(f"runs that differ only in their seed vary by {100 * spread_of_seeds:.2f} %")
-    if law is not None:
-        lines += lack_of_fit(rows, law)
-    lines += [f"IsoFLOP, {line}" for line in analysis.isoflop.refused]
-    if analysis.isoflop.size_law is not None:
-        lines.append(f"IsoFLOP: best N grows as C^{-analysis.isoflop.size_law.alpha:.3f}")
+    lines += isoflop_lines(analysis)
     if analysis.extrapolation is not None:
         found = analysis.extrapolation
+        inside = {True: ", inside", False: ", outside", None: ""}[found["inside"]]
+        interval = (
+            "no interval"
+            if found["interval"] is None
+            else f"95 %: {found['interval'][0]:.4f} to {found['interval'][1]:.4f}{inside}"
+        )
         lines.append(
             f"extrapolation: fitted without the largest size, L(N) predicts {found['predicted']:.4f} for it, measured {found['found']:.4f}"
-            f" ({found['error_percent']:+.2f} %)"
+            f" ({found['error_percent']:+.2f} %; {interval})"
         )
-    lines += divergences(analysis)
-    lines += [f"not fitted: {line}" for line in analysis.missing]
+    lines += divergences(analysis.runs)
+    return lines + [f"not fitted: {line}" for line in analysis.missing]
+
+
+def exponent_words(law: Any) -> str:
+    """An exponent, or that the runs do not show a gain."""
+    if law.alpha_interval is not None and law.alpha_interval[0] <= 0:
+        return "no gain shown"
+    return f"{law.alpha:.3f}"
+
+
+def surface_lines(surface: Surface) -> list[str]:
+    """L(N, D): parameters with their intervals, the other loss, near-ties, and an interaction where the law does not fit."""
+    law, other = surface.law, surface.other_loss
+    spread = {name: ends for name, ends in law.intervals().items() if name != "floor" or law.form.floor is None}
+    said = ", ".join(
+        f"{name} {spread[name][0]:.3g} to {spread[name][1]:.3g}"
+        for name in ("floor", "alpha", "beta")
+        if name in spread
+    )
+    decay = "" if surface.repeat_decay is None else f"; repeated images discounted with R* {surface.repeat_decay:.3g}"
+    lines = [
+        f"L(N, D) = E + A / N^alpha + B / D^beta: E {law.floor:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f}"
+        f" ({law.form.words}; 95 %: {said or 'no bootstraps'}); noise per run {100 * law.noise:.2f} %{decay}",
+        f"  with the other loss ({other.form.words}): E {other.floor:.4g}, alpha {other.alpha:.3f}, beta {other.beta:.3f}"
+        + disagreement(spread, other),
+    ]
+    if surface.near_ties:
+        named = "; ".join(form.words for form in surface.near_ties)
+        lines.append(f"  extrapolating about as well, so intervals of predictions include them: {named}")
+    if surface.interaction is not None:
+        lines.append(
+            f"  with an interaction of N and D (form=interaction_{law.form.loss}): noise per run {100 * surface.interaction.noise:.2f} %"
+        )
     return lines
 
 
-def divergences(analysis: Analysis) -> list[str]:
-    """Runs that overfit, as text: where validation loss begins to exceed training loss by more than `DIVERGED`, and
-    where it was lowest if it rose again."""
-    lines, names = [], {key_of(row): row for row in analysis.runs.rows}
-    curves: dict[str, list[Any]] = {}
-    for point in analysis.runs.curves:
-        if point["run_id"] in names:
-            curves.setdefault(point["run_id"], []).append(point)
-    for run_id, curve in curves.items():
-        row, validated, trained, gaps = names[run_id], [], [], []
-        for point in curve:
-            if point.get("train_loss") is not None:
-                trained.append(point["train_loss"])
-            if point.get("val_loss") is not None:
-                validated.append(point)
-                gaps.append(point["val_loss"] / (sum(trained) / len(trained)) - 1 if trained else 0.0)
-                trained = []
-        if gaps and gaps[-1] > DIVERGED:
-            first = next(i for i in range(len(gaps)) if min(gaps[i:]) > DIVERGED)
-            images = validated[first]["images"]
-            lines.append(
-                f"{row['name']}: train and validation loss diverge after {images:,.0f} images ({images / row['unique_images']:.3g} passes);"
-                f" validation loss ends {100 * gaps[-1]:.1f} % above training loss"
-            )
-        lowest = min(validated, key=lambda point: point["val_loss"], default=None)
-        if lowest is not None and row["val_loss"] > 1.005 * lowest["val_loss"]:
-            rise = 100 * (row["val_loss"] / lowest["val_loss"] - 1)
-            lines.append(
-                f"{row['name']}: validation loss was lowest ({lowest['val_loss']:.4f}) after {lowest['images']:,.0f} images"
-                f" ({lowest['images'] / row['unique_images']:.3g} passes) and ended {rise:.1f} % higher"
-            )
+def isoflop_lines(analysis: Analysis) -> list[str]:
+    """The best size of each budget, with what L(N, D) says of the same budget beside it."""
+    found, surface, lines = analysis.isoflop, analysis.surface, []
+    for one in found.parabolas:
+        interval = "no interval" if one.interval is None else f"95 %: {one.interval[0]:.3g} to {one.interval[1]:.3g}"
+        line = f"IsoFLOP, {one.compute:.3g} FLOP: best N {one.best:.4g} ({interval}), {one.best_images:,.0f} {analysis.runs.counts}"
+        if surface is not None:
+            sizes, images = choices(analysis.runs.rows), []
+            images = one.compute / np.array([flops_of(analysis.runs.rows, size) for size in sizes])
+            best = sizes[int(surface.law(sizes, np.maximum(images, 1e-9)).argmin())]
+            line += f"; by L(N, D): {best:.4g}"
+        lines.append(line)
+    lines += [f"IsoFLOP, {line}" for line in found.refused]
+    if found.size_law is not None:
+        ends = found.size_law.alpha_interval
+        interval = "no interval: fewer than 4 budgets" if ends is None else f"95 %: {-ends[1]:.3f} to {-ends[0]:.3f}"
+        lines.append(f"IsoFLOP: best N grows as C^{-found.size_law.alpha:.3f} ({interval})")
     return lines
 
 
@@ -143,14 +164,14 @@ def disagreement(spread: dict[str, tuple[float, float]], other: Any) -> str:
     return f" - outside the interval: {', '.join(outside)}" if outside else ""
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], kind: str = "numbers") -> str:
     """An HTML table."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(shown(row.get(column)))}</td>" for column in columns) + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def shown(value: Any) -> str:
@@ -160,31 +181,50 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
-def with_titles(svg: str) -> str:
-    """The SVG with the name of the run as each point's tooltip."""
-    svg = svg[svg.index("<svg") :]
-    return re.sub(rf'(<g id="{POINT}([^"]*)">)', lambda found: f"{found[1]}<title>{found[2]}</title>", svg)
+def with_titles(svg: str, name: str) -> str:
+    """The SVG with the name of the run as each point's tooltip, and ids that no other figure of a page has."""
+    svg, counter = svg[svg.index("<svg") :], itertools.count()
+    svg = re.sub(
+        rf'<g id="{POINT}([^"]*)">',
+        lambda found: f'<g class="run" id="p{next(counter)}"><title>{found[1]}</title>',
+        svg,
+    )
+    svg = re.sub(r'\bid="([^"]*)"', lambda found: f'id="{name}-{found[1]}"', svg)
+    return re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", svg)
 
 
-def write_html(analysis: Analysis, files: dict[str, list[Path]], out: Path, title: str) -> Path:
-    """Writes `report.html`: fits, figures with the run of every point, the table of runs, unfinished runs."""
+def write_reports(
+    analysis: Analysis, files: dict[str, list[Path]], captions: dict[str, str], out: Path, title: str
+) -> Path:
+    """Writes report.html (fits, figures with the run of every point, how it was fitted, the table of runs) and report.md
+    (the same without the table); returns the path of the page."""
+    lines, asked = summary_lines(analysis), checklist(analysis)
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts.append("<pre class='note wide'>" + html.escape("\n".join(summary_lines(analysis))) + "</pre>")
+    parts.append("<pre class='note wide'>" + html.escape("\n".join(lines)) + "</pre>")
+    text = [f"# {title}", "", *[f"- {line.strip()}" for line in lines]]
     for name, kinds in files.items():
         svg = next(file for file in kinds if file.suffix == ".svg")
-        parts.append(f"<h2>{NAMES[name]}</h2><figure>{with_titles(svg.read_text(encoding='utf-8'))}</figure>")
+        drawn = with_titles(svg.read_text(encoding="utf-8"), name)
+        parts.append(
+            f"<h2>{NAMES[name]}</h2><figure>{drawn}<figcaption>{html.escape(captions[name])}</figcaption></figure>"
+        )
+        text += ["", f"## {NAMES[name]}", "", f"![{NAMES[name]}]({name}.png)", "", captions[name]]
+    table_of_answers = [{"question": question, "answer": answer} for question, answer in asked]
+    parts.append("<h2>How it was fitted</h2>" + table(table_of_answers, ("question", "answer"), "words"))
+    text += ["", "## How it was fitted", "", "| | |", "|---|---|"]
+    text += [f"| {question} | {answer.replace('|', '/')} |" for question, answer in asked]
     parts.append("<h2>Runs</h2>" + table(analysis.runs.rows, SHOWN))
     if analysis.runs.left_out:
         listed = "".join(f"<li>{html.escape(line)}</li>" for line in analysis.runs.left_out)
-        parts.append(f"<h2>Unfinished runs</h2><ul>{listed}</ul>")
+        parts.append(f"<h2>Runs that were left out or used unfinished</h2><ul>{listed}</ul>")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
-    file = out / "report.html"
-    with atomic_write(file) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return file
+    for file, content in ((out / "report.html", page), (out / "report.md", "\n".join(text) + "\n")):
+        with atomic_write(file) as partial:
+            partial.write_text(content, encoding="utf-8")
+    return out / "report.html"
 
 
 def wandb_report(analysis: Analysis, entity: str, project: str, title: str) -> Any:

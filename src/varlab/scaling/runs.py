@@ -1,25 +1,27 @@
 """Runs -> two tables: one row per run, as the trainer wrote it (`run.json`), and one row per logged step
 (`metrics.csv`).
 
-A source is a folder of runs, a CSV written by `write_csv`, a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a
-project) or `wandb:ENTITY/PROJECT/sweeps/ID`. All contain the trainer's own counters; nothing is estimated afterward.
+A source is a folder of runs, a CSV (see tables.py), a folder of offline W&B runs, or `wandb:ENTITY/PROJECT` (a
+project) or `wandb:ENTITY/PROJECT/sweeps/ID`. varlab's runs contain the trainer's own counters; nothing is estimated
+afterward.
 """
 
-import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from varlab.files import Schema, atomic_write, checked, load_json, read_curves, read_rows
+from varlab.files import Schema, checked, load_json, read_curves
+from varlab.scaling.tables import read_runs, read_table
 from varlab.scaling.wandb_runs import offline_runs, online_runs
 
 Row = dict[str, Any]
+POSITIVE = ("params_main", "images_seen", "val_loss")
 SAME = ("tokenizer_id", "dataset_id", "patch_nums", "order")  # what runs of one fit must share
 CURVES = {  # column of a curve -> name in the log
     "images": "count/images_seen",
@@ -29,15 +31,6 @@ CURVES = {  # column of a curve -> name in the log
     "val_loss": "val/loss",
     "val_loss_last": "val/loss_last",
     "val_err": "val/err",
-}
-UNITS = {
-    "device_seconds": "s",
-    "flops_exact": "FLOP",
-    "flops_6nd": "FLOP",
-    "flops_tokenizer": "FLOP",
-    "batch": "images",
-    "warmup": "images",
-    "cooldown": "images",
 }
 
 
@@ -61,7 +54,7 @@ class RunRow(Schema):
 class VARRow(RunRow):
     """What the row of a VAR's run must say."""
 
-    depth: Annotated[int, Field(ge=1, le=10**6)]
+    depth: Annotated[int, Field(ge=1, le=10**6)] | None = None
     params_main: Number
     images_seen: Number  # pyright: ignore[reportGeneralTypeIssues]
     flops_exact: Number
@@ -70,47 +63,54 @@ class VARRow(RunRow):
 @dataclass(frozen=True)
 class Runs:
     """`rows`: one per run. `curves`: one per logged step, with the run's id. `left_out`: runs that were left out or
-    used unfinished, with the reason."""
+    used unfinished, with the reason. `counts`: what D counts, `images` or `tokens`. `notes`: on how columns were read."""
 
     rows: list[Row]
     curves: list[Row]
     left_out: list[str]
+    counts: str = "images"
+    notes: list[str] = field(default_factory=list)
 
 
-def unit(column: str) -> str:
-    """Unit of a column, empty for counts and text."""
-    if column.startswith(("val_loss", "train_loss")):
-        return "nat/token"
-    if column.startswith("entropy"):
-        return "nat"
-    return UNITS.get(column, "percent" if column.startswith("val_err") else "")
-
-
-def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "scales") -> Runs:
+def collect(
+    sources: Sequence[str],
+    use_unfinished: bool = False,
+    order: str = "scales",
+    columns: Mapping[str, str] | None = None,
+) -> Runs:
     """All VAR runs of the sources, each once. Unfinished runs are left out and reported, or used up to their last
-    validation.
+    validation; so are runs whose N, D, C or loss is not a positive number.
 
-    Raises ValueError if a source holds none, and if the runs cannot be fitted together (see `check_same`).
+    `columns`: names of a table's columns, see `read_table`. Raises ValueError if a source holds none, and if the runs
+    cannot be fitted together (see `check_same`).
     """
     found: dict[str, tuple[Row, list[Row]]] = {}
-    left_out: list[str] = []
+    left_out, notes, units = [], [], set()
     for source in sources:
-        runs = read_source(source)
+        runs, counts = read_source(source, columns)
         if not any(row.get("kind") == "var" for row, _ in runs):
             raise ValueError(
                 f"source={source} holds no VAR runs: give a multirun folder (with run.json files), a table of runs as CSV, a folder of"
                 " offline W&B runs, or wandb:ENTITY/PROJECT"
             )
+        units.add(counts)
         for one, curve in runs:
             row = {"order": "scales", **one}
             if row.get("kind") == "var" and row["order"] == order:
+                if key_of(row) in found:
+                    left_out.append(f"{label(row)} of {source}: left out, it is there twice")
                 found.setdefault(key_of(row), (row, curve))
+    if len(units) > 1:
+        raise ValueError("D counts images in one source and tokens in another: they cannot be fitted together")
     rows: list[Row] = []
     curves: dict[str, list[Row]] = {}
+    is_computed = False
     for row, curve in found.values():
         usable, reason = usable_row(row, curve, use_unfinished)
+        if usable is not None and usable.get("flops_exact") is None:
+            is_computed, usable["flops_exact"] = True, 6.0 * usable["params_main"] * usable["images_seen"]
         if reason:
-            left_out.append(f"{row['name']} (depth {row['depth']}, {row['state']} at step {row['step']}): {reason}")
+            left_out.append(f"{label(row)}: {reason}")
         if usable is not None:
             rows.append(usable)
             curves[key_of(row)] = curve
@@ -119,9 +119,17 @@ def collect(sources: Sequence[str], use_unfinished: bool = False, order: str = "
             f"no run with order={order} can be used"
             + "".join(f"; {line}" for line in left_out[:5] or ["there is none"])
         )
+    if is_computed:
+        notes.append("compute is 6 N D where the table has no flops_exact")
     check_same(rows)
-    rows.sort(key=lambda row: (row["depth"], row["flops_exact"], row["name"]))
-    return Runs(rows, [point for row in rows for point in curves[key_of(row)]], left_out)
+    rows.sort(key=lambda row: (row["params_main"], row["flops_exact"], row["name"]))
+    return Runs(rows, [point for row in rows for point in curves[key_of(row)]], left_out, units.pop(), notes)
+
+
+def label(row: Row) -> str:
+    """A run for a message: its name, its size, how far it came."""
+    size = f"depth {row['depth']}" if row.get("depth") else f"N {row.get('params_main')}"
+    return f"{row['name']} ({size}, {row['state']} at step {row.get('step', 0)})"
 
 
 def key_of(row: Row) -> str:
@@ -136,21 +144,32 @@ def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | 
         if not use_unfinished or not points:
             return None, "left out" if points else "left out, never validated"
         last = points[-1]
-        row = {**row, **{key: last[key] for key in ("step", "flops_exact", "val_loss", "val_loss_last", "val_err")}}
-        row |= {"images_seen": last["images"], "cooldown": 0}
+        row = {**row, **{key: last.get(key) for key in ("step", "flops_exact", "val_loss", "val_loss_last", "val_err")}}
+        row |= {"images_seen": last.get("images"), "cooldown": 0}
+        if not all(is_positive(row.get(name)) for name in POSITIVE):
+            return None, "left out, its last validation is not a number"
         return row, f"used up to step {last['step']}, its last validation, without a cooldown"
-    if not math.isfinite(row.get("val_loss") or math.nan):
-        return None, "left out, its loss is not finite"
-    return row, ""
+    bad = [f"{name} is {row.get(name)!r}" for name in POSITIVE if not is_positive(row.get(name))]
+    if row.get("flops_exact") is not None and not is_positive(row["flops_exact"]):
+        bad.append(f"flops_exact is {row['flops_exact']!r}")
+    if bad:
+        return None, f"left out, {', '.join(bad)}"
+    depth = row.get("depth")
+    return {key: value for key, value in row.items() if key != "depth" or isinstance(depth, int)}, ""
 
 
-def read_source(source: str) -> list[tuple[Row, list[Row]]]:
-    """(row, curve) of each run of a source."""
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def read_source(source: str, columns: Mapping[str, str] | None = None) -> tuple[list[tuple[Row, list[Row]]], str]:
+    """((row, curve) of each run of a source; what D counts)."""
     if source.startswith("wandb:"):
-        return [(row, curve_of(row, logged)) for row, logged in online_runs(source.removeprefix("wandb:"))]
+        return [(row, curve_of(row, logged)) for row, logged in online_runs(source.removeprefix("wandb:"))], "images"
     path = Path(source)
     if path.is_file():
-        return read_csv(path)
+        return read_csv(path, columns)
     runs = []
     for file in sorted(path.rglob("run.json")):
         row = checked_row(load_json(file, "varlab train"), file)
@@ -158,7 +177,7 @@ def read_source(source: str) -> list[tuple[Row, list[Row]]]:
     known = {row.get("run_id") for row, _ in runs}
     for row, logged in offline_runs(path, known):
         runs.append((row, curve_of(row, logged)))
-    return runs
+    return runs, "images"
 
 
 def checked_row(row: Row, file: Path) -> Row:
@@ -184,31 +203,14 @@ def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
     ]
 
 
-def read_csv(path: Path) -> list[tuple[Row, list[Row]]]:
-    """Rows of a table, with the curves in `curves.csv` in the same folder, if it exists."""
-    rows, curves = [checked_row(row, path) for row in read_table(path)], {}
+def read_csv(path: Path, columns: Mapping[str, str] | None) -> tuple[list[tuple[Row, list[Row]]], str]:
+    """(rows of a table, with the curves in `curves.csv` in the same folder, if it exists; what D counts)."""
+    rows, counts = read_runs(path, columns)
+    curves: dict[str, list[Row]] = {}
     file = path.with_name("curves.csv")
-    for point in read_table(file) if file.is_file() else []:
-        curves.setdefault(point["run_id"], []).append(point)
-    return [(row, curves.get(row.get("run_id", row.get("name")), [])) for row in rows]
-
-
-def read_table(path: Path) -> list[Row]:
-    """A CSV with units in its header."""
-    return [
-        {key.split(" [")[0]: parse(key.split(" [")[0], value) for key, value in row.items() if value != ""}
-        for row in read_rows(path)
-    ]
-
-
-def parse(column: str, text: str) -> Any:
-    """A CSV cell as number, list or text; ids stay text, even if they look like numbers."""
-    if column.endswith("_id") or column in ("name", "parent_run"):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    for point in read_table(file)[0] if file.is_file() else []:
+        curves.setdefault(str(point.get("run_id")), []).append(point)
+    return [(row, curves.get(key_of(row), [])) for row in rows], counts
 
 
 def check_same(rows: Sequence[Row]) -> None:
@@ -218,18 +220,3 @@ def check_same(rows: Sequence[Row]) -> None:
         if len(values) > 1:
             named = ", ".join(f"{name}: {value}" for value, name in values.items())
             raise ValueError(f"runs of different {key} cannot be fitted together ({named})")
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes a table with units in its header."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([f"{column} [{unit(column)}]" if unit(column) else column for column in columns])
-        for row in rows:
-            writer.writerow([cell(row[column]) if column in row else "" for column in columns])
-
-
-def cell(value: Any) -> str:
-    """A CSV cell, the inverse of `parse`."""
-    return value if isinstance(value, str) else json.dumps(value)
