@@ -21,7 +21,7 @@ def main() -> None:
     size, images = np.repeat(SIZES, len(BUDGETS)), np.tile(BUDGETS, len(SIZES))
     loss = 3 + (1e6 / size) ** 0.35 + (1e5 / images) ** 0.3
     loss = loss * np.exp(rng.normal(0, 0.003, len(loss))) * np.where(rng.random(len(loss)) < 0.04, 1.03, 1)
-    for form in (CHINCHILLA, Form(loss="squares"), Form(tied=True)):
+    for form in (CHINCHILLA, Form(loss="squares"), Form("tied")):
         start = time.perf_counter()
         law = fit_parametric(size, images, loss, form)
         print(

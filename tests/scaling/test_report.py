@@ -1,9 +1,14 @@
 """The page of a study."""
 
 import json
+import re
 
+import pytest
+from support.coverage import isoflop_grid, noisy, runs_of
 from support.scaling_runs import make_runs, scale
 
+from varlab.scaling.analysis import FitSettings, analyse
+from varlab.scaling.report import summary_lines
 from varlab.scaling.tables import read_table
 
 
@@ -21,6 +26,10 @@ def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
     assert "<title>d3-38400 | depth 3 | 38,400 images" in page and "http" not in page.replace(
         "http://www.w3.org", ""
     ).replace("https://matplotlib.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) and all(f'id="{name}"' in page for name in re.findall(r"url\(#([^)]*)\)", page))
+    assert all(f'id="{name}"' in page for name in re.findall(r'href="#([^"]*)"', page))
+    assert "How it was fitted" in page and "| Fit of L(N) and L(C) |" in (tmp_path / "fit/report.md").read_text()
     header = (tmp_path / "fit/runs.csv").read_text().splitlines()[0]
     assert header.count("[nat/token]") == 4 and "flops_exact [FLOP]" in header
     curves, _ = read_table(tmp_path / "fit/curves.csv")
@@ -46,3 +55,23 @@ def test_a_run_that_learns_its_images_by_heart_is_told_from_where_on(tmp_path, c
     assert "d1-38400: train and validation loss diverge after 38,400 images (3.84 passes)" in printed
     assert "ends 11.1 % above training loss" in printed
     assert "d2-38400: " not in printed
+
+
+def test_a_report_names_the_optimum_of_both_methods_and_what_speaks_against_a_fit():
+    size, images = isoflop_grid(8)
+    loss = noisy(size, images, 0.001, 0)
+    lines = summary_lines(analyse(runs_of(size, images, loss), FitSettings(bootstraps=40)))
+    both = [line for line in lines if line.startswith("IsoFLOP, ") and "; by L(N, D): " in line]
+    assert len(both) >= 4
+    for line in both:
+        best, other = float(line.split("best N ")[1].split()[0]), float(line.split("by L(N, D): ")[1])
+        low, _, high = line.split("(95 %: ")[1].split(")")[0].partition(" to ")
+        assert float(low) < best < float(high) and other == pytest.approx(best, rel=0.3)
+    assert any(line.startswith("IsoFLOP: best N grows as C^0.4") and "(95 %: " in line for line in lines)
+    loss[4] *= 1.1
+    told = summary_lines(analyse(runs_of(size, images, loss), FitSettings(bootstraps=0)))
+    assert told[1].startswith("outlier, left out: r4, its loss is +")
+    assert (
+        "outlier, kept: r4"
+        in summary_lines(analyse(runs_of(size, images, loss), FitSettings(bootstraps=0, outliers="keep")))[1]
+    )
