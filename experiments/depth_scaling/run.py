@@ -4,6 +4,7 @@ interrupted run continues.
 
     python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
     python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
+    python experiments/depth_scaling/run.py scenes --refit  (fits the committed tables again: seconds)
     python experiments/depth_scaling/run.py scenes --plan   (prints FLOP and time of all jobs, starts none)
     python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 3 million scenes, depths 2 to 10)
 """
@@ -63,14 +64,14 @@ class Study:
         varlab("train", "--multirun", "experiment=depth_scaling", *own, *quiet, *settings)
         return self.runs / name
 
-    def fit(self, name: str, *settings: str) -> None:
-        """Fits the scaling law of a sweep and copies its tables and figures next to this script."""
+    def fit(self, name: str, source: Path | None = None, *settings: str) -> None:
+        """Fits the scaling law of a sweep, or of a table, and copies tables and figures next to this script."""
         out = self.runs / f"{name}-fit"
-        varlab("scaling", f"source={self.runs / name}", f"out={out}", f"title={self.name}: {name}", *settings)
+        varlab("scaling", f"source={source or self.runs / name}", f"out={out}", f"title={self.name}: {name}", *settings)
         target = HERE / f"{self.name}-{name}"
         target.mkdir(exist_ok=True)
         for file in sorted(out.iterdir()):
-            if file.suffix in (".csv", ".json", ".png"):
+            if file.suffix in (".csv", ".json", ".png", ".md"):
                 shutil.copy(file, target / file.name)
 
 
@@ -92,10 +93,14 @@ def main() -> None:
     parser.add_argument("study", choices=["scenes", "emoji"])
     parser.add_argument("--full", action="store_true", help="the size for a GPU")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--refit", action="store_true", help="fit the committed tables again, train nothing")
     parser.add_argument("--plan", action="store_true", help="print the cost of the sweep, start nothing")
     given = parser.parse_args()
     shared = [f"trainer={given.device}", "trainer.precision=bf16-mixed", "module.lr_reference_depth=3"]
     name = f"{given.study}-full" if given.full else given.study
+    if given.refit:
+        Study(name, Path(), [], "", 0, []).fit("var", HERE / f"{name}-var/runs.csv")
+        return
     if given.study == "scenes":
         images, shards = (3_000_000 if given.full else 60_000), Path(f"data/{name}/shards")
         if not (shards / "manifest.json").is_file():
@@ -123,7 +128,7 @@ def main() -> None:
     )
     if given.study == "scenes":  # the noise of a run, then the baseline
         study.sweep("var", tokens, "model.depth=1,2,3", "seed=1", f"branch={SHARES}")
-    study.fit("var", *([] if given.study == "scenes" else ["repeated=true"]))
+    study.fit("var")
 
 
 if __name__ == "__main__":

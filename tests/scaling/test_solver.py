@@ -29,7 +29,7 @@ def test_the_huber_loss_is_hardly_moved_by_an_outlier_and_least_squares_is():
     huber, squares = (
         solve_many(model, np.zeros((1, 2)), target, delta=delta, iterations=300)[0][0] for delta in (1e-4, None)
     )
-    assert huber == pytest.approx([0.3, 1.0], abs=1e-3) and abs(squares[1] - 1.0) > 0.05
+    assert huber == pytest.approx([0.3, 1.0], abs=1e-3) and abs(squares[1] - 1.0) > 0.04
     assert penalty(np.array([0.05, -0.5]), 0.1) == pytest.approx([0.00125, 0.045])
 
 

@@ -40,9 +40,17 @@ def test_a_table_of_somebody_else_is_fitted(tmp_path):
     lines = [f"{n},{d},{y}" for n, d, y in zip(size, images, loss, strict=True)]
     file = write(tmp_path / "theirs.csv", "params,tokens,loss\n" + "\n".join(lines) + "\n")
     runs = collect([str(file)], columns=COLUMNS)
-    assert runs.counts == "tokens" and runs.notes == ["compute is 6 N D where the table has no flops_exact"]
+    assert runs.counts == "tokens" and runs.notes == ["C is 6 N D where the table has no flops_exact"]
     assert runs.rows[0]["flops_exact"] == pytest.approx(6 * size[0] * images.min())
     assert analyse(runs, FitSettings(bootstraps=0)).surface.law.alpha == pytest.approx(0.34, abs=0.02)
+
+
+def test_a_table_without_data_but_with_compute_has_them_by_six_n_d(tmp_path):
+    """As the points that were read off Chinchilla's figure."""
+    file = write(tmp_path / "theirs.csv", "Model Size,Training FLOP,loss\n1e9,6e19,3\n2e9,6e19,2.9\n")
+    runs = collect([str(file)], columns={"Model Size": "N", "Training FLOP": "C", "loss": "L"})
+    assert [row["images_seen"] for row in runs.rows] == pytest.approx([1e10, 5e9]) and runs.counts == "tokens"
+    assert runs.notes == ["D is C / (6 N) where the table has no images_seen"]
 
 
 def test_one_check_names_every_column_that_is_missing_or_unusable(tmp_path):
@@ -51,7 +59,7 @@ def test_one_check_names_every_column_that_is_missing_or_unusable(tmp_path):
         read_runs(file, {"params": "N", "loss": "L"})
     said = str(told.value)
     assert "columns=loss: there is no such column" in said and "params [stones]: [stones] is no unit of it" in said
-    assert "no column for D (images_seen)" in said and "no column for L (val_loss)" in said
+    assert "no column for D (images_seen) or C (flops_exact)" in said and "no column for L (val_loss)" in said
     assert (
         "the columns are params [stones], tokens, bpb: name them as in columns={params: N, tokens: D, loss: L}" in said
     )

@@ -102,9 +102,8 @@ def compare_recipes(cfg: DictConfig) -> None:
 
 def report(cfg: DictConfig, analysis: Any) -> None:
     """Writes tables, fits, figures and reports."""
-    from varlab.files import save_json
     from varlab.scaling.plot import captions, figures
-    from varlab.scaling.record import as_json
+    from varlab.scaling.record import write_json
     from varlab.scaling.report import summary_lines, write_reports
     from varlab.scaling.tables import write_csv
 
@@ -113,16 +112,17 @@ def report(cfg: DictConfig, analysis: Any) -> None:
     out = Path(cfg.out)
     write_csv(analysis.runs.rows, out / "runs.csv")
     write_csv(analysis.runs.curves, out / "curves.csv")
-    save_json(out / "fits.json", as_json(analysis))
+    write_json(analysis, out / "fits.json")
     plotted = figures(analysis, out, cfg.published)
     page = write_reports(analysis, plotted, captions(analysis), out, cfg.title)
     print("\n".join(summary_lines(analysis)))
-    for (y, x), exponent in PUBLISHED.items():
-        if (y, x) in analysis.laws:
-            print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")
-    print(
-        "The paper's exponents are for reducible losses (floors 5 and 4.5 nats) of ImageNet runs; other data gives other exponents."
-    )
+    published = {key: exponent for key, exponent in PUBLISHED.items() if key in analysis.laws}
+    for (y, x), exponent in published.items():
+        print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")
+    if published:
+        print(
+            "The paper's exponents are for reducible losses (floors 5 and 4.5 nats) of ImageNet runs; other data gives other exponents."
+        )
     drawn = ", ".join(f"{name}.png" for name in plotted)
     print(f"{out}: runs.csv, curves.csv, fits.json, report.html, report.md, captions.md, {drawn} (svg, pdf)")
     if cfg.report == "wandb":

@@ -165,7 +165,7 @@ def analyse(runs: Runs, settings: FitSettings, is_loss_enough: bool = False) -> 
                 compute, values, own, floor_of(y, settings), settings.bootstraps, settings.seed, spread
             )
         except ValueError as error:
-            missing.append(f"{y} against compute: {error} (points on the frontier)")
+            missing.append(f"{y} against compute: {error}")
     floors = {}
     for y in () if is_loss_enough else ("val_loss", "val_loss_last"):
         if (y, SIZE) in laws:

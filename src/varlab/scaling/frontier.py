@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from varlab.scaling.power_law import PowerLaw, Values, fit, parameters, solve
+from varlab.scaling.power_law import MIN_SIZES, PowerLaw, Values, fit, parameters, solve
 
 Row = dict[str, Any]
 SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are treated as one
@@ -55,16 +55,19 @@ def fit_frontier(
     In each draw every run of `runs` (the run of each point) gets further noise, the frontier is chosen anew, and the law
     is refitted; the draws are mirrored around the law, since the noise of the runs and that of the draw favor lucky runs
     in the same direction. The noise of a run is that of the frontier's residuals, at least `run_noise` (standard
-    deviation of ln L). No draws if the frontier has no more runs than the law has parameters.
+    deviation of ln L). Raises ValueError for fewer than four budgets on the frontier; no draws if it has no more runs
+    than the law has parameters.
     """
     c, y = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
     budgets, chosen = bins(c), frontier(c, y)
+    if len(chosen) < MIN_SIZES:
+        raise ValueError(f"L(C) needs {MIN_SIZES} budgets on the frontier, found {len(chosen)}")
     law = fit(c[chosen], y[chosen], floor, bootstraps=0)
     names = {name: i for i, name in enumerate(dict.fromkeys(runs))}
     member = np.array([names[name] for name in runs])
     on_it, inverse, counts = np.unique(member[chosen], return_inverse=True, return_counts=True)
     degrees = len(on_it) - (3 if floor is None else 2)
-    if degrees < 1 or law.num_sizes < 4 or not bootstraps:
+    if degrees < 1 or not bootstraps:
         return law
     residuals = np.log(y[chosen]) - np.log(law(c[chosen]))
     means = np.bincount(inverse, residuals) / counts

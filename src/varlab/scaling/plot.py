@@ -32,6 +32,7 @@ BLUE, ORANGE, RED, GRAY = (
     "#D55E00",
     "0.35",
 )  # colors of Okabe and Ito, told apart without red and green
+MAX_NAMES = 8  # in a legend
 MAX_POINTS = 400  # of a drawn training curve
 LABELS = {
     "val_loss": "loss, all tokens [nat/token]",
@@ -80,16 +81,20 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
     return files
 
 
+def some(values: Sequence[Any]) -> list[Any]:
+    """At most `MAX_NAMES` of the values, evenly chosen, both ends kept."""
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_NAMES)).round().astype(int))
+    return [values[i] for i in chosen]
+
+
 def legend_of_sizes(figure: Figure, rows: Sequence[Row]) -> None:
-    """The colors of the sizes, below the panels."""
-    names = {row[SIZE]: f"depth {row['depth']}" if row.get("depth") else f"N {row[SIZE]:.3g}" for row in rows}
+    """The colors of the sizes, or of some of them, below the panels."""
+    names = {row[SIZE]: f"depth {row['depth']}" if row.get("depth") else f"N {row[SIZE]:.2g}" for row in rows}
     handles = [
         Line2D([], [], marker="o", linestyle="", color=color, label=names[size])
-        for size, color in colors_of(rows).items()
+        for size, color in some(list(colors_of(rows).items()))
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 8), columnspacing=1.2, handletextpad=0.2
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, columnspacing=1.0, handletextpad=0.1)
 
 
 def title_of(row: Row, y: str, value: float | int) -> str:
@@ -118,7 +123,7 @@ def tidy(figure: Figure) -> Figure:
         ):
             if scale == "log":
                 decades = np.log10(limits[1] / limits[0])
-                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0,), numticks=8))
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
                 axis.set_major_formatter(
                     LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
                 )
@@ -295,7 +300,8 @@ def isoflop_panels(analysis: Analysis) -> Figure:
     if found.size_law is not None:
         plot_fit(right, found.size_law, found.parabolas[0].compute, found.parabolas[-1].compute)
     left.set(xscale="log", xlabel=LABELS[SIZE], ylabel=LABELS["val_loss"])
-    figure.legend(loc="outside lower center", ncols=min(len(found.parabolas), 6))
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(some(handles), some(names), loc="outside lower center", ncols=4)
     right.set(xscale="log", yscale="log", xlabel=LABELS[COMPUTE], ylabel="best N")
     return figure
 

@@ -1,12 +1,16 @@
 """What was fitted to what, and how: fits.json, and the checklist of "(Mis)Fitting: A Survey of Scaling Laws" (arXiv
 2502.18969) for report.md and report.html."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from varlab.files import atomic_write
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis
 from varlab.scaling.parametric import CLEARLY, DELTA, NAMES, POLISHED, ParametricLaw, Problem
 from varlab.scaling.power_law import PowerLaw
@@ -16,8 +20,8 @@ KEPT = ("val_loss", SIZE), ("val_loss", COMPUTE)  # laws whose draws are written
 
 
 def rounded(values: Any) -> Any:
-    """Numbers with seven significant digits, nested as they are."""
-    return [rounded(value) for value in values] if np.ndim(values) else float(f"{float(values):.7g}")
+    """Numbers with six significant digits, nested as they are."""
+    return [rounded(value) for value in values] if np.ndim(values) else float(f"{float(values):.6g}")
 
 
 def drawn(draws: np.ndarray | None, names: Sequence[str], with_draws: bool) -> dict[str, Any]:
@@ -88,6 +92,15 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "images_law": iso.images_law and law_json(iso.images_law),
     }
     return found | {"extrapolation": analysis.extrapolation, "missing": analysis.missing}
+
+
+def write_json(analysis: Analysis, path: Path) -> None:
+    """Writes fits.json: indented, but a list of numbers on one line."""
+    text = re.sub(
+        r"\[[\s\d.,eE+-]*\]", lambda found: " ".join(found[0].split()), json.dumps(as_json(analysis), indent=2)
+    )
+    with atomic_write(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def starts_of(analysis: Analysis) -> np.ndarray:

@@ -104,11 +104,10 @@ def collect(
         raise ValueError("D counts images in one source and tokens in another: they cannot be fitted together")
     rows: list[Row] = []
     curves: dict[str, list[Row]] = {}
-    is_computed = False
+    computed = set()
     for row, curve in found.values():
-        usable, reason = usable_row(row, curve, use_unfinished)
-        if usable is not None and usable.get("flops_exact") is None:
-            is_computed, usable["flops_exact"] = True, 6.0 * usable["params_main"] * usable["images_seen"]
+        computed |= set(completed := by_six_n_d(row)) - set(row)
+        usable, reason = usable_row(completed, curve, use_unfinished)
         if reason:
             left_out.append(f"{label(row)}: {reason}")
         if usable is not None:
@@ -119,11 +118,23 @@ def collect(
             f"no run with order={order} can be used"
             + "".join(f"; {line}" for line in left_out[:5] or ["there is none"])
         )
-    if is_computed:
-        notes.append("compute is 6 N D where the table has no flops_exact")
+    notes += ["C is 6 N D where the table has no flops_exact"] if "flops_exact" in computed else []
+    notes += ["D is C / (6 N) where the table has no images_seen"] if "images_seen" in computed else []
     check_same(rows)
     rows.sort(key=lambda row: (row["params_main"], row["flops_exact"], row["name"]))
     return Runs(rows, [point for row in rows for point in curves[key_of(row)]], left_out, units.pop(), notes)
+
+
+def by_six_n_d(row: Row) -> Row:
+    """The row with C from N and D, or D from N and C, if one of them is missing."""
+    size, images, compute = (row.get(name) for name in ("params_main", "images_seen", "flops_exact"))
+    if not is_positive(size):
+        return row
+    if compute is None and is_positive(images):
+        return row | {"flops_exact": 6.0 * row["params_main"] * row["images_seen"]}
+    if images is None and is_positive(compute):
+        return row | {"images_seen": row["flops_exact"] / (6.0 * row["params_main"])}
+    return row
 
 
 def label(row: Row) -> str:

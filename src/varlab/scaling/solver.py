@@ -54,6 +54,7 @@ def solve_many(
 
     every = np.arange(len(v))
     residual, slopes, total = evaluated(every, v)
+    idle[np.isinf(total)] = 4  # nothing can be computed there
     diagonal = np.arange(v.shape[1])
     for _ in range(iterations):
         rows = every[idle < 4]
@@ -64,9 +65,12 @@ def solve_many(
         j = np.nan_to_num(slopes[rows])
         weighted = j * pull[..., None]
         normal = weighted.transpose(0, 2, 1) @ j
+        gradient = (weighted.transpose(0, 2, 1) @ np.nan_to_num(residual[rows])[..., None])[..., 0]
+        if lower is not None:  # a variable at its bound that would move beyond it is held while the others move
+            free = ~((v[rows] <= lower) & (gradient > 0))
+            gradient, normal = gradient * free, normal * (free[:, :, None] & free[:, None, :])
         scale = np.maximum(normal[:, diagonal, diagonal], 1e-12)
         normal[:, diagonal, diagonal] += damping[rows, None] * scale + 1e-300
-        gradient = (weighted.transpose(0, 2, 1) @ np.nan_to_num(residual[rows])[..., None])[..., 0]
         step = np.linalg.solve(normal, gradient[..., None])[..., 0]
         tried = v[rows] - step if lower is None else np.maximum(v[rows] - step, lower)
         new_residual, new_slopes, new_total = evaluated(rows, tried)

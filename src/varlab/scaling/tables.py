@@ -1,6 +1,7 @@
 """Tables of runs as CSV: varlab's own, W&B's web export, and those of others, with units in the header.
 
-Needed are N (`params_main`), D (`images_seen`, or tokens) and the loss (`val_loss`); everything else is optional.
+Needed are N (`params_main`), the loss (`val_loss`), and D (`images_seen`, or tokens) or C (`flops_exact`); everything
+else is optional.
 """
 
 import csv
@@ -16,7 +17,7 @@ from varlab.files import atomic_write, read_rows
 
 Row = dict[str, Any]
 SYMBOLS = {"N": "params_main", "D": "images_seen", "L": "val_loss", "C": "flops_exact"}
-NEEDED = {name: symbol for symbol, name in SYMBOLS.items() if symbol != "C"}
+NEEDED = {"params_main": "N", "val_loss": "L"}
 EXPORTED = {"Name": "name", "State": "state", "ID": "run_id"}  # columns of W&B's web export
 STATES = {"crashed": "failed", "killed": "stopped"}  # W&B's words
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18, "z": 1e21} | {
@@ -106,8 +107,9 @@ def read_runs(path: Path, columns: Mapping[str, str] | None = None) -> tuple[lis
             state = str(row.get("state", "finished"))
             row["state"] = STATES.get(state, state)
         row.setdefault("step", 0)
-    header = next((header for header, ours in meaning.items() if ours == "images_seen"), "")
-    return rows, "tokens" if "token" in header.lower() else "images"
+    header = next((header for header, ours in meaning.items() if ours == "images_seen"), None)
+    is_theirs = header is None and columns is not None and bool(columns)
+    return rows, "tokens" if is_theirs or "token" in (header or "").lower() else "images"
 
 
 def is_of_other_kind(path: Path) -> bool:
@@ -147,6 +149,8 @@ def read_table(
     missing = [
         f"no column for {symbol} ({name})" for name, symbol in NEEDED.items() if name in needed and name not in have
     ]
+    if needed and not have & {"images_seen", "flops_exact"}:
+        missing.append("no column for D (images_seen) or C (flops_exact)")
     problems += [*absent, *missing] if missing else []  # one of several tables may have the names already
     if problems:
         raise ValueError(
