@@ -41,6 +41,8 @@ SMALLER = [  # what the test runs in place of an argument as printed
     ("short_side=288", "short_side=20"),
     (r"(train|val)=s3://bucket/.*", r"\g<1>=theirs/\g<1>-*.tar"),
     ("run=d6-.*", "run=d6-76800"),
+    ("images=3e7", "images=3e5"),
+    ("compute=1e18", "compute=5e13"),
 ]
 SHORT = [
     *(
@@ -119,6 +121,16 @@ def small(command: str) -> list[str]:
     return [*start, *arguments]
 
 
+def make_foreign_tables() -> None:
+    """Runs at four budgets, with tokens (table.csv) or with compute (points.csv)."""
+    grid = [(n, c / (6 * n)) for c in (1e19, 1e20, 1e21, 1e22) for n in np.geomspace(1e8, 1e10, 7)]
+    runs = [(n, d, float(1.8 + 480 / n**0.35 + 2100 / d**0.37)) for n, d in grid]
+    theirs = ["params,tokens,loss", *[f"{n},{d},{loss}" for n, d, loss in runs]]
+    Path("table.csv").write_text("\n".join(theirs), encoding="utf-8")
+    points = ["Model Size,Training FLOP,loss", *[f"{n},{6 * n * d},{loss}" for n, d, loss in runs]]
+    Path("points.csv").write_text("\n".join(points), encoding="utf-8")
+
+
 @pytest.fixture
 def world(tmp_path, tokenizer_run, token_cache, digits_folder, monkeypatch):
     """What the pages take for granted: images, archives, other people's shards, released weights, a sweep that ran."""
@@ -155,6 +167,9 @@ def world(tmp_path, tokenizer_run, token_cache, digits_folder, monkeypatch):
         arr_0=np.random.default_rng(0).integers(256, size=(40, 16, 16, 3), dtype=np.uint8),
     )
     make_runs(Path("runs/depth_scaling"), depths=(2, 3, 4, 6, 8), budgets=(9600, 19200, 38400, 76800), noise=0.003)
+    for recipe in ("idea", "baseline"):
+        make_runs(Path("runs") / recipe, depths=(2, 3, 4, 6, 8), noise=0.003)
+    make_foreign_tables()
     Path("FILE").symlink_to(tokenizer_run / "checkpoints/last.ckpt")
     Path("TOKENS").symlink_to(token_cache)
     return tmp_path
