@@ -272,14 +272,18 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def delimiter_of(file: Path) -> str:
+    """What separates the cells of a CSV file: the comma, semicolon or tab that its header has most."""
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        return max(",;\t", key=lines.readline().count)
+
+
 def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, whose cells are separated by commas, semicolons or tabs. Raises ValueError
     naming the file if it is none."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            header = lines.readline()
-            lines.seek(0)
-            rows = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
+            rows = list(csv.DictReader(lines, delimiter=delimiter_of(file)))
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{file} is not a CSV file: {error}") from None
     if any(None in row for row in rows):

@@ -28,6 +28,12 @@ def test_runs_of_different_tokenizers_or_data_are_not_fitted_together(key, tmp_p
         ("ask=why", "'why': choose"),
         ("ask=predict", "needs depth=... or n=..."),
         ("outliers=maybe", "outliers='maybe'"),
+        ("bootstraps=abc", "bootstraps='abc': must be a whole number"),
+        ("bootstraps=5", "bootstraps=5: an interval needs at least 20 draws"),
+        ("seed=-1", "seed=-1: must be a whole number"),
+        ("order=foo", "order='foo'"),
+        ("columns=loss", "columns='loss': give names as in"),
+        ("floor=-1", "floor=-1"),
         ("repeated=often", "repeated='often'"),
         ("max_extrapolation=0.5", "max_extrapolation=0.5"),
         ("ask=optimal", "needs compute=..."),
@@ -52,7 +58,7 @@ def test_the_verb_answers(tmp_path, capsys):
         assert (tmp_path / f"fit/{name}.png").is_file()
     held = json.loads((tmp_path / "fit/fits.json").read_text())["held_out_error_percent"]
     assert len(held) == 4
-    quick = ["form=free_huber", "bootstraps=10"]
+    quick = ["form=free_huber", "bootstraps=20"]
     for ask, given, expected in [
         ("predict", ["depth=8", "images=1e5"], "depth 8"),
         ("optimal", ["compute=5e13"], "95 % interval: depth"),
@@ -67,11 +73,11 @@ def test_questions_are_words_on_the_command_line(tmp_path):
     make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
     command = [sys.executable, "-m", "varlab", "scaling", "predict", f"source={tmp_path / 'sweep'}", "depth=6"]
     answer = subprocess.run(
-        [*command, "images=1e5", "form=free_huber", "bootstraps=5"], capture_output=True, text=True, check=False
+        [*command, "images=1e5", "form=free_huber", "bootstraps=20"], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 0 and answer.stdout.startswith("depth 6"), answer.stderr
     unnamed = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
-    assert unnamed.returncode == 1 and "varlab scaling predict needs depth=... or n=..." in unnamed.stdout
+    assert unnamed.returncode == 1 and "varlab scaling: predict needs depth=... or n=..." in unnamed.stdout
 
 
 def test_two_recipes_are_compared_in_one_sentence_and_a_figure(tmp_path, capsys):
@@ -86,7 +92,7 @@ def test_two_recipes_are_compared_in_one_sentence_and_a_figure(tmp_path, capsys)
     assert told["interval"][0] < 2 < told["interval"][1] and told["is_paired"] and len(told["by_pair"]) == 5
     assert f"needs {told['multiplier']:.3f} times the compute" in capsys.readouterr().out
     assert (tmp_path / "fit/recipes.png").is_file()
-    with pytest.raises(ValueError, match="needs b=RUNS"):
+    with pytest.raises(ValueError, match="needs a=RUNS and b=RUNS"):
         scaling.run(config(tmp_path, recipes[0], "ask=compare", verb="scaling"))
 
 

@@ -22,7 +22,47 @@ def test_a_sweep_without_equal_images_has_every_law_but_that_of_size():
     assert "L(N): needs 4 sizes that saw equally many images (within 2 %), found 1" in found.missing
     size = np.geomspace(1e6, 1e8, 8)
     found = analyse(runs_of(size, 20 * size, noisy(size, 20 * size, 0.002, 0)), FitSettings(bootstraps=50))
-    assert ("val_loss", "flops_exact") in found.laws and found.surface is not None
+    assert ("val_loss", "flops_exact") in found.laws and found.surface is None
+    assert any(
+        "D follows from N in these runs, so their effects cannot be told apart" in line for line in found.missing
+    )
+
+
+def test_free_exponents_are_used_where_tied_ones_do_not_fit():
+    """Chinchilla's law, whose exponents differ: the tied form extrapolates about as well, but its residuals curve."""
+    truth = np.array([0.34, np.log(406.4), 0.28, np.log(410.7), 1.69, 0.0, 0.0])
+    rng = np.random.default_rng(0)
+    size, images = (
+        np.exp(rng.uniform(np.log(1e7), np.log(1e10), 240)),
+        np.exp(rng.uniform(np.log(1e8), np.log(3e11), 240)),
+    )
+    loss = evaluate(truth, size, images) * np.exp(rng.normal(0, 0.005, 240))
+    surface = analyse(runs_of(size, images, loss), FitSettings(bootstraps=100)).surface
+    assert surface.law.form.exponents == "free" and not surface.lack_of_fit
+    low, high = surface.law.intervals()["beta"]
+    assert low < 0.28 < high
+
+
+def test_losses_of_any_size_have_a_floor():
+    """Of a mean squared error, say."""
+    size, images, _ = branch_grid(6)
+    small, large = (
+        analyse(
+            runs_of(size, images, unit * noisy(size, images, 0.001, 0, truth=TIED)), FitSettings(bootstraps=0)
+        ).surface.law
+        for unit in (1e-4, 1.0)
+    )
+    assert small.floor == pytest.approx(1e-4 * large.floor, rel=0.01) and small.alpha == pytest.approx(
+        large.alpha, abs=1e-3
+    )
+
+
+def test_equal_losses_and_a_floor_above_all_are_told(tmp_path):
+    size, images, _ = branch_grid(5)
+    found = analyse(runs_of(size, images, np.full(20, 3.0)), FitSettings(bootstraps=20))
+    assert found.floors == {} and found.laws["val_loss", "params_main"].alpha == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="floor=5 is not below all losses: the smallest is 3"):
+        analyse(runs_of(size, images, np.full(20, 3.0)), FitSettings(floor=5.0))
 
 
 def test_two_sizes_that_saw_equally_many_images_by_chance_are_no_law():

@@ -144,8 +144,33 @@ def test_the_interval_of_a_best_size_holds_it(num_sizes, noise):
 def test_budgets_within_a_tenth_are_one():
     rows = [make_row(depth, flops_exact=1e15 * factor) for depth, factor in ((1, 1.0), (2, 1.05), (3, 1.10))]
     assert [len(group) for group in budgets(rows)] == [3]
-    rows.append(make_row(4, flops_exact=1e15 * 1.11))
+    rows.append(make_row(4, flops_exact=1e15 * 1.4))
     assert [len(group) for group in budgets(rows)] == [3]
+
+
+def test_runs_of_any_compute_are_no_budgets():
+    """As many sizes as runs, with compute drawn at random: what lies within a tenth by chance is no IsoFLOP profile."""
+    rng = np.random.default_rng(0)
+    size, compute = np.exp(rng.uniform(13, 20, 200)), np.exp(rng.uniform(30, 40, 200))
+    assert len(budgets(rows_of(size, compute / (6 * size), np.full(200, 3.0)))) <= 1
+    size, images = isoflop_grid(6, rounding=5e-3)
+    assert [len(group) for group in budgets(rows_of(size, images, np.full(30, 3.0)))] == [6] * 5
+
+
+def test_losses_within_a_budget_are_moved_to_its_mean_compute():
+    """Runs of up to 8 % more compute would seem better by it."""
+    size, images = isoflop_grid(7)
+    images = images * np.tile(np.linspace(1.0, 1.08, 7), 5)
+    loss, compute = evaluate(TRUTH, size, images), 6 * size * images
+    law = fit_frontier(compute, loss, np.arange(35), None, bootstraps=0)
+    rows = rows_of(size, images, loss)
+    moved, not_moved = (isoflop(rows, bootstraps=0, law=given).parabolas for given in (law, None))
+    optimum = (0.34 * np.exp(TRUTH[1]) / (0.28 * np.exp(TRUTH[3]))) ** (1 / 0.62)
+    errors = [
+        [abs(np.log(one.best / (optimum * (one.compute / 6) ** (0.28 / 0.62)))) for one in found]
+        for found in (moved, not_moved)
+    ]
+    assert np.mean(errors[0]) < 0.7 * np.mean(errors[1])
 
 
 def test_the_error_of_a_minimum_is_that_of_repeated_draws():

@@ -1,12 +1,14 @@
 """Figures of the laws."""
 
 import itertools
+import json
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from support.scaling_runs import make_runs, scale
+from support.coverage import noisy, runs_of
+from support.scaling_runs import make_row, make_runs, scale
 
 from varlab.scaling import plot
 from varlab.scaling.analysis import FitSettings, analyse
@@ -23,8 +25,13 @@ def test_the_published_lines_are_those_of_the_paper(tmp_path):
     make_runs(tmp_path / "small")
     scale(tmp_path / "small", tmp_path / "small", "published=true")
     assert "published" not in (tmp_path / "small/fit/scaling.svg").read_text()  # smaller than any published size
-    make_runs(tmp_path / "sweep", depths=(6, 8, 12, 16), budgets=(10**8,))
-    scale(tmp_path, tmp_path / "sweep", "published=true")
+    make_runs(tmp_path / "sweep", depths=(6, 8, 12, 16), budgets=(10**8,), val_loss=6.5)
+    file = tmp_path / "sweep/d16-100000000/run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "val_loss": 5.9, "val_loss_last": 5.2}))
+    for depth, loss in ((6, 6.23), (12, 7.3)):
+        row = {**make_row(depth, 10**8), "val_loss": loss, "val_loss_last": loss - 0.1}
+        (tmp_path / f"sweep/d{depth}-100000000/run.json").write_text(json.dumps(row))
+    scale(tmp_path, tmp_path / "sweep", "published=true", "outliers=keep")
     drawn = (tmp_path / "fit/scaling.svg").read_text()
     assert drawn.count("published, ImageNet 256") == 2 and drawn.count("published (figure 6)") == 2
 
@@ -62,6 +69,28 @@ def test_axes_are_those_of_the_runs_and_labels_do_not_overlap(tmp_path):
     losses = [row["val_loss"] for row in analysis.fixed]
     low, high = plot.scaling_panels(analysis, is_published_shown=True).axes[0].get_ylim()
     assert low > min(losses) - 0.2 * np.ptp(losses) and high < max(losses) + 0.2 * np.ptp(losses)
+
+
+def test_many_sizes_are_drawn_and_a_few_of_them_named(tmp_path):
+    rng = np.random.default_rng(0)
+    size, images = np.exp(rng.uniform(14, 20, 120)), np.exp(rng.uniform(16, 22, 120))
+    analysis = analyse(runs_of(size, images, noisy(size, images, 0.003, 0)), FitSettings(bootstraps=0))
+    with matplotlib.rc_context(plot.STYLE):
+        figure = plot.tidy(plot.scaling_panels(analysis))
+        FigureCanvasAgg(figure).draw()
+        [legend] = figure.legends
+        box = legend.get_window_extent()
+        assert len(legend.get_texts()) == plot.MAX_NAMES and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.axes[0].get_window_extent().height > 0.5 * figure.bbox.height
+    assert plot.some(list(range(100)))[::7] == [0, 99] and plot.some([1, 2]) == [1, 2]
+
+
+def test_figures_of_an_earlier_fit_do_not_stay(tmp_path):
+    make_runs(tmp_path / "sweep")
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit/isoflop.png").write_bytes(b"old")
+    scale(tmp_path, tmp_path / "sweep", "floor=2.5")
+    assert not (tmp_path / "fit/isoflop.png").exists() and (tmp_path / "fit/floors.png").exists()
 
 
 def test_a_long_curve_is_thinned():

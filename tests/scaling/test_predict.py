@@ -181,6 +181,12 @@ def test_the_next_runs_weigh_noise_seeds_and_price():
 def test_a_table_without_depths_is_answered_in_parameters():
     grid, images = isoflop_grid(7)
     found = analyse(runs_of(grid, images, noisy(grid, images, 0.001, 0, truth=TIED)), FitSettings(bootstraps=50))
+    jagged = [
+        {**row, "flops_exact": row["flops_exact"] * (1 + 0.02 * (-1) ** i)} for i, row in enumerate(found.runs.rows)
+    ]
+    assert flops_of(jagged, found.runs.rows[3]["params_main"]) == pytest.approx(
+        6 * found.runs.rows[3]["params_main"], rel=0.01
+    )
     assert flops_of(found.runs.rows, 1e8) == pytest.approx(6e8) and flops_of(found.runs.rows, 3e9) == pytest.approx(
         1.8e10
     )
@@ -196,7 +202,11 @@ def test_a_table_without_depths_is_answered_in_parameters():
 
 @pytest.mark.parametrize(("ask", "given", "said"), [
     ("predict", {}, r"needs depth=... or n=..."), ("optimal", {}, r"needs compute=..."), ("compare", {}, r"needs run=..."),
-    ("predict", {"n": -1.0, "d": 1e9}, r"n=-1.0: must be above 0"), ("why", {}, "choose predict, optimal, compare or next"),
+    ("predict", {"n": -1.0, "d": 1e9}, r"n=-1.0: must be a number above 0"), ("predict", {"n": "abc"}, "n=abc: must be a number"),
+    ("predict", {"n": float("inf")}, "n=inf: must be a number"),
+    ("predict", {"depth": 2.5}, "depth=2.5: must be a whole number from 1 to 128"),
+    ("predict", {"depth": 2, "n": 1e6}, "depth=2 and n=1000000.0: give one of them"), 
+    ("predict", {"n": 1e6, "d": 1, "images": 1}, "images=1 and d=1"), ("why", {}, "choose predict, optimal, compare or next"),
 ])  # fmt: skip
 def test_what_is_missing_is_named(ask, given, said):
     with pytest.raises(ValueError, match=said):

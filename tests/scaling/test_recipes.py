@@ -38,6 +38,11 @@ def test_an_exact_gain_is_found(is_paired):
     assert multiplier(*two(6, 0.0, 1.5, 0, is_paired, cost=1.1)).value == pytest.approx(1.5 / 1.1, rel=1e-3)
 
 
+def test_a_gain_of_any_size_is_found():
+    """The search begins where the losses meet."""
+    assert multiplier(*two(8, 0.0, 1e4, 0, is_paired=False)).value == pytest.approx(1e4, rel=1e-2)
+
+
 @pytest.mark.parametrize(("num_sizes", "noise"), NUM_SIZES)
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_the_interval_holds_the_gain_as_often_as_it_says(num_sizes, noise, is_paired):
@@ -67,5 +72,9 @@ def test_the_result_is_one_sentence():
         "idea", "plain"
     )
     assert "too few for an interval" in multiplier(*two(3, 0.001, 1.5, 1)).sentence("idea", "plain")
+    with pytest.raises(ValueError, match=r"no loss in common \(a: 2.9.* b: 8"):
+        a, b = two(6, 0.001, 1.5, 1)
+        worse = Runs([{**row, "val_loss": row["val_loss"] * 3} for row in b.runs.rows], [], [])
+        multiplier(a, analyse(worse, b.settings))
     with pytest.raises(ValueError, match="needs at least 3 runs on each frontier"):
         multiplier(*two(2, 0.001, 1.5, 1))

@@ -40,7 +40,7 @@ def test_several_sources_make_one_table_each_run_once(tmp_path):
     make_runs(tmp_path / "b", depths=(2, 3, 4))
     runs = collect([str(tmp_path / "a"), str(tmp_path / "b")])
     assert [row["depth"] for row in runs.rows] == [1, 2, 3, 4] and len(runs.curves) == 8
-    with pytest.raises(ValueError, match="nowhere holds no VAR runs"):
+    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
         collect([str(tmp_path / "a"), str(tmp_path / "nowhere")])
 
 

@@ -61,7 +61,8 @@ def test_one_check_names_every_column_that_is_missing_or_unusable(tmp_path):
     assert "columns=loss: there is no such column" in said and "params [stones]: [stones] is no unit of it" in said
     assert "no column for D (images_seen) or C (flops_exact)" in said and "no column for L (val_loss)" in said
     assert (
-        "the columns are params [stones], tokens, bpb: name them as in columns={params: N, tokens: D, loss: L}" in said
+        "the columns are params [stones], tokens, bpb: name them, without their units, as in columns={params: N, tokens: D, loss: L}"
+        in said
     )
 
 
@@ -108,7 +109,7 @@ def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
     runs = collect([str(file)])
     assert [row["name"] for row in runs.rows] == ["a"] and "val_err" not in runs.rows[0]
     said = "\n".join(runs.left_out)
-    assert "b (N 2000000.0, finished at step 0): left out, val_loss is None" in said and "c (" in said
+    assert "b (N 2000000.0, finished at step 0): left out, val_loss is 'inf'" in said and "c (" in said
     assert "params_main is -4000000.0" in said and "images_seen is 0" in said
 
 
@@ -121,7 +122,45 @@ def test_the_web_export_of_wandb(tmp_path):
     ]
     runs = collect([str(write(tmp_path / "wandb_export.csv", "\n".join([header, *lines])))])
     assert [row["name"] for row in runs.rows] == ["run 1", "run 2"] and runs.rows[1]["val_loss"] == 4.8
-    assert runs.left_out == ["run 3 (depth 3, failed at step 0): left out, never validated"]
+    assert runs.left_out == ["run 3 (depth 3, failed at step 0): left out (unfinished=use uses it)"]
+    assert len(collect([str(tmp_path / "wandb_export.csv")], use_unfinished=True).rows) == 3
+
+
+def test_a_named_column_is_used_instead_of_one_of_our_name(tmp_path):
+    file = write(tmp_path / "theirs.csv", "params_main,images_seen,eval,val_loss\n1e6,1e9,3,4\n")
+    assert read_runs(file, {"eval": "L"})[0][0]["val_loss"] == 3.0
+    with pytest.raises(ValueError, match="columns=FLOPS: there is no such column"):
+        read_runs(file, {"eval": "L", "FLOPS": "C"})
+
+
+def test_thousands_separators_are_not_read_as_decimals(tmp_path):
+    file = write(tmp_path / "theirs.csv", 'params,tokens,loss\n"1,100",1e9,3\n316,1e9,2.9\n10M,1e9,2.8\n')
+    runs = collect([str(file)], columns=COLUMNS)
+    assert (
+        len(runs.rows) == 1
+        and runs.left_out[0].endswith("left out, params_main is '1,100'")
+        and "'10M'" in runs.left_out[1]
+    )
+
+
+def test_units_in_parentheses(tmp_path):
+    file = write(tmp_path / "theirs.csv", "params (B),tokens (B),loss (nats),acc (top 1)\n1,20,3,50\n")
+    rows, counts = read_runs(file, COLUMNS)
+    assert (
+        rows[0]["params_main"] == 1e9
+        and rows[0]["images_seen"] == 2e10
+        and counts == "tokens"
+        and rows[0]["acc (top 1)"] == 50
+    )
+
+
+def test_runs_of_one_name_or_one_id_are_still_apart(tmp_path):
+    file = write(
+        tmp_path / "theirs.csv",
+        "name,run_id,params_main,images_seen,val_loss\nsame,x,1e6,1e9,3\nsame,x,2e6,1e9,2.9\nsame,y,3e6,1e9,2.8\n",
+    )
+    rows = collect([str(file)]).rows
+    assert len(rows) == 3 and len({row["name"] for row in rows}) == 3 and len({row["run_id"] for row in rows}) == 3
 
 
 def test_the_same_table_twice_counts_once(tmp_path):

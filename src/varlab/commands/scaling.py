@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.scaling.predict import Limits, answer
 
     check(cfg)
-    if cfg.ask == "compare" and cfg.a is not None:
+    if cfg.ask == "compare" and (cfg.a is not None or cfg.b is not None):
         compare_recipes(cfg)
         return
     if cfg.source is None:
@@ -47,9 +47,18 @@ def check(cfg: DictConfig) -> None:
     for name, allowed in choices.items():
         if cfg[name] not in allowed:
             raise ValueError(f"{name}={cfg[name]!r}: choose {' or '.join(allowed)}")
+    for name, least in (("bootstraps", 0), ("seed", 0)):
+        if not isinstance(cfg[name], int) or cfg[name] < least:
+            raise ValueError(f"{name}={cfg[name]!r}: must be a whole number, at least {least}")
+    if 0 < cfg.bootstraps < 20:
+        raise ValueError(f"bootstraps={cfg.bootstraps}: an interval needs at least 20 draws; 0 gives none")
+    if cfg.order not in ("scales", "raster"):
+        raise ValueError(f"order={cfg.order!r}: choose scales or raster")
+    if cfg.columns is not None and not isinstance(cfg.columns, DictConfig):
+        raise ValueError(f"columns={cfg.columns!r}: give names as in columns={{params: N, tokens: D, loss: L}}")
     if not isinstance(cfg.repeated, bool) and not (isinstance(cfg.repeated, int | float) and cfg.repeated > 0):
         raise ValueError(f"repeated={cfg.repeated!r}: choose false, true, or R* as a number above 0")
-    if not cfg.max_extrapolation >= 1:
+    if not isinstance(cfg.max_extrapolation, int | float) or not cfg.max_extrapolation >= 1:
         raise ValueError(f"max_extrapolation={cfg.max_extrapolation}: must be at least 1")
 
 
@@ -78,8 +87,8 @@ def compare_recipes(cfg: DictConfig) -> None:
     from varlab.scaling.plot import STYLE, recipes_panels, save
     from varlab.scaling.recipes import multiplier
 
-    if cfg.b is None:
-        raise ValueError(f"compare a={cfg.a} needs b=RUNS, the recipe that it is compared with")
+    if cfg.a is None or cfg.b is None:
+        raise ValueError("compare needs a=RUNS and b=RUNS, the two recipes (or source=RUNS run=NAME)")
     first, second = (
         analyse(collected(cfg, source), settings_of(cfg), is_loss_enough=True) for source in (cfg.a, cfg.b)
     )
@@ -103,7 +112,7 @@ def compare_recipes(cfg: DictConfig) -> None:
 def report(cfg: DictConfig, analysis: Any) -> None:
     """Writes tables, fits, figures and reports."""
     from varlab.scaling.plot import captions, figures
-    from varlab.scaling.record import write_json
+    from varlab.scaling.record import is_own, write_json
     from varlab.scaling.report import summary_lines, write_reports
     from varlab.scaling.tables import write_csv
 
@@ -116,7 +125,9 @@ def report(cfg: DictConfig, analysis: Any) -> None:
     plotted = figures(analysis, out, cfg.published)
     page = write_reports(analysis, plotted, captions(analysis), out, cfg.title)
     print("\n".join(summary_lines(analysis)))
-    published = {key: exponent for key, exponent in PUBLISHED.items() if key in analysis.laws}
+    published = {
+        key: exponent for key, exponent in PUBLISHED.items() if key in analysis.laws and is_own(analysis.runs.rows)
+    }
     for (y, x), exponent in published.items():
         print(f"  {y} against {x}: {analysis.laws[y, x].alpha:.3f}   [paper, ImageNet 256: {exponent}]")
     if published:

@@ -49,9 +49,12 @@ def parse_floor(setting: str | float | int) -> float | None:
     if setting in named:
         return named[setting]  # pyright: ignore[reportArgumentType]
     try:
-        return float(setting)
+        floor = float(setting)
     except ValueError:
-        raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats") from None
+        floor = np.nan
+    if not 0 <= floor < np.inf:
+        raise ValueError(f"floor={setting!r}: choose none, fitted, or a number in nats, at least 0")
+    return floor
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,9 @@ def analyse(runs: Runs, settings: FitSettings, is_loss_enough: bool = False) -> 
     """All fits that the runs allow; with `is_loss_enough` only those of the loss over all tokens, which answer questions."""
     scores, scales = (SCORES[:1], []) if is_loss_enough else (SCORES, scale_columns(runs.rows))
     missing: list[str] = []
+    lowest = min(row["val_loss"] for row in runs.rows)
+    if settings.floor is not None and settings.floor >= lowest:
+        raise ValueError(f"floor={settings.floor:g} is not below all losses: the smallest is {lowest:.4g}")
     outliers = checks.outliers(runs.rows)
     if settings.outliers == "leave_out" and len(outliers) < len(runs.rows):
         gone = [row for row, _ in outliers]
@@ -168,12 +174,12 @@ def analyse(runs: Runs, settings: FitSettings, is_loss_enough: bool = False) -> 
             missing.append(f"{y} against compute: {error}")
     floors = {}
     for y in () if is_loss_enough else ("val_loss", "val_loss_last"):
-        if (y, SIZE) in laws:
-            usable = [row for row in fixed if is_positive(row.get(y))]
+        usable = [row for row in fixed if is_positive(row.get(y))]
+        if (y, SIZE) in laws and np.ptp([row[y] for row in usable]) > 0:
             floors[y] = exponents_by_floor([row[SIZE] for row in usable], [row[y] for row in usable])
     is_predicted = ("val_loss", SIZE) in laws and not is_loss_enough
     extrapolation = extrapolated(fixed, settings, missing) if is_predicted else None
-    iso = isoflop(rows, bootstraps=settings.bootstraps)
+    iso = isoflop(rows, bootstraps=settings.bootstraps, law=laws.get(("val_loss", COMPUTE)))
     return Analysis(runs, settings, outliers, fixed, laws, frontiers, iso, surface, floors, extrapolation, missing)
 
 
@@ -196,6 +202,11 @@ def surface_of(runs: Runs, settings: FitSettings, missing: list[str]) -> Surface
         else:
             held_out = compare_forms(size, images, loss, compute, settings.floor)
             form, near = choose(held_out, settings.floor)
+            free = form._replace(exponents="free")
+            if form.exponents == "tied" and len(points) > free.num_parameters:
+                tied, untied = (fit_parametric(size, images, loss, one) for one in (form, free))
+                if checks.lack_of_fit(points, images, tied) and not checks.lack_of_fit(points, images, untied):
+                    form, near = free, [one for one in near if one.exponents != "tied" and one != free]
         groups = [run_of(row) for row in points]
         law = fit_parametric(size, images, loss, form, groups, settings.bootstraps, settings.seed)
         law = replace(law, others=tuple(fit_parametric(size, images, loss, other) for other in near))
@@ -204,7 +215,11 @@ def surface_of(runs: Runs, settings: FitSettings, missing: list[str]) -> Surface
         said = str(error)
         missing.append(
             (said if said.startswith("L(N, D)") else f"L(N, D): {said}")
-            + ("" if len(points) > 5 else " (branch=1,0.5,0.25,0.125 gives four numbers of images per size)")
+            + (
+                " (branch=1,0.5,0.25,0.125 gives four numbers of images per size)"
+                if "numbers of images" in said
+                else ""
+            )
         )
         return None
     doubts, interaction = checks.lack_of_fit(points, images, law), None

@@ -136,11 +136,20 @@ class IsoFLOP:
 
 
 def budgets(rows: Sequence[Row]) -> list[list[Row]]:
-    """Runs grouped by compute; groups of fewer than three sizes are left out."""
+    """Runs grouped by compute; groups of fewer than three sizes are left out, and groups that are no budgets: the
+    gaps to the next groups are not much wider than they are."""
     groups: dict[int, list[Row]] = {}
     for row, number in zip(rows, bins([row["flops_exact"] for row in rows]), strict=True):
         groups.setdefault(number, []).append(row)
-    return [groups[number] for number in sorted(groups) if len({row["params_main"] for row in groups[number]}) >= 3]
+    ends = [[np.log(find(row["flops_exact"] for row in groups[k])) for find in (min, max)] for k in range(len(groups))]
+    found = []
+    for k, (low, high) in enumerate(ends):
+        gaps = [ends[k][0] - ends[k - 1][1]] if k else []
+        gaps += [ends[k + 1][0] - high] if k + 1 < len(ends) else []
+        is_budget = min(gaps, default=np.inf) > max(2 * (high - low), SAME_BUDGET)
+        if is_budget and len({row["params_main"] for row in groups[k]}) >= 3:
+            found.append(groups[k])
+    return found
 
 
 def window(sizes: np.ndarray, center: float) -> np.ndarray:
@@ -151,12 +160,16 @@ def window(sizes: np.ndarray, center: float) -> np.ndarray:
     return np.unique(np.concatenate([near, below[-POINTS_PER_SIDE:], above[:POINTS_PER_SIDE]]))
 
 
-def isoflop(rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 1000) -> IsoFLOP:
+def isoflop(
+    rows: Sequence[Row], column: str = "val_loss", bootstraps: int = 1000, law: PowerLaw | None = None
+) -> IsoFLOP:
     """Fits parabolas to the points near each budget's minimum. A minimum at the edge of the sizes is rejected, since
-    larger or smaller networks are missing."""
+    larger or smaller networks are missing. `law`: L(C), by whose slope losses are moved to the budget's mean compute."""
     parabolas, refused = [], []
     for group in budgets(rows):
         compute = float(np.exp(np.mean([np.log(row["flops_exact"]) for row in group])))
+        if law is not None:
+            group = [row | {column: row[column] - float(law(row["flops_exact"]) - law(compute))} for row in group]
         sizes = np.array(sorted({row["params_main"] for row in group}), dtype=float)
         means = np.array([np.mean([row[column] for row in group if row["params_main"] == size]) for size in sizes])
         lowest = int(means.argmin())

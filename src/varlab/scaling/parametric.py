@@ -22,7 +22,7 @@ Row = dict[str, Any]
 DELTA = 1e-3  # of the Huber loss, in ln L
 REPEAT_DECAY = 15.0  # R* of Muennighoff et al. 2023: number of repetitions after which further passes add little
 POLISHED = 4
-NO_FLOOR = 1e-3  # nat: a fitted floor below this counts as 0
+TELLS_APART = 0.1  # of ln N or ln D that must be its own
 CLEARLY = 0.7  # a form must extrapolate this much better than the default to replace it
 LOSSES = ("huber", "squares")
 EXPONENTS = ("tied", "free", "interaction")
@@ -240,6 +240,10 @@ def fit_parametric(
     for what, values in (("sizes", n), ("numbers of images", d)):
         if len(np.unique(values)) < 3:
             raise ValueError(f"L(N, D) needs at least 3 different {what}, there are {len(np.unique(values))}")
+    if apart(n, d) < TELLS_APART:
+        raise ValueError(
+            "L(N, D) cannot be fitted: D follows from N in these runs, so their effects cannot be told apart"
+        )
     if len(y) <= form.num_parameters:
         raise ValueError(f"L(N, D) with {form.words} needs more than {form.num_parameters} runs, there are {len(y)}")
     if not np.isfinite(y).all() or not (y > (form.floor or 0.0)).all():
@@ -257,8 +261,14 @@ def fit_parametric(
     )
     draws = bootstrap(problem, v, center, noise, groups, bootstraps, seed) if bootstraps else None
     found = dict(zip(NAMES, map(float, parameters), strict=True))
-    found["floor"] = found["floor"] if found["floor"] > NO_FLOOR else 0.0
     return ParametricLaw(form, noise=noise, objective=objective, draws=draws, **found)
+
+
+def apart(size: np.ndarray, images: np.ndarray) -> float:
+    """How much of ln N and ln D is their own: the smaller standard deviation of the two around a line through the other."""
+    x, z = (np.log(values) - np.log(values).mean() for values in (size, images))
+    shared = np.square(x @ z / max(float(np.sqrt((x @ x) * (z @ z))), 1e-300))
+    return float(np.sqrt(max(1 - shared, 0.0) * min(x @ x, z @ z) / len(x)))
 
 
 def robust_spread(residuals: np.ndarray, degrees: int) -> float:

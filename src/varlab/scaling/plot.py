@@ -172,9 +172,11 @@ def plot_published(panel: Axes, y: str, x: str) -> None:
     (first, last), (low, high) = PUBLISHED_RANGE[x], panel.get_xlim()
     if max(first, low) >= min(last, high):
         return
-    span = np.geomspace(max(first, low), min(last, high), 50)
+    span, (bottom, top) = np.geomspace(max(first, low), min(last, high), 50), panel.get_ylim()
     for (label, (factor, alpha)), style in zip(laws.items(), (":", "-."), strict=False):
         line = floor + (factor * span / (1e9 if x == SIZE else 1e15)) ** -alpha
+        if ((line < bottom) | (line > top)).all():
+            continue
         panel.plot(span, line, style, color=RED, label=label)
 
 
@@ -391,10 +393,11 @@ def captions(analysis: Analysis) -> dict[str, str]:
     told = [
         f"{LABELS[y]} against {'N' if x == SIZE else 'C'}: {words(law)}" for (y, x), law in laws.items() if y in SCORES
     ]
-    equal = f"runs of {analysis.fixed[0]['images_seen']:,.0f} {counts}" if analysis.fixed else "runs of equal images"
+    equal = f"runs of {analysis.fixed[0]['images_seen']:,.0f} {counts}" if analysis.fixed else ""
+    sides = f"Left: {equal} against size. Right: all runs" if analysis.fixed else "All runs"
+    fitted = f" Dashed: laws with their 95 % bands. {'; '.join(told)}." if told else ""
     found = {
-        "scaling": f"Left: {equal} against size. Right: all runs (points), training curves (lines) and the frontier (rings) against"
-        f" compute. Dashed: laws with their 95 % bands. {'; '.join(told)}.",
+        "scaling": f"{sides} (points), training curves (lines) and the frontier (rings) against compute.{fitted}",
         "scales": f"Left: loss of each scale, {equal}. Right: exponents of L(N) by scale with 95 % intervals; a cross marks a scale"
         " without a gain that the runs show.",
         "floors": "Exponent of L(N) and correlation (dotted) for each floor that could be subtracted: correlation does not choose it.",
@@ -404,7 +407,7 @@ def captions(analysis: Analysis) -> dict[str, str]:
         law = analysis.surface.law
         found["surface"] = (
             f"L(N, D) with {law.form.words}: E {law.floor:.4g}, alpha {law.alpha:.3f}, beta {law.beta:.3f} (D in {counts}). Left: measured"
-            " against fitted loss. Middle: residuals. Right: error of the predictions for the quarter of the runs that was left out."
+            " against fitted loss. Middle: residuals. Right: error for the quarter of the runs with the most N, D or C, left out."
         )
     if analysis.extrapolation is not None:
         off = analysis.extrapolation["error_percent"]
@@ -425,6 +428,9 @@ def figures(analysis: Analysis, out: Path, is_published_shown: bool = False) -> 
     }
     with matplotlib.rc_context(STYLE):
         found = {name: save(tidy(plot()), out, name) for name, plot in wanted.items() if plot is not None}
+    for name in set(wanted) - set(found):  # of earlier fits into the same folder
+        for kind in KINDS:
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
     texts = captions(analysis)
     with atomic_write(out / "captions.md") as partial:
         partial.write_text("".join(f"**{name}.** {texts[name]}\n\n" for name in found), encoding="utf-8")

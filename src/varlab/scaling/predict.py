@@ -11,7 +11,7 @@ from varlab.cost.flops import parameter_counts, training_flops
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, Surface, run_of
 from varlab.scaling.parametric import evaluate, fit_parametric
 from varlab.scaling.power_law import fit
-from varlab.scaling.runs import Row
+from varlab.scaling.runs import Row, is_positive
 
 Answer = tuple[str, float, tuple[float, float] | None]  # law, loss, 95 % interval
 DEPTHS = range(1, 129)
@@ -67,17 +67,18 @@ def size_of(rows: Sequence[Row], depth: int) -> int:
 
 
 def flops_of(rows: Sequence[Row], size: float | int) -> float:
-    """Training FLOPs per image (or token) of a size: exact for a depth of the runs' rule, else interpolated between the
-    sizes of the runs, and proportional to N outside of them."""
+    """Training FLOPs per image (or token) of a size: exact for a depth of the runs' rule, else by a smooth curve through
+    the sizes of the runs, and proportional to N outside of them."""
     rule = rule_of(rows)
     if rule is not None:
         for depth in DEPTHS:
             if size_of(rows, depth) == size:
                 return float(training_flops(sizes_of(rows, depth)))
-    known = sorted({row[SIZE]: row[COMPUTE] / row["images_seen"] for row in rows}.items())
-    sizes, costs = np.log([n for n, _ in known]), np.log([cost for _, cost in known])
-    at = np.log(size)
-    return float(np.exp(np.interp(at, sizes, costs) + min(at - sizes[0], 0) + max(at - sizes[-1], 0)))
+    sizes = np.log([row[SIZE] for row in rows])
+    ratios = np.log([row[COMPUTE] / row["images_seen"] / row[SIZE] for row in rows])  # 6 where C is 6 N D
+    inside = np.clip(np.log(size), sizes.min(), sizes.max()) - sizes.mean()
+    order = min(2, len(np.unique(sizes)) - 1) if np.ptp(ratios) > 0.05 else 0
+    return float(size * np.exp(np.polyval(np.polyfit(sizes - sizes.mean(), ratios, order), inside)))
 
 
 def choices(rows: Sequence[Row]) -> np.ndarray:
@@ -117,6 +118,7 @@ def beyond(
         ("N", size, [row[SIZE] for row in rows]),
         (analysis.runs.counts, images, [row["images_seen"] for row in rows]),
         ("C", compute, [row[COMPUTE] for row in rows]),
+        (f"{analysis.runs.counts} / N", images / size, [row["images_seen"] / row[SIZE] for row in rows]),
     ):
         for reach, word, end in (
             (value / max(values), "above the most", max(values)),
@@ -144,9 +146,14 @@ def refuse(reasons: Sequence[str], limits: Limits) -> list[str]:
     return [f"warning: {reason}" for reason in reasons]
 
 
+def shown(loss: Any) -> str:
+    """A loss for display."""
+    return f"{loss:.4f}" if loss >= 0.1 else f"{loss:.4g}"
+
+
 def interval_words(interval: tuple[float, float] | None) -> str:
     """A 95 % interval for display."""
-    return "no interval" if interval is None else f"95 %: {interval[0]:.4f} to {interval[1]:.4f}"
+    return "no interval" if interval is None else f"95 %: {shown(interval[0])} to {shown(interval[1])}"
 
 
 def predict(
@@ -179,11 +186,11 @@ def predict(
     what = f"{named(rows, size)} after {seen:,.0f} {counts}"
     if len(answers) == 2 and contradict(*answers, is_doubted=bool(analysis.surface and analysis.surface.lack_of_fit)):
         lines.append(f"{what}: the laws contradict each other, so there is no single answer")
-        lines += [f"  {name}: {value:.4f} ({interval_words(interval)})" for name, value, interval in answers]
+        lines += [f"  {name}: {shown(value)} ({interval_words(interval)})" for name, value, interval in answers]
     else:
         name, value, interval = answers[0]
-        lines.append(f"{what}: loss {value:.4f} ({interval_words(interval)}) by {name}")
-        lines += [f"  {name}: {value:.4f} ({interval_words(interval)})" for name, value, interval in answers[1:]]
+        lines.append(f"{what}: loss {shown(value)} ({interval_words(interval)}) by {name}")
+        lines += [f"  {name}: {shown(value)} ({interval_words(interval)})" for name, value, interval in answers[1:]]
     largest, most = max(row[SIZE] for row in rows), max(row["images_seen"] for row in rows)
     lines.append(
         f"cost: {compute:.3g} FLOP; {size / largest:.3g} times the largest size and {seen / most:.3g} times the most {counts} in the fit"
@@ -220,7 +227,7 @@ def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = No
         reasons.append("the best size is at the edge of the range that was searched")
     lines = refuse(reasons, limits)
     lines.append(
-        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {losses[best]:.4f}"
+        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {shown(losses[best])}"
     )
     if surface.law.draws is not None:
         found = evaluate(surface.law.draws[:, None, :-1], sizes, effective).argmin(axis=1)
@@ -232,7 +239,7 @@ def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = No
         )
     if rule_of(rows) is not None:
         near = [i for i in (best - 1, best + 1) if 0 <= i < len(sizes)]
-        lines += [f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {losses[i]:.4f}" for i in near]
+        lines += [f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {shown(losses[i])}" for i in near]
     return lines
 
 
@@ -272,7 +279,7 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             verdict = f"; {interval_words(interval)}: {'as expected' if inside else 'not as expected'}"
         spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {row['val_loss']:.4f}, {name} of the others predicts {expected:.4f}"
+            f"{row['name']}: loss {shown(row['val_loss'])}, {name} of the others predicts {shown(expected)}"
             f" ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines
@@ -329,10 +336,15 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any], limits: Limits |
     if ask not in needed:
         raise ValueError(f"{ask!r}: choose predict, optimal, compare or next")
     if needed[ask] and all(given.get(name) is None for name in needed[ask]):
-        raise ValueError(f"varlab scaling {ask} needs {'=... or '.join(needed[ask])}=...")
+        raise ValueError(f"{ask} needs {'=... or '.join(needed[ask])}=...")
+    for first, second in (("depth", "n"), ("images", "d")):
+        if given.get(first) is not None and given.get(second) is not None:
+            raise ValueError(f"{first}={given[first]} and {second}={given[second]}: give one of them")
     for name in ("depth", "n", "images", "d", "compute"):
-        if given.get(name) is not None and not given[name] > 0:
-            raise ValueError(f"{name}={given[name]}: must be above 0")
+        value = given.get(name)
+        if value is not None and (not is_positive(value) or (name == "depth" and value not in DEPTHS)):
+            kind = f"a whole number from 1 to {DEPTHS[-1]}" if name == "depth" else "a number above 0"
+            raise ValueError(f"{name}={value}: must be {kind}")
     depth, images = given.get("depth"), given.get("images") if given.get("images") is not None else given.get("d")
     size = float(given["n"]) if given.get("n") is not None else size_of(rows, int(depth)) if depth is not None else None
     if ask == "predict" and size is not None:

@@ -76,13 +76,26 @@ def paired(a: Sequence[Row], b: Sequence[Row], y: str) -> list[tuple[Row, Row]]:
     return [(row, others[pair_key(row)]) for row in a if row.get(y) is not None and pair_key(row) in others]
 
 
+def compute_at(rows: Sequence[Row], loss: float, y: str) -> float:
+    """ln C at which the runs reach a loss, interpolated."""
+    ordered = sorted(rows, key=lambda row: row[y])
+    return float(np.interp(loss, [row[y] for row in ordered], np.log([row[COMPUTE] for row in ordered])))
+
+
 def joint_fit(one: Sequence[Row], two: Sequence[Row], is_paired: bool, a: Analysis, y: str) -> Multiplier:
     """One law for the runs of both recipes, with a shift ln m in ln C; for pairs, run `i` of both belong together."""
     settings, points, floor = a.settings, [*one, *two], a.settings.floor
+    ends = [(min(row[y] for row in rows), max(row[y] for row in rows)) for rows in (one, two)]
+    if max(low for low, _ in ends) > min(high for _, high in ends):
+        raise ValueError(
+            f"the recipes have no loss in common (a: {ends[0][0]:.4g} to {ends[0][1]:.4g}, b: {ends[1][0]:.4g} to {ends[1][1]:.4g}),"
+            " so they cannot be compared at equal loss"
+        )
     compute, log_y = (np.log(np.array([row[name] for row in points], dtype=float)) for name in (COMPUTE, y))
     center, is_a, count = compute.mean(), np.arange(len(points)) < len(one), len(one)
-    law = fit(np.exp(compute), np.exp(log_y), floor, bootstraps=0)
-    start = np.array([law.alpha * (law.log_x0 - center), law.alpha] + ([law.floor] if floor is None else []) + [0.0])
+    shift = compute_at(two, middle := sum(sorted(np.ravel(ends))[1:3]) / 2, y) - compute_at(one, middle, y)
+    law = fit(np.exp(compute + shift * is_a), np.exp(log_y), floor, bootstraps=0)
+    start = np.array([law.alpha * (law.log_x0 - center), law.alpha] + ([law.floor] if floor is None else []) + [shift])
     lower = np.array([-np.inf] * 2 + ([0.0] if floor is None else []) + [-np.inf])
     blocks, degrees = [slice(None)], [len(points) - len(start)]
     turn = np.eye(len(points))  # to coordinates whose noise is independent: for pairs, their means and differences

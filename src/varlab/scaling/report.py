@@ -60,8 +60,13 @@ def summary_lines(analysis: Analysis) -> list[str]:
     rows, surface, counts = analysis.runs.rows, analysis.surface, analysis.runs.counts
     depths = sorted({row["depth"] for row in rows if row.get("depth")})
     sizes = sorted({row[SIZE] for row in rows})
-    size = f"depths {depths}" if depths else f"{len(sizes)} sizes, N {sizes[0]:.3g} to {sizes[-1]:.3g}"
-    lines = [f"{len(rows)} runs, {size}"]
+    has_depths = all(row.get("depth") for row in rows)
+    size = (
+        f"depths {depths}"
+        if has_depths
+        else f"{len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, N {sizes[0]:.3g} to {sizes[-1]:.3g}"
+    )
+    lines = [f"{len(rows)} {'run' if len(rows) == 1 else 'runs'}, {size}"]
     if analysis.fixed:
         lines[0] += (
             f"; L(N) is fitted to the {len(analysis.fixed)} runs of {analysis.fixed[0]['images_seen']:,.0f} {counts}"

@@ -8,6 +8,7 @@ afterward.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,8 @@ def collect(
     found: dict[str, tuple[Row, list[Row]]] = {}
     left_out, notes, units = [], [], set()
     for source in sources:
+        if not source.startswith("wandb:") and not Path(source).exists():
+            raise ValueError(f"source={source}: there is no such file or folder")
         runs, counts = read_source(source, columns)
         if not any(row.get("kind") == "var" for row, _ in runs):
             raise ValueError(
@@ -121,6 +124,10 @@ def collect(
     notes += ["C is 6 N D where the table has no flops_exact"] if "flops_exact" in computed else []
     notes += ["D is C / (6 N) where the table has no images_seen"] if "images_seen" in computed else []
     check_same(rows)
+    names = Counter(str(row["name"]) for row in rows)
+    for row in rows:  # a name stands for a run in what is printed and drawn
+        if names[str(row["name"])] > 1:
+            row["name"] = f"{row['name']} ({row.get('run_id')})"
     rows.sort(key=lambda row: (row["params_main"], row["flops_exact"], row["name"]))
     return Runs(rows, [point for row in rows for point in curves[key_of(row)]], left_out, units.pop(), notes)
 
@@ -151,7 +158,10 @@ def key_of(row: Row) -> str:
 def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
     """(the row to use, or None if the run is left out; the reason, as text)."""
     points = [point for point in curve if point.get("val_loss") is not None]
-    if row["state"] != "finished":
+    if row["state"] != "finished" and not points and is_positive(row.get("val_loss")):
+        if not use_unfinished:
+            return None, "left out (unfinished=use uses it)"
+    elif row["state"] != "finished":
         if not use_unfinished or not points:
             return None, "left out" if points else "left out, never validated"
         last = points[-1]

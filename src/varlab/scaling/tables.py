@@ -4,6 +4,7 @@ Needed are N (`params_main`), the loss (`val_loss`), and D (`images_seen`, or to
 else is optional.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from varlab.files import atomic_write, read_rows
+from varlab.files import atomic_write, delimiter_of, read_rows
 
 Row = dict[str, Any]
 SYMBOLS = {"N": "params_main", "D": "images_seen", "L": "val_loss", "C": "flops_exact"}
@@ -97,14 +98,17 @@ def read_runs(path: Path, columns: Mapping[str, str] | None = None) -> tuple[lis
     """(one row per run, what D counts: images or tokens); see `read_table`. Rows that name no kind and no state are VARs
     that finished. Raises ValueError for a table without N, D or loss as well."""
     rows, meaning = read_table(path, columns, () if is_of_other_kind(path) else tuple(NEEDED))
-    for i, row in enumerate(rows):
-        content = json.dumps(row, sort_keys=True)
+    contents: dict[str, str] = {}
+    for i, (row, cells) in enumerate(zip(rows, read_rows(path), strict=True)):
+        content = json.dumps(cells, sort_keys=True)
         row.setdefault("name", f"row {i + 1}")
         row.setdefault("run_id", hashlib.sha256(content.encode()).hexdigest()[:8])
+        if contents.setdefault(str(row["run_id"]), content) != content:
+            row["run_id"] = f"{row['run_id']}-{i + 1}"  # the same id for different rows
         if "kind" not in meaning.values():
             row["kind"] = "var"
-        if "State" in meaning or "state" not in meaning.values():
-            state = str(row.get("state", "finished"))
+        if row.get("kind") == "var":
+            state = str(row.get("state", "finished")).lower()
             row["state"] = STATES.get(state, state)
         row.setdefault("step", 0)
     header = next((header for header, ours in meaning.items() if ours == "images_seen"), None)
@@ -126,23 +130,28 @@ def read_table(
     `columns`: our name, or N, D, L or C, of columns with other names. Empty cells, nan and inf are left out of a row.
     Raises one ValueError that names every column that is missing or has an unusable unit.
     """
-    raw = read_rows(path)
+    raw, decimal_comma = read_rows(path), delimiter_of(path) != ","
     if not raw:
         return [], {}
     named = {str(key).strip(): SYMBOLS.get(str(value), str(value)) for key, value in (columns or {}).items()}
+    split = {header: name_and_unit(header) for header in raw[0] if header}
+    names = {name for name, _ in split.values()}
+    absent = [f"columns={key}: there is no such column" for key in named if key not in split and key not in names]
+    taken = {ours for key, ours in named.items() if key in split or key in names}
     problems, meaning = [], {}
-    bare = {header: header.partition(" [")[0].partition("[")[0].strip() for header in raw[0] if header}
-    absent = [f"columns={key}: there is no such column" for key in named if key not in [*bare, *bare.values()]]
-    for header, name in bare.items():
-        ours = named.get(header, named.get(name, EXPORTED.get(name, name)))
-        given = header[header.index("[") + 1 : header.rindex("]")] if "[" in header and "]" in header else ""
+    for header, (name, given) in split.items():
+        ours = named.get(header, named.get(name))
+        if ours is None:
+            ours = EXPORTED.get(name, name)
+            if ours in taken:  # another column was named for it
+                continue
         factor = 1.0
         if given and kind_of(ours) is not None:
             try:
                 factor = factor_of(ours, given)
             except ValueError as error:
                 problems.append(f"{header}: {error}")
-        if ours in meaning.values() and header in named:
+        if any(ours == other for other, _ in meaning.values()):
             problems.append(f"{header}: another column is {ours} as well")
         meaning[header] = (ours, factor)
     have = {ours for ours, _ in meaning.values()}
@@ -151,27 +160,43 @@ def read_table(
     ]
     if needed and not have & {"images_seen", "flops_exact"}:
         missing.append("no column for D (images_seen) or C (flops_exact)")
-    problems += [*absent, *missing] if missing else []  # one of several tables may have the names already
+    is_ours = len(absent) == len(named) and not missing  # one of several tables may have our names
+    problems += [*([] if is_ours else absent), *missing]
     if problems:
         raise ValueError(
-            f"{path}: {'; '.join(problems)}; the columns are {', '.join(bare)}: name them as in columns={{params: N, tokens: D, loss: L}}"
+            f"{path}: {'; '.join(problems)}; the columns are {', '.join(split)}: name them, without their units, as in"
+            " columns={params: N, tokens: D, loss: L}"
         )
-    decimal_comma = any(
-        re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", cell.strip().lower()) for row in raw for cell in row.values()
-    )
     rows: list[Row] = []
     for cells in raw:
         row: Row = {}
         for header, cell in cells.items():
-            if cell == "" or header not in meaning:
+            text = cell.strip()
+            if text == "" or header not in meaning:
                 continue
             ours, factor = meaning[header]
             if kind_of(ours) is None:
-                row[ours] = parse(ours, cell.strip())
-            elif (value := number(cell, decimal_comma)) is not None:
-                row[ours] = as_given(cell, value, factor)
+                row[ours] = parse(ours, text)
+            elif (value := number(text, decimal_comma)) is not None:
+                row[ours] = as_given(text, value, factor)
+            elif ours in SYMBOLS.values():
+                row[ours] = text  # named when the run is left out
         rows.append(row)
     return rows, {header: ours for header, (ours, _) in meaning.items()}
+
+
+def name_and_unit(header: str) -> tuple[str, str]:
+    """The name of a column and its unit, in brackets or, if it is a known one, in parentheses."""
+    found = re.fullmatch(r"(.*?)\s*\[(.*)\]\s*|(.*?)\s*\((.*)\)\s*", header)
+    if found is None:
+        return header.strip(), ""
+    if found[1] is not None:
+        return found[1].strip(), found[2]
+    for column in ("val_loss", "val_err", "params_main", "flops_exact"):
+        with contextlib.suppress(ValueError):
+            factor_of(column, found[4])
+            return found[3].strip(), found[4]
+    return header.strip(), ""
 
 
 def as_given(cell: str, value: float, factor: float) -> float | int:
