@@ -48,7 +48,7 @@ table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left } .wide { overflow-x: auto }
 figure { margin: 0; background: #fff; padding: .5rem; border: 1px solid var(--line); overflow-x: auto }
-figure svg { max-width: 100%; height: auto; min-width: 480px }
+figure svg { width: 100%; max-width: 860px; height: auto; min-width: 480px }
 .note { white-space: pre-wrap; background: var(--soft); padding: .6rem 1rem; border-left: 3px solid var(--line); font-size: .85rem }
 figcaption { color: #333; font-size: .85rem; padding: .25rem .5rem } .words td { text-align: left; vertical-align: top }
 g.run:hover path, g.run:hover use { stroke: #d62728; stroke-width: 3 }
