@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from support.coverage import TIED, isoflop_grid, noisy, runs_of
+from support.coverage import NUM_SIZES, TIED, isoflop_grid, noisy, runs_of
 from support.scaling_runs import make_row, sizes, surface
 
 from varlab.cost.flops import parameter_counts, training_flops
 from varlab.scaling.analysis import FitSettings, analyse
 from varlab.scaling.parametric import CHINCHILLA, Form
-from varlab.scaling.predict import Limits, answer, compare, contradict, flops_of, next_runs, optimal, predict
+from varlab.scaling.predict import Limits, answer, compare, contradict, flops_of, next_runs, optimal, optimum, predict
 from varlab.scaling.runs import Runs
 
 BUDGETS = (5000, 10000, 20000, 40000)
@@ -120,6 +120,23 @@ def test_an_answer_out_of_reach_is_refused(compute, reason):
         optimal(analysis(noise=0.0005), compute)
     assert optimal(analysis(noise=0.0005), compute, FAR)[0].startswith("warning: ")
     assert optimal(analysis(noise=0.0005), 2e14, Limits(factor=100))[0].startswith("2e+14 FLOP: depth")
+
+
+@pytest.mark.parametrize(("num_sizes", "noise"), NUM_SIZES)
+def test_the_interval_of_the_best_size_holds_it(num_sizes, noise):
+    """At ten times the largest budget of the fit."""
+    grid, images = isoflop_grid(num_sizes)
+    best, held = (1e18 / 6 * 1e6 / 3e5) ** 0.5, 0
+    for draw in range(40):
+        found = analyse(
+            runs_of(grid, images, noisy(grid, images, noise, draw, truth=TIED)),
+            FitSettings(bootstraps=200, seed=draw, form=Form("tied")),
+            True,
+        )
+        told = optimum(found, 1e18)
+        low, high = told.sizes[list(told.interval)]
+        held += low <= best * 1.01 and best <= high * 1.01  # the sizes to choose from are this far apart
+    assert held >= 35, held
 
 
 def test_a_law_that_does_not_fit_answers_nothing():

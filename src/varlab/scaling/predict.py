@@ -208,38 +208,60 @@ def contradict(first: Answer, second: Answer, is_doubted: bool) -> bool:
     return apart or (is_doubted and not (a[0] <= two <= a[1] and b[0] <= one <= b[1]))
 
 
-def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = None) -> list[str]:
-    """Size and images with the lowest predicted loss for a compute budget (FLOP), with the range over the draws and the
-    forms that extrapolate about as well. Raises ValueError where the law does not fit or does not reach."""
-    limits, surface, rows = limits or Limits(), surface_of(analysis), analysis.runs.rows
-    counts, unique = analysis.runs.counts, unique_of(rows)
+@dataclass(frozen=True)
+class Optimum:
+    """Sizes to choose from with the images and the predicted loss of each at one compute budget; the indices of the best
+    size and of the ends of its 95 % interval (None without draws)."""
+
+    sizes: np.ndarray
+    images: np.ndarray
+    losses: np.ndarray
+    best: int
+    interval: tuple[int, int] | None
+
+
+def optimum(analysis: Analysis, compute: float | int) -> Optimum:
+    """The size with the lowest predicted loss for a compute budget (FLOP), with the range over the draws and the forms
+    that extrapolate about as well. Raises ValueError for a budget below one image."""
+    surface, rows = surface_of(analysis), analysis.runs.rows
     sizes = choices(rows)
     images = compute / np.array([flops_of(rows, size) for size in sizes])
     usable = images >= 1
     if not usable.any():
         raise ValueError(f"compute={compute:g} FLOP is less than one image of the smallest network")
-    sizes, images = sizes[usable], images[usable]
-    effective = np.array([surface.effective(one, unique) for one in images])
+    sizes, images, interval = sizes[usable], images[usable], None
+    effective = np.array([surface.effective(one, unique_of(rows)) for one in images])
     losses = surface.law(sizes, effective)
-    best = int(losses.argmin())
-    reasons = [*surface.lack_of_fit, *beyond(analysis, limits, float(sizes[best]), float(images[best]), compute)]
-    if best in (0, len(sizes) - 1):
-        reasons.append("the best size is at the edge of the range that was searched")
-    lines = refuse(reasons, limits)
-    lines.append(
-        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {shown(losses[best])}"
-    )
     if surface.law.draws is not None:
         found = evaluate(surface.law.draws[:, None, :-1], sizes, effective).argmin(axis=1)
         low, high = (int(i) for i in np.percentile(found, (2.5, 97.5), method="nearest"))
         others = [int(other(sizes, effective).argmin()) for other in surface.law.others]
-        low, high = min([low, *others]), max([high, *others])
+        interval = (min([low, *others]), max([high, *others]))
+    return Optimum(sizes, images, losses, int(losses.argmin()), interval)
+
+
+def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = None) -> list[str]:
+    """Size and images with the lowest predicted loss for a compute budget (FLOP), with their 95 % interval. Raises
+    ValueError where the law does not fit or does not reach."""
+    limits, rows, counts = limits or Limits(), analysis.runs.rows, analysis.runs.counts
+    found = optimum(analysis, compute)
+    sizes, images, best = found.sizes, found.images, found.best
+    doubts = surface_of(analysis).lack_of_fit
+    reasons = [*doubts, *beyond(analysis, limits, float(sizes[best]), float(images[best]), compute)]
+    if best in (0, len(sizes) - 1):
+        reasons.append("the best size is at the edge of the range that was searched")
+    lines = refuse(reasons, limits)
+    lines.append(
+        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {shown(found.losses[best])}"
+    )
+    if found.interval is not None:
+        low, high = found.interval
         lines.append(
             f"95 % interval: {named(rows, sizes[low])} to {named(rows, sizes[high])}, {images[high]:,.0f} to {images[low]:,.0f} {counts}"
         )
     if rule_of(rows) is not None:
         near = [i for i in (best - 1, best + 1) if 0 <= i < len(sizes)]
-        lines += [f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {shown(losses[i])}" for i in near]
+        lines += [f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {shown(found.losses[i])}" for i in near]
     return lines
 
 
