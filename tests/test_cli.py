@@ -46,7 +46,7 @@ def test_help_shows_settings_and_examples(verb, setting):
         (("pack", "sorce=mnist5k", "out=x"), "sorce"),
         (("train",), "data.path"),
         (("sample", "checkpoint=nowhere.ckpt", "out=x"), "checkpoint nowhere.ckpt does not exist"),
-        (("scaling", "source=nowhere", "out=x"), "source=nowhere holds no VAR runs"),
+        (("scaling", "source=nowhere", "out=x"), "source=nowhere: there is no such file or folder"),
     ],
 )
 def test_what_a_user_got_wrong_is_said_without_a_traceback(arguments, message):

@@ -76,6 +76,7 @@ ADDED = [  # to commands that match, unless they set it already
     ("train (?!.*plan=true).*experiment=depth_scaling", ["name=small"]),
     ("(tokenize|import) .*vae_ch160", ["patch_nums=[1,2,3,4]"]),
     ("sample", ["batch_size=6", "film_rows=2"]),
+    ("scaling", ["bootstraps=50"]),
     ("evaluate", ["batch_size=6", "curve_images=6"]),
 ]
 

@@ -127,7 +127,7 @@ def test_the_interval_of_the_best_size_holds_it(num_sizes, noise):
     """At ten times the largest budget of the fit."""
     grid, images = isoflop_grid(num_sizes)
     best, held = (1e18 / 6 * 1e6 / 3e5) ** 0.5, 0
-    for draw in range(40):
+    for draw in range(20):
         found = analyse(
             runs_of(grid, images, noisy(grid, images, noise, draw, truth=TIED)),
             FitSettings(bootstraps=200, seed=draw, form=Form("tied")),
@@ -136,7 +136,7 @@ def test_the_interval_of_the_best_size_holds_it(num_sizes, noise):
         told = optimum(found, 1e18)
         low, high = told.sizes[list(told.interval)]
         held += low <= best * 1.01 and best <= high * 1.01  # the sizes to choose from are this far apart
-    assert held >= 35, held
+    assert held >= 17, held
 
 
 def test_a_law_that_does_not_fit_answers_nothing():

@@ -78,7 +78,7 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
                 undated = {"Date": None} if kind == "svg" else None  # the same figure gives the same file
                 figure.savefig(partial, format=kind, dpi=200, metadata=undated)
             files.append(file)
-            figure.set_layout_engine("none")  # the layout of the first format is that of all
+            figure.set_layout_engine(None)  # the layout of the first format is that of all
     return files
 
 
