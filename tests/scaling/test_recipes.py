@@ -8,7 +8,7 @@ from support.coverage import NUM_SIZES
 
 from varlab.scaling.analysis import FitSettings, analyse
 from varlab.scaling.parametric import Form
-from varlab.scaling.recipes import multiplier
+from varlab.scaling.recipes import multiplier, paired
 from varlab.scaling.runs import Runs
 
 
@@ -59,6 +59,23 @@ def test_pairs_say_more_than_the_same_runs_apart():
     assert widths[0] < 0.9 * widths[1]
     found = multiplier(*two(16, 0.003, 1.5, 3))
     assert len(found.by_pair) == 16 and np.median([gain for _, gain in found.by_pair]) == pytest.approx(1.5, rel=0.05)
+
+
+def test_seeds_of_a_size_are_averaged_before_pairs_are_compared():
+    """Instead of the luckiest seed standing for its size."""
+    rows = {
+        name: [
+            {"run_id": f"{i}-{seed}", "name": f"{i}-{seed}", "params_main": 10.0**i, "images_seen": 1e9, "flops_exact": 6e9 * 10.0**i,
+             "val_loss": 2 + 3 * 0.8**i * off, "seed": seed}
+            for i in range(5) for seed, off in ((0, first), (1, second))
+        ]
+        for name, first, second in (("a", 1.2, 1.0), ("b", 1.1, 1.1))
+    }  # fmt: skip
+    found = paired(rows["a"], rows["b"], "val_loss")
+    assert len(found) == 5
+    for i, (one, two_) in enumerate(found):
+        assert one["val_loss"] == pytest.approx(np.sqrt((2 + 3.6 * 0.8**i) * (2 + 3 * 0.8**i)))
+        assert two_["val_loss"] == pytest.approx(2 + 3.3 * 0.8**i)
 
 
 def test_the_result_is_one_sentence():

@@ -92,6 +92,9 @@ def compare_recipes(cfg: DictConfig) -> None:
     first, second = (
         analyse(collected(cfg, source), settings_of(cfg), is_loss_enough=True) for source in (cfg.a, cfg.b)
     )
+    for source, one in ((cfg.a, first), (cfg.b, second)):
+        for line in [*one.runs.left_out, *[f"outlier: {row['name']}, {reason}" for row, reason in one.outliers]]:
+            print(f"{source}: {line}")
     found = multiplier(first, second)
     print(found.sentence(str(cfg.a), str(cfg.b)))
     if cfg.out is not None:

@@ -2,7 +2,7 @@
 the others, which run would narrow the prediction interval most. Every answer knows how far the fits reach."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -376,7 +376,7 @@ def answer(analysis: Analysis, ask: str, given: dict[str, Any], limits: Limits |
     if ask == "compare":
         doubts = [] if analysis.surface is None else analysis.surface.lack_of_fit
         return [f"warning: {doubt}" for doubt in doubts] + compare(analysis, str(given["run"]))
-    lines = refuse(surface_of(analysis).lack_of_fit, replace(limits))
+    lines = refuse(surface_of(analysis).lack_of_fit, limits)
     best = next_runs(analysis, size, images, given.get("compute"))[:5]
     if not best:
         raise ValueError("no run fits the budget: give a larger compute=...")

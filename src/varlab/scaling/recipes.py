@@ -71,9 +71,21 @@ def multiplier(a: Analysis, b: Analysis, y: str = "val_loss") -> Multiplier:
 
 
 def paired(a: Sequence[Row], b: Sequence[Row], y: str) -> list[tuple[Row, Row]]:
-    """(run of a, run of b) for each run that both recipes have."""
+    """(run of a, run of b) for each size and number of images that both recipes have, averaged over the seeds that both
+    have."""
     others = {pair_key(row): row for row in b if row.get(y) is not None}
-    return [(row, others[pair_key(row)]) for row in a if row.get(y) is not None and pair_key(row) in others]
+    groups: dict[tuple[Any, ...], list[tuple[Row, Row]]] = {}
+    for row in a:
+        if row.get(y) is not None and pair_key(row) in others:
+            groups.setdefault(pair_key(row)[:2], []).append((row, others[pair_key(row)]))
+    return [
+        (averaged([one for one, _ in found], y), averaged([two for _, two in found], y)) for found in groups.values()
+    ]
+
+
+def averaged(rows: Sequence[Row], y: str) -> Row:
+    """The first row with the geometric mean of y over all."""
+    return {**rows[0], y: float(np.exp(np.mean(np.log([row[y] for row in rows]))))}
 
 
 def compute_at(rows: Sequence[Row], loss: float, y: str) -> float:
