@@ -99,6 +99,15 @@ def test_a_killed_npz_continues_from_its_images_and_a_complete_one_is_kept(expor
     assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
 
+def test_png_images_of_an_earlier_call_stay_and_their_record_does_not_stand_for_an_npz(export_folder, tmp_path):
+    given, out = ["classes=balanced", "batch_size=3"], tmp_path / "out"
+    draw(export_folder, out, *given, "num=3", "npz=true")
+    images = draw(export_folder, out, *given, "num=6")
+    assert len(images) == 6 and json.loads((out / "samples.json").read_text())["images"] == "images"
+    assert len(draw(export_folder, out, *given, "num=6", "npz=true")) == 6  # the PNG images are still there
+    assert np.load(out / "samples.npz")["arr_0"].shape[0] == 6 and not list((out / "images").glob("*.npy"))
+
+
 def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):
     """In a process without the tests' type checks; the last batch is not full."""
     eager = draw(export_folder, tmp_path / "eager", "batch_size=4")

@@ -3,8 +3,8 @@
 Image i has seed `seed + i`, so the set does not depend on batch size, devices or restarts; existing images are kept.
 """
 
+import contextlib
 import copy
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -103,6 +103,7 @@ def write_samples(
     names = [f"{i:06d}-class{label:04d}" if is_labels else f"{i:06d}" for i, label in enumerate(named)]
     files = [out / "images" / f"{name}.{suffix}" for name in names]
     if npz and is_complete(out, num):
+        remove_arrays(out)
         return
     own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
@@ -130,15 +131,26 @@ def write_samples(
     if npz:
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
-    save_json(out / "samples.json", {**protocol, "num": num, **classes, "labels": named})
+    place = "samples.npz" if npz else "images"
+    save_json(out / "samples.json", {**protocol, "num": num, "images": place, **classes, "labels": named})
     if npz:
-        shutil.rmtree(out / "images")
+        remove_arrays(out)
 
 
 def is_complete(out: Path, num: int) -> bool:
-    """Whether samples.npz holds `num` images: their single files are gone by then."""
-    record = out / "samples.json"
-    return (out / "samples.npz").is_file() and record.is_file() and load_json(record, "varlab sample")["num"] == num
+    """Whether samples.npz holds `num` images, by the record that is written after it."""
+    if not (out / "samples.npz").is_file() or not (out / "samples.json").is_file():
+        return False
+    record = load_json(out / "samples.json", "varlab sample")
+    return record["num"] == num and record.get("images") == "samples.npz"
+
+
+def remove_arrays(out: Path) -> None:
+    """Removes the arrays that samples.npz holds; PNG images of an earlier call stay."""
+    for file in (out / "images").glob("*.npy"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other files are in it, or it is gone
+        (out / "images").rmdir()
 
 
 def plain(settings: SamplingSettings) -> dict[str, Any]:
