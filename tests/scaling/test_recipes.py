@@ -78,6 +78,17 @@ def test_seeds_of_a_size_are_averaged_before_pairs_are_compared():
         assert two_["val_loss"] == pytest.approx(2 + 3.3 * 0.8**i)
 
 
+def test_losses_of_different_tokenizers_or_data_are_not_compared():
+    a, b = two(6, 0.001, 1.5, 0)
+    for key in ("tokenizer_id", "dataset_id", "patch_nums"):
+        other = Runs([{**row, key: "another"} for row in b.runs.rows], [], [])
+        with pytest.raises(ValueError, match=f"runs of different {key}"):
+            multiplier(a, analyse(other, b.settings))
+    tokens = Runs(b.runs.rows, [], [], counts="tokens")
+    with pytest.raises(ValueError, match="D counts images in a and tokens in b"):
+        multiplier(a, analyse(tokens, b.settings))
+
+
 def test_the_result_is_one_sentence():
     better, same, worse = (multiplier(*two(8, 0.001, gain, 1)) for gain in (1.5, 1.0, 0.7))
     found = re.match(

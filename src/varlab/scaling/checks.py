@@ -10,7 +10,7 @@ from scipy.special import fdtrc
 from varlab.scaling.frontier import SAME_BUDGET
 from varlab.scaling.parametric import DELTA, Form, ParametricLaw, fit_parametric
 from varlab.scaling.power_law import solve, starts, values_and_slopes
-from varlab.scaling.runs import Runs, key_of
+from varlab.scaling.runs import Runs, key_of, loss_words
 
 Row = dict[str, Any]
 FAR = 6.0  # robust standard deviations from the fit to all runs beyond which a run is an outlier,
@@ -158,7 +158,7 @@ def divergences(runs: Runs) -> list[str]:
         if lowest is not None and row["val_loss"] > 1.005 * lowest["val_loss"]:
             rise = 100 * (row["val_loss"] / lowest["val_loss"] - 1)
             lines.append(
-                f"{row['name']}: validation loss was lowest ({lowest['val_loss']:.4f}) after {seen(row, lowest)} and ended"
+                f"{row['name']}: validation loss was lowest ({loss_words(lowest['val_loss'])}) after {seen(row, lowest)} and ended"
                 f" {rise:.1f} % higher"
             )
     return lines

@@ -17,7 +17,7 @@ from varlab.files import atomic_write
 from varlab.scaling.analysis import COMPUTE, SCORES, SIZE, Analysis, scale_columns
 from varlab.scaling.power_law import PowerLaw
 from varlab.scaling.recipes import Multiplier
-from varlab.scaling.runs import Row
+from varlab.scaling.runs import Row, loss_words
 
 logging.getLogger("fontTools").setLevel(logging.WARNING)  # logs every glyph that it leaves out
 STYLE: Any = {
@@ -104,7 +104,7 @@ def title_of(row: Row, y: str, value: float | int) -> str:
         row.get("name") or row["run_id"],
         f"depth {row['depth']}" if row.get("depth") else f"N {row[SIZE]:.4g}",
     )
-    return f"{POINT}{name} | {depth} | {row['images_seen']:,.0f} images | {row[COMPUTE]:.3g} FLOP | {y} {value:.4f}"
+    return f"{POINT}{name} | {depth} | {row['images_seen']:,.0f} images | {row[COMPUTE]:.3g} FLOP | {y} {loss_words(value)}"
 
 
 def points(panel: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:

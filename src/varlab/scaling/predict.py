@@ -11,7 +11,7 @@ from varlab.cost.flops import parameter_counts, training_flops
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, Surface, run_of
 from varlab.scaling.parametric import evaluate, fit_parametric
 from varlab.scaling.power_law import fit
-from varlab.scaling.runs import Row, is_positive
+from varlab.scaling.runs import Row, is_positive, loss_words
 
 Answer = tuple[str, float, tuple[float, float] | None]  # law, loss, 95 % interval
 DEPTHS = range(1, 129)
@@ -146,14 +146,9 @@ def refuse(reasons: Sequence[str], limits: Limits) -> list[str]:
     return [f"warning: {reason}" for reason in reasons]
 
 
-def shown(loss: Any) -> str:
-    """A loss for display."""
-    return f"{loss:.4f}" if loss >= 0.1 else f"{loss:.4g}"
-
-
 def interval_words(interval: tuple[float, float] | None) -> str:
     """A 95 % interval for display."""
-    return "no interval" if interval is None else f"95 %: {shown(interval[0])} to {shown(interval[1])}"
+    return "no interval" if interval is None else f"95 %: {loss_words(interval[0])} to {loss_words(interval[1])}"
 
 
 def predict(
@@ -186,11 +181,13 @@ def predict(
     what = f"{named(rows, size)} after {seen:,.0f} {counts}"
     if len(answers) == 2 and contradict(*answers, is_doubted=bool(analysis.surface and analysis.surface.lack_of_fit)):
         lines.append(f"{what}: the laws contradict each other, so there is no single answer")
-        lines += [f"  {name}: {shown(value)} ({interval_words(interval)})" for name, value, interval in answers]
+        lines += [f"  {name}: {loss_words(value)} ({interval_words(interval)})" for name, value, interval in answers]
     else:
         name, value, interval = answers[0]
-        lines.append(f"{what}: loss {shown(value)} ({interval_words(interval)}) by {name}")
-        lines += [f"  {name}: {shown(value)} ({interval_words(interval)})" for name, value, interval in answers[1:]]
+        lines.append(f"{what}: loss {loss_words(value)} ({interval_words(interval)}) by {name}")
+        lines += [
+            f"  {name}: {loss_words(value)} ({interval_words(interval)})" for name, value, interval in answers[1:]
+        ]
     largest, most = max(row[SIZE] for row in rows), max(row["images_seen"] for row in rows)
     lines.append(
         f"cost: {compute:.3g} FLOP; {size / largest:.3g} times the largest size and {seen / most:.3g} times the most {counts} in the fit"
@@ -252,7 +249,7 @@ def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = No
         reasons.append("the best size is at the edge of the range that was searched")
     lines = refuse(reasons, limits)
     lines.append(
-        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {shown(found.losses[best])}"
+        f"{compute:.3g} FLOP: {named(rows, sizes[best])}, {images[best]:,.0f} {counts}, loss {loss_words(found.losses[best])}"
     )
     if found.interval is not None:
         low, high = found.interval
@@ -261,7 +258,9 @@ def optimal(analysis: Analysis, compute: float | int, limits: Limits | None = No
         )
     if rule_of(rows) is not None:
         near = [i for i in (best - 1, best + 1) if 0 <= i < len(sizes)]
-        lines += [f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {shown(found.losses[i])}" for i in near]
+        lines += [
+            f"  {named(rows, sizes[i])}: {images[i]:,.0f} {counts}, loss {loss_words(found.losses[i])}" for i in near
+        ]
     return lines
 
 
@@ -301,7 +300,7 @@ def compare(analysis: Analysis, run: str) -> list[str]:
             verdict = f"; {interval_words(interval)}: {'as expected' if inside else 'not as expected'}"
         spread = f", {away / noise:+.1f} standard deviations of a run" if noise > 0 else ""
         lines.append(
-            f"{row['name']}: loss {shown(row['val_loss'])}, {name} of the others predicts {shown(expected)}"
+            f"{row['name']}: loss {loss_words(row['val_loss'])}, {name} of the others predicts {loss_words(expected)}"
             f" ({100 * away:+.2f} %{spread}){verdict}"
         )
     return lines

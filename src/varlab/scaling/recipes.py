@@ -9,6 +9,7 @@ import numpy as np
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis
 from varlab.scaling.frontier import frontier
 from varlab.scaling.power_law import fit, values_and_slopes
+from varlab.scaling.runs import check_same
 from varlab.scaling.solver import solve_many
 
 Row = dict[str, Any]
@@ -54,8 +55,11 @@ def multiplier(a: Analysis, b: Analysis, y: str = "val_loss") -> Multiplier:
     Both frontiers follow one law of the compute, L = E + (x0 / (m C))^alpha, with m = 1 for b. Runs of equal size, images
     and seed form pairs: with at least three of them on their common frontier, only these are used, and the noise that the
     runs of a pair share is told apart from the rest, which alone matters for m. Raises ValueError for fewer than three
-    points each.
+    points each, and for recipes whose losses cannot be compared: other tokenizers, data or pyramids.
     """
+    check_same([*a.runs.rows, *b.runs.rows])
+    if a.runs.counts != b.runs.counts:
+        raise ValueError(f"D counts {a.runs.counts} in a and {b.runs.counts} in b: they cannot be compared")
     pairs = paired(a.runs.rows, b.runs.rows, y)
     if len(pairs) >= 3:
         on_it = frontier([row[COMPUTE] for _, row in pairs], [np.sqrt(one[y] * two[y]) for one, two in pairs])

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from varlab.files import atomic_write
 from varlab.scaling.analysis import COMPUTE, SIZE, Analysis, Surface
 from varlab.scaling.checks import divergences, seed_noise
 from varlab.scaling.plot import POINT, words
-from varlab.scaling.predict import choices, flops_of
+from varlab.scaling.predict import optimum
 from varlab.scaling.record import checklist
+from varlab.scaling.runs import loss_words
 
 SHOWN = (
     "name",
@@ -36,7 +35,6 @@ NAMES = {
     "isoflop": "Best size at a given compute",
     "surface": "Loss by size and data",
     "extrapolation": "Prediction of the largest size from the others",
-    "recipes": "Two recipes at equal compute",
 }
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d7dae0; --soft: #f4f5f7; }
@@ -96,10 +94,11 @@ def summary_lines(analysis: Analysis) -> list[str]:
         interval = (
             "no interval"
             if found["interval"] is None
-            else f"95 %: {found['interval'][0]:.4f} to {found['interval'][1]:.4f}{inside}"
+            else f"95 %: {loss_words(found['interval'][0])} to {loss_words(found['interval'][1])}{inside}"
         )
         lines.append(
-            f"extrapolation: fitted without the largest size, L(N) predicts {found['predicted']:.4f} for it, measured {found['found']:.4f}"
+            f"extrapolation: fitted without the largest size, L(N) predicts {loss_words(found['predicted'])} for it,"
+            f" measured {loss_words(found['found'])}"
             f" ({found['error_percent']:+.2f} %; {interval})"
         )
     lines += divergences(analysis.runs)
@@ -146,10 +145,8 @@ def isoflop_lines(analysis: Analysis) -> list[str]:
         interval = "no interval" if one.interval is None else f"95 %: {one.interval[0]:.3g} to {one.interval[1]:.3g}"
         line = f"IsoFLOP, {one.compute:.3g} FLOP: best N {one.best:.4g} ({interval}), {one.best_images:,.0f} {analysis.runs.counts}"
         if surface is not None:
-            sizes, images = choices(analysis.runs.rows), []
-            images = one.compute / np.array([flops_of(analysis.runs.rows, size) for size in sizes])
-            best = sizes[int(surface.law(sizes, np.maximum(images, 1e-9)).argmin())]
-            line += f"; by L(N, D): {best:.4g}"
+            told = optimum(analysis, one.compute)
+            line += f"; by L(N, D): {told.sizes[told.best]:.4g}"
         lines.append(line)
     lines += [f"IsoFLOP, {line}" for line in found.refused]
     if found.size_law is not None:

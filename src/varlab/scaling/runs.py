@@ -155,6 +155,11 @@ def key_of(row: Row) -> str:
     return str(row.get("run_id", row["name"]))
 
 
+def loss_words(loss: float | int) -> str:
+    """A loss for display: four decimals, or four digits of a small one."""
+    return f"{loss:.4f}" if abs(loss) >= 0.1 else f"{loss:.4g}"
+
+
 def usable_row(row: Row, curve: list[Row], use_unfinished: bool) -> tuple[Row | None, str]:
     """(the row to use, or None if the run is left out; the reason, as text)."""
     points = [point for point in curve if point.get("val_loss") is not None]

@@ -97,10 +97,10 @@ def parse(column: str, text: str) -> Any:
 def read_runs(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Row], str]:
     """(one row per run, what D counts: images or tokens); see `read_table`. Rows that name no kind and no state are VARs
     that finished. Raises ValueError for a table without N, D or loss as well."""
-    rows, meaning = read_table(path, columns, () if is_of_other_kind(path) else tuple(NEEDED))
+    rows, meaning = read_table(path, columns, is_of_runs=True)
     contents: dict[str, str] = {}
-    for i, (row, cells) in enumerate(zip(rows, read_rows(path), strict=True)):
-        content = json.dumps(cells, sort_keys=True)
+    for i, row in enumerate(rows):
+        content = json.dumps(row, sort_keys=True)
         row.setdefault("name", f"row {i + 1}")
         row.setdefault("run_id", hashlib.sha256(content.encode()).hexdigest()[:8])
         if contents.setdefault(str(row["run_id"]), content) != content:
@@ -116,19 +116,14 @@ def read_runs(path: Path, columns: Mapping[str, str] | None = None) -> tuple[lis
     return rows, "tokens" if is_theirs or "token" in (header or "").lower() else "images"
 
 
-def is_of_other_kind(path: Path) -> bool:
-    """Whether a table says of each row what kind of run it is, and none is a VAR."""
-    rows = read_rows(path)
-    return bool(rows) and "kind" in rows[0] and all(row["kind"] != "var" for row in rows)
-
-
 def read_table(
-    path: Path, columns: Mapping[str, str] | None = None, needed: Sequence[str] = ()
+    path: Path, columns: Mapping[str, str] | None = None, is_of_runs: bool = False
 ) -> tuple[list[Row], dict[str, str]]:
     """(the rows under our names and in our units; the name of each header).
 
     `columns`: our name, or N, D, L or C, of columns with other names. Empty cells, nan and inf are left out of a row.
-    Raises one ValueError that names every column that is missing or has an unusable unit.
+    `is_of_runs`: N, D or C, and the loss are needed, unless a column `kind` says that no row is a VAR. Raises one
+    ValueError that names every column that is missing or has an unusable unit.
     """
     raw, decimal_comma = read_rows(path), delimiter_of(path) != ","
     if not raw:
@@ -155,11 +150,10 @@ def read_table(
             problems.append(f"{header}: another column is {ours} as well")
         meaning[header] = (ours, factor)
     have = {ours for ours, _ in meaning.values()}
-    missing = [
-        f"no column for {symbol} ({name})" for name, symbol in NEEDED.items() if name in needed and name not in have
-    ]
-    if needed and not have & {"images_seen", "flops_exact"}:
-        missing.append("no column for D (images_seen) or C (flops_exact)")
+    missing = []
+    if is_of_runs and any(cells.get("kind", "var") == "var" for cells in raw):
+        missing = [f"no column for {symbol} ({name})" for name, symbol in NEEDED.items() if name not in have]
+        missing += [] if have & {"images_seen", "flops_exact"} else ["no column for D (images_seen) or C (flops_exact)"]
     is_ours = len(absent) == len(named) and not missing  # one of several tables may have our names
     problems += [*([] if is_ours else absent), *missing]
     if problems:
