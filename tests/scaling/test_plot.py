@@ -108,4 +108,6 @@ def test_a_figure_has_a_caption_with_the_settings_of_its_fits(tmp_path):
         "**scaling.** Left: runs of 38,400 images" in captions and "floor 2.5" in captions and "**floors.**" in captions
     )
     drawn = (tmp_path / "fit/scaling.svg").read_text()
+    assert "error, all tokens" not in drawn and "error, all tokens" in (tmp_path / "fit/errors.svg").read_text()
+    assert "**errors.** The same for the share of wrong tokens. Dashed" in captions
     assert "exponent" not in drawn and ">frontier<" in drawn  # text is text, and settings are in the caption

@@ -17,7 +17,7 @@ def test_a_sweep_becomes_tables_fits_figures_and_a_page(tmp_path, capsys):
     scale(tmp_path, tmp_path / "sweep", "floor=2.5")
     printed = capsys.readouterr().out
     assert "val_loss" in printed and "[paper, ImageNet 256: 0.2]" in printed
-    for name in ("scaling", "scales", "floors", "extrapolation"):
+    for name in ("scaling", "errors", "scales", "floors", "extrapolation"):
         for kind in ("png", "svg", "pdf"):
             assert (tmp_path / f"fit/{name}.{kind}").stat().st_size > 1000, (name, kind)
     laws = {(law["y"], law["x"]): law for law in json.loads((tmp_path / "fit/fits.json").read_text())["laws"]}

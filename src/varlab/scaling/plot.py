@@ -148,10 +148,10 @@ def limits_of(panel: Axes, x: Sequence[float | int], y: Sequence[float | int]) -
     panel.set(xscale="log", xlim=(min(x) / 1.4, max(x) * 1.4), ylim=(low - margin, high + margin))
 
 
-def scaling_panels(analysis: Analysis, is_published_shown: bool = False) -> Figure:
-    """Loss and error, of all tokens and the last scale, against size (runs of equal images) and against compute (all
-    curves, with the frontier)."""
-    ys = [y for y in SCORES if y in analysis.frontiers]
+def scaling_panels(analysis: Analysis, is_published_shown: bool = False, kind: str = "val_loss") -> Figure:
+    """Loss (or error, with `kind` val_err), of all tokens and the last scale, against size (runs of equal images) and
+    against compute (all curves, with the frontier)."""
+    ys = [y for y in SCORES if y in analysis.frontiers and y.startswith(kind)]
     xs = [SIZE, COMPUTE] if analysis.fixed else [COMPUTE]
     figure = Figure(figsize=(WIDTH, HEIGHT * len(ys) + 0.4), layout="constrained")
     panels = figure.subplots(len(ys), len(xs), squeeze=False)
@@ -388,17 +388,25 @@ def recipes_panels(found: Multiplier, a: str, b: str) -> Figure:
     return tidy(figure)
 
 
+def laws_in_words(analysis: Analysis, kind: str) -> str:
+    """The laws that a figure of losses or errors shows."""
+    told = [
+        f"{LABELS[y]} against {'N' if x == SIZE else 'C'}: {words(law)}"
+        for (y, x), law in analysis.laws.items()
+        if y in SCORES and y.startswith(kind)
+    ]
+    return f" Dashed: laws with their 95 % bands. {'; '.join(told)}." if told else ""
+
+
 def captions(analysis: Analysis) -> dict[str, str]:
     """What each figure shows, with the settings of its fits."""
-    laws, counts = analysis.laws, analysis.runs.counts
-    told = [
-        f"{LABELS[y]} against {'N' if x == SIZE else 'C'}: {words(law)}" for (y, x), law in laws.items() if y in SCORES
-    ]
+    counts = analysis.runs.counts
     equal = f"runs of {analysis.fixed[0]['images_seen']:,.0f} {counts}" if analysis.fixed else ""
     sides = f"Left: {equal} against size. Right: all runs" if analysis.fixed else "All runs"
-    fitted = f" Dashed: laws with their 95 % bands. {'; '.join(told)}." if told else ""
     found = {
-        "scaling": f"{sides} (points), training curves (lines) and the frontier (rings) against compute.{fitted}",
+        "scaling": f"{sides} (points), training curves (lines) and the frontier (rings) against compute."
+        + laws_in_words(analysis, "val_loss"),
+        "errors": f"The same for the share of wrong tokens.{laws_in_words(analysis, 'val_err')}",
         "scales": f"Left: loss of each scale, {equal}. Right: exponents of L(N) by scale with 95 % intervals; a cross marks a scale"
         " without a gain that the runs show.",
         "floors": "Exponent of L(N) and correlation (dotted) for each floor that could be subtracted: correlation does not choose it.",
@@ -419,8 +427,10 @@ def captions(analysis: Analysis) -> dict[str, str]:
 def figures(analysis: Analysis, out: Path, is_published_shown: bool = False) -> dict[str, list[Path]]:
     """Writes all figures that the analysis allows, and captions.md; returns files by figure, the main figure first."""
     has_scales = any(y.startswith("val_loss_scale") for y, _ in analysis.laws)
+    has_errors = any(y.startswith("val_err") for y in analysis.frontiers)
     wanted: dict[str, Callable[[], Figure] | None] = {
         "scaling": lambda: scaling_panels(analysis, is_published_shown),
+        "errors": (lambda: scaling_panels(analysis, kind="val_err")) if has_errors else None,
         "scales": (lambda: scales_panels(analysis)) if has_scales else None,
         "floors": (lambda: floor_panels(analysis)) if analysis.floors else None,
         "isoflop": (lambda: isoflop_panels(analysis)) if analysis.isoflop.parabolas else None,

@@ -29,7 +29,8 @@ SHOWN = (
     "device",
 )
 NAMES = {
-    "scaling": "Loss and error against size and compute",
+    "scaling": "Loss against size and compute",
+    "errors": "Error against size and compute",
     "scales": "Exponent by scale",
     "floors": "Exponent by assumed floor",
     "isoflop": "Best size at a given compute",
