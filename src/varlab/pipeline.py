@@ -21,8 +21,8 @@ from varlab.sampling.generate import generate, image_seeds
 class VARPipeline:
     """Tokenizer, transformer and class names.
 
-    pipeline = VARPipeline.from_pretrained("folder")
-    images = pipeline(labels=["golden retriever", 207], cfg_scale=4.0, seed=0)
+    pipeline = VARPipeline.from_pretrained("glyphs32")
+    images = pipeline(labels=["A", "b", "7"], cfg_scale=1.5, seed=0)
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class VARPipeline:
         dtype: torch.dtype | None = None,
         compiled: str = "none",
     ) -> "VARPipeline":
-        """Loads an export folder or a training checkpoint to `device` (default: a GPU if there is one). `dtype`: by default
+        """Loads an export folder, a training checkpoint or a pretrained model (`glyphs32`, see
+        `varlab.checkpoints.load.pretrained_models`) to `device` (default: a GPU if there is one). `dtype`: by default
         bf16 on a GPU, fp32 elsewhere. `compiled`: see `generate`. `trust_code`: see `load`. Raises ValueError naming the
         file if it is missing, damaged, contains no VAR, or names code of others.
         """

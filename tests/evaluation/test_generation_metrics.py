@@ -7,7 +7,7 @@ from support.features import MADE, RANDOM, REAL, Given, through
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from varlab.evaluation.generation_metrics import inception_score, kernel_distance, precision_recall
+from varlab.evaluation.generation_metrics import density_coverage, inception_score, kernel_distance, precision_recall
 
 
 def test_kernel_distance_is_that_of_torchmetrics():
@@ -42,3 +42,16 @@ def test_precision_and_recall_against_plain_loops():
     assert precision_recall(real, real + 100) == (0.0, 0.0)
     with pytest.raises(ValueError, match="need more than 3 images"):
         precision_recall(real[:3], made)
+
+
+def test_density_and_coverage_against_plain_loops():
+    rng = np.random.default_rng(3)
+    real, made, k = rng.standard_normal((40, 5)), 0.5 * rng.standard_normal((25, 5)), 3
+    reach = [np.sort([np.linalg.norm(x - y) for y in real])[k] for x in real]
+    within = np.array([[np.linalg.norm(x - y) <= r for x, r in zip(real, reach, strict=True)] for y in made])
+    expected = within.sum() / (k * len(made)), within.any(axis=0).mean()
+    assert density_coverage(real, made, k, chunk=7) == pytest.approx(expected)
+    assert density_coverage(real, real + 100) == (0.0, 0.0)
+    assert density_coverage(real, real)[1] == 1.0
+    with pytest.raises(ValueError, match="more than 5"):
+        density_coverage(real[:5], made)

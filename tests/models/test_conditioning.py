@@ -66,6 +66,11 @@ def test_without_dropout_no_random_number_is_drawn():
     assert embedder.drop(torch.arange(5)).tolist() == list(range(5)) and torch.equal(torch.get_rng_state(), state)
 
 
+def test_names_that_differ_in_case_are_two_classes():
+    names = ["A", "a", "b", "7"]
+    assert [label_of(name, names, 4) for name in ("A", "a", "b", "B", "7", "3")] == [0, 1, 2, 2, 3, 3]
+
+
 def test_a_number_that_names_another_class_is_refused():
     names = [str(number) for number in range(1, 13)]
     assert label_of("2", names, 12) == 1 and label_of(0, names, 12) == 0

@@ -87,9 +87,9 @@ class Model:
         names."""
         if not choice or not str(choice).strip():
             return self.var.null_label
-        choice = str(choice)
-        number = choice.split(":")[0]
-        return label_of(int(number) if number.isdigit() else choice, self.class_names, self.var.num_classes)
+        if choice in self.choices:
+            return self.choices.index(choice)
+        return label_of(str(choice), self.class_names, self.var.num_classes)
 
     def sample(self, label: int, num: int, seed: int, **drawing: Any) -> Iterator[tuple[list[Image.Image], list[str]]]:
         """Yields, after each scale, the `num` images so far and the names of the finished scales."""

@@ -136,9 +136,18 @@ def is_pretrained(path: str | Path) -> bool:
 
 
 def save_pretrained(
-    folder: Path, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
+    folder: Path,
+    tokenizer: MSVQVAE,
+    var: VAR | None,
+    class_names: list[str] | None,
+    facts: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes an export folder atomically. `facts`: lines of the model card about the training."""
+    """Writes an export folder atomically. `facts`: lines of the model card about the training. `dtype`: of the weights in
+    the files; in bf16 they take half the space, and are those that the fingerprints describe."""
+    for network in (tokenizer, var):
+        if network is not None and dtype != torch.float32:
+            network.to(dtype).float()  # what will be loaded
     config = {
         "format": EXPORT_FORMAT,
         "varlab": __version__,
@@ -151,6 +160,9 @@ def save_pretrained(
         for name, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:
                 state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+                state = {
+                    key: value.to(dtype) if value.dtype == torch.float32 else value for key, value in state.items()
+                }
                 save_file(state, partial / f"{name}.safetensors", metadata={"format": "pt"})
         save_json(partial / "config.json", config)
         (partial / "model_card.md").write_text(

@@ -1,4 +1,4 @@
-"""Loading networks: training checkpoints, export folders and the released files -> tokenizer, VAR.
+"""Loading networks: training checkpoints, export folders, pretrained models and the released files -> tokenizer, VAR.
 
 A training checkpoint holds, under `varlab`, the classes and arguments of its networks as plain values, so it loads
 anywhere with weights_only=True, without Lightning or Hydra.
@@ -25,6 +25,23 @@ from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"  # export folders that are installed with varlab
+
+
+def pretrained_models() -> list[str]:
+    """Names of the models that are installed with varlab, for `from_pretrained` and `checkpoint=`."""
+    return sorted(folder.name for folder in PRETRAINED.glob("*") if is_pretrained(folder))
+
+
+def located(path: str | Path) -> Path:
+    """A file or folder that exists, otherwise the pretrained model of that name. Raises ValueError naming them."""
+    if Path(path).exists():
+        return Path(path)
+    names = pretrained_models()
+    if str(path) in names:
+        return PRETRAINED / path
+    raise ValueError(f"checkpoint {path} does not exist; pretrained models are {', '.join(names)}")
 
 
 def networks_entry(tokenizer: MSVQVAE, var: VAR | None = None, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -91,7 +108,9 @@ def load_any(
     tokenizer_only: bool = False,
     trust_code: bool = False,
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
-    """(tokenizer, transformer, class names) of any supported file or folder; None for what it does not contain."""
+    """(tokenizer, transformer, class names) of any supported file or folder, or of a pretrained model; None for what it does
+    not contain."""
+    path = located(path)
     if is_pretrained(path):
         return load_pretrained(path, trust_code)
     checkpoint = read_checkpoint(path)
@@ -110,7 +129,8 @@ def load_any(
 
 
 def contains_var(path: str | Path) -> bool:
-    """Whether a checkpoint or export folder contains a transformer in addition to its tokenizer."""
+    """Whether a checkpoint, export folder or pretrained model contains a transformer in addition to its tokenizer."""
+    path = located(path)
     if is_pretrained(path):
         return read_config(path)["var"] is not None
     checkpoint = read_checkpoint(path)
@@ -118,8 +138,8 @@ def contains_var(path: str | Path) -> bool:
 
 
 def load(path: str | Path, use_ema: bool = True, trust_code: bool = False) -> tuple[MSVQVAE, VAR, list[str]]:
-    """(tokenizer, transformer, class names) of a VAR's training checkpoint or export folder, on the CPU, in evaluation
-    mode.
+    """(tokenizer, transformer, class names) of a VAR's training checkpoint, export folder or pretrained model (by name), on
+    the CPU, in evaluation mode.
 
     `use_ema`: use the averaged weights if a training checkpoint has them. `trust_code`: import classes outside of varlab
     that the file names, which runs their code; code in the file's own folder is never run. Raises ValueError naming file

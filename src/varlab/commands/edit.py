@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     image = open_image(cfg.image, f"image={cfg.image}")
     original = to_tensor([preprocess(image, side, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
     keep = mask_of(cfg, image.size, side).to(device)
-    label = var.null_label if cfg.label is None else label_of(cfg.label, names, var.num_classes)
+    label = var.null_label if cfg.label is None else label_of(str(cfg.label), names, var.num_classes)
     settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
     edited = edit(
         var,

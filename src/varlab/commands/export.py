@@ -23,6 +23,8 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.to not in FORMS:
         raise ValueError(f"to={cfg.to!r}: choose one of {', '.join(FORMS)}")
+    if cfg.precision not in ("fp32", "bf16") or (cfg.precision == "bf16" and cfg.to != "safetensors"):
+        raise ValueError(f"precision={cfg.precision!r}: choose fp32, or bf16 with to=safetensors")
     out = Path(cfg.out)
     if cfg.to == "checkpoint":
         with atomic_write(out) as partial:
@@ -31,7 +33,8 @@ def run(cfg: DictConfig) -> None:
         return
     tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums, trust_code=cfg.trust_code)
     if cfg.to == "safetensors":
-        save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
+        save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)), dtype)
         print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}model_card.md")
     elif cfg.to == "released":
         for name, network in [("tokenizer", tokenizer), ("var", var)]:

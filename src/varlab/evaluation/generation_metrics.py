@@ -1,5 +1,5 @@
 """Scores of generated images from the features of a frozen network: Frechet distances, Inception score, kernel
-distance, precision and recall. Pure math: the caller reports the network, the images and their number with each score.
+distance, precision, recall, density and coverage. Pure math: the caller reports the network, the images and their number with each score.
 """
 
 from dataclasses import dataclass
@@ -64,6 +64,22 @@ def precision_recall(
     return share_within(b, a, radii(a, k, chunk), chunk), share_within(a, b, radii(b, k, chunk), chunk)
 
 
+def density_coverage(
+    real: Float[np.ndarray, "N c"], made: Float[np.ndarray, "M c"], k: int = 5, chunk: int = 2048
+) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020), where the radius of a real image is the distance to its k-th nearest
+    neighbor. Density: the mean number of real images within whose radius a generated one lies, divided by k; 1 on average
+    for real images. Coverage, in [0, 1]: the fraction of real images with a generated one within their radius."""
+    if len(real) <= k or not len(made):
+        raise ValueError(f"density and coverage with k={k} need more than {k} real images and a generated one")
+    a, b = torch.from_numpy(real.astype(np.float32)), torch.from_numpy(made.astype(np.float32))
+    reach = radii(a, k, chunk)
+    hits = torch.zeros(len(a))
+    for rows in b.split(chunk):
+        hits += (torch.cdist(rows, a, compute_mode="donot_use_mm_for_euclid_dist") <= reach).sum(dim=0)
+    return float(hits.sum() / (k * len(b))), float((hits > 0).float().mean())
+
+
 def radii(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
     """Distance of each row to its k-th nearest other row (N)."""
     parts = [torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist") for rows in x.split(chunk)]
@@ -81,7 +97,7 @@ def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, ch
 
 def scores(made: Features, real: Features, seed: int = 0) -> dict[str, float]:
     """All scores that the features allow: `frechet_distance`, `spatial_frechet_distance`, `inception_score`,
-    `kernel_distance`, `precision`, `recall`, and standard deviations as `.../std`."""
+    `kernel_distance`, `precision`, `recall`, `density`, `coverage`, and standard deviations as `.../std`."""
     found = {"frechet_distance": frechet_distance(statistics(made.pooled), statistics(real.pooled))}
     if made.spatial is not None and real.spatial is not None:
         found["spatial_frechet_distance"] = frechet_distance(statistics(made.spatial), statistics(real.spatial))
@@ -89,4 +105,5 @@ def scores(made: Features, real: Features, seed: int = 0) -> dict[str, float]:
         found["inception_score"], found["inception_score/std"] = inception_score(made.probabilities)
     found["kernel_distance"], found["kernel_distance/std"] = kernel_distance(made.pooled, real.pooled, seed=seed)
     found["precision"], found["recall"] = precision_recall(real.pooled, made.pooled)
+    found["density"], found["coverage"] = density_coverage(real.pooled, made.pooled)
     return found

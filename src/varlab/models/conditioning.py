@@ -77,7 +77,8 @@ class ClassEmbedder(ConditionEmbedder):
 
 def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
     """The number of a class, given its number or name. An entry of `class_names` may hold several names separated by
-    commas; any of them is accepted. A number that is the name of another class is refused.
+    commas; any of them is accepted, in any case unless classes differ only in case. Text is looked up as a name first, then
+    as a number; a number that is the name of another class is refused.
 
     Raises ValueError listing the nearest names if the name is unknown.
     """
@@ -92,11 +93,15 @@ def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> 
                 f"{label} is the name of class {other}, but number {label} is another class or none: give names in quotes, ['{label}']"
             )
         return label
-    wanted = label.strip().casefold()
-    numbers = {}
+    wanted = label.strip()
+    exact: dict[str, int] = {}
     for number, names in enumerate(class_names):
         for name in [names, *names.split(",")]:
-            numbers.setdefault(name.strip().casefold(), number)
+            exact.setdefault(name.strip(), number)
+    if wanted in exact:
+        return exact[wanted]
+    numbers = {name.casefold(): number for name, number in reversed(exact.items())}
+    wanted = wanted.casefold()
     if wanted in numbers:
         return numbers[wanted]
     if wanted.isdigit():

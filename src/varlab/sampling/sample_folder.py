@@ -33,7 +33,8 @@ NUM_WRITERS = 8  # threads that encode PNG files
 def labels_of(
     classes: int | str | Sequence[int | str] | None, num: int, class_names: Sequence[str], num_classes: int
 ) -> list[int]:
-    """The class of each of `num` images: the given ones (numbers or names) in turn, so that all occur equally often.
+    """The class of each of `num` images: the given ones (names or numbers) in turn, so that all occur equally often. A
+    number that is the name of a class is that class.
 
     `classes`: None uses all classes; "balanced" does too, but raises ValueError if `num` is not a multiple of their
     number.
@@ -44,7 +45,7 @@ def labels_of(
         chosen = list(range(num_classes))
     else:
         given = [classes] if isinstance(classes, int | str) else list(classes or [])
-        chosen = [label_of(label, class_names, num_classes) for label in given]
+        chosen = [label_of(str(label), class_names, num_classes) for label in given]
     return [chosen[i % len(chosen)] for i in range(num)]
 
 
