@@ -29,6 +29,13 @@ def test_a_corrupt_image_is_replaced_by_its_neighbor_and_counted(tmp_path, caplo
     assert len(batch.condition) == 40
 
 
+def test_no_name_is_looked_up_for_images_that_can_be_decoded(digits_folder, monkeypatch):
+    """The list of names is read from its start; for every image this would take longer than a training step."""
+    dataset = ImageDataset(format.ShardReader(digits_folder, "train"), 16, 1.0, random_crop=False, random_flip=False)
+    monkeypatch.delattr(format.ShardReader, "name_of")
+    assert dataset.__getitems__([SampleRequest(i, 0, True) for i in range(8)]).skipped.sum() == 0
+
+
 @pytest.mark.parametrize("size", [(60, 40), (40, 61), (100, 33), (16, 16), (5, 9), (3, 400)])
 @pytest.mark.parametrize("crop", [Crop(), Crop(0.0, 0.0), Crop(1.0, 1.0, is_flipped=True)])
 @pytest.mark.parametrize("has_kernel", [True, False])

@@ -1,6 +1,7 @@
 """The one way to open images and masks: files of users, members of shards, uploads -> 8-bit RGB, or a reason why not."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -20,13 +21,16 @@ FORMATS = sorted(set(Image.OPEN) - {"EPS"})  # EPS is a program, run by Ghostscr
 
 
 def open_image(
-    source: bytes | str | Path | IO[bytes], name: str = "the image", max_pixels: int | None = None
+    source: bytes | str | Path | IO[bytes],
+    name: str | Callable[[], str] = "the image",
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """Any image as 8-bit RGB, upright: EXIF rotation applied, 16-bit gray and floats scaled down, alpha composited on
     white, CMYK converted, the first frame of an animation.
 
-    `max_pixels`: refuses larger images before they are decoded. Raises ValueError naming the image for whatever a decoder
-    cannot read, and for values whose range is not clear (12-bit values, floats above 1).
+    `name`: what an error calls the image, or a function that looks it up. `max_pixels`: refuses larger images before they
+    are decoded. Raises ValueError naming the image for whatever a decoder cannot read, and for values whose range is not
+    clear (12-bit values, floats above 1).
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
@@ -38,7 +42,8 @@ def open_image(
         if isinstance(error, UnidentifiedImageError):
             package = missing_decoder(source)
             reason = f"pip install '{package}'" if package else "it is not an image of a known format"
-        raise ValueError(f"{name} cannot be decoded: {reason}") from None
+        named = name if isinstance(name, str) else name()
+        raise ValueError(f"{named} cannot be decoded: {reason}") from None
 
 
 def missing_decoder(source: bytes | str | Path | IO[bytes]) -> str | None:

@@ -129,7 +129,7 @@ class ImageDataset(Dataset):
 
     def image(self, i: int, crop: Crop) -> np.ndarray:
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it if it cannot be decoded."""
-        image = open_image(self.reader.read(i), self.reader.name_of(i))
+        image = open_image(self.reader.read(i), lambda: self.reader.name_of(i))
         return preprocess(image, self.resolution, self.resize_ratio, crop)
 
     def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
