@@ -103,7 +103,7 @@ def main() -> None:
     shards, out = Path(sys.argv[1]), Path(sys.argv[2])
     names = load_manifest(shards)["class_names"]
     images, labels = gray_images(shards, "train")
-    net = fit(images, labels, len(names), steps=max(3000, len(images) // 50))
+    net = fit(images, labels, len(names), steps=max(2000, len(images) // 100))
     images, labels = gray_images(shards, "val")
     accuracy = 100 * (predict(net, images) == labels).float().mean().item()
     about = {

@@ -1,7 +1,8 @@
 """Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction?
-Newly generated scenes (study `scenes`), and emoji64, a small data set (study `emoji`). Finished steps are skipped; an
-interrupted run continues.
+Glyphs of free fonts (study `glyphs`), newly generated scenes (`scenes`), and emoji64, a small data set (`emoji`). Finished
+steps are skipped; an interrupted run continues.
 
+    python experiments/depth_scaling/run.py glyphs          (two CPU cores: about two hours; needs data/glyphs32)
     python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
     python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
     python experiments/depth_scaling/run.py scenes --refit  (fits the committed tables again: seconds)
@@ -40,8 +41,9 @@ class Study:
     """One data set, one tokenizer, its sweeps."""
 
     def __init__(
-        self, name: str, shards: Path, tokenizer: list[str], depths: str, steps: int, settings: list[str]
+        self, name: str, shards: Path, tokenizer: str | list[str], depths: str, steps: int, settings: list[str]
     ) -> None:
+        """`tokenizer`: a pretrained one, or the settings to train one."""
         self.name, self.shards, self.tokenizer, self.depths, self.steps = name, shards, tokenizer, depths, steps
         self.settings, self.runs = settings, Path("runs") / name
         self.plans: list[str] = []
@@ -49,10 +51,10 @@ class Study:
     def tokens(self, name: str = "tokens", *patch_nums: str) -> list[str]:
         """Trains a tokenizer and caches tokens, unless finished; returns the settings that name both."""
         run, cache = self.runs / f"{name}-tokenizer", self.runs / name
-        if not finished(run):
+        if not isinstance(self.tokenizer, str) and not finished(run):
             training = [f"name={self.name}/{run.name}", f"data.path={self.shards}", "ckpt_path=last", "logger=csv"]
             varlab("train", *self.tokenizer, *training, *patch_nums)
-        checkpoint = run / "checkpoints/last.ckpt"
+        checkpoint = self.tokenizer if isinstance(self.tokenizer, str) else run / "checkpoints/last.ckpt"
         if not (cache / "manifest.json").is_file():
             varlab("tokenize", f"tokenizer={checkpoint}", f"shards={self.shards}", f"out={cache}", "resize_ratio=1.0")
         return [f"tokenizer={checkpoint}", f"data.path={cache}"]
@@ -90,7 +92,7 @@ def first_images(cache: Path, num: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("study", choices=["scenes", "emoji"])
+    parser.add_argument("study", choices=["glyphs", "scenes", "emoji"])
     parser.add_argument("--full", action="store_true", help="the size for a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refit", action="store_true", help="fit the committed tables again, train nothing")
@@ -110,6 +112,11 @@ def main() -> None:
         settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
         tokenizer = ["experiment=tokenizer_scenes", *(["steps=20000"] if given.full else [])]
         study = Study(name, shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
+    elif given.study == "glyphs":
+        batch, depths, steps = (256, "2,3,4,6,8,10", 900) if given.full else (64, "1,2,3,4,5,6", 1000)
+        settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
+        own = [*settings, "log_every=25", "save_every=250"]
+        study = Study(name, Path("data/glyphs32/shards"), "glyphs32", depths, steps, own)
     else:
         tokenizer = ["experiment=tokenizer_emoji64"]
         settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=5", "save_every=60"]
@@ -123,11 +130,11 @@ def main() -> None:
         study.plans = ["plan=true", "planned_flops=1.5e11"]
         study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={SHARES}")
         return
-    study.sweep(
-        "var", tokens, f"model.depth={study.depths}", f"branch={SHARES}" if given.study == "scenes" else "branch=1"
-    )
-    if given.study == "scenes":  # the noise of a run, then the baseline
-        study.sweep("var", tokens, "model.depth=1,2,3", "seed=1", f"branch={SHARES}")
+    shares = "1" if given.study == "emoji" else SHARES
+    study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={shares}")
+    if given.study != "emoji":  # the noise of a run
+        seeds = "1,2" if given.study == "glyphs" else "1"
+        study.sweep("var", tokens, "model.depth=1,2,3", f"seed={seeds}", f"branch={SHARES}")
     study.fit("var")
 
 

@@ -41,7 +41,7 @@ USAGE = """
 ```python
 from varlab import VARPipeline
 
-images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=4.0, seed=0)
+images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=1.5, seed=0)
 ```
 """
 
