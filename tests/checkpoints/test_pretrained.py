@@ -1,5 +1,7 @@
 """The models that are installed with varlab."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -40,11 +42,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_weights_in_bf16_take_half_the_space_and_are_those_that_the_fingerprint_describes(tmp_path):
+    tokenizer, var = make_tokenizer(), make_var()
     for name, dtype in (("full", torch.float32), ("half", torch.bfloat16)):
-        tokenizer, var = make_tokenizer(), make_var()
-        save_pretrained(tmp_path / name, tokenizer, var, None, {}, dtype)
+        save_pretrained(tmp_path / name, copy.deepcopy(tokenizer), copy.deepcopy(var), None, {}, dtype)
     sizes = [(tmp_path / name / "var.safetensors").stat().st_size for name in ("full", "half")]
-    numbers = sum(value.numel() for value in make_var().state_dict().values() if value.is_floating_point())
+    numbers = sum(value.numel() for value in var.state_dict().values() if value.is_floating_point())
     assert abs(sizes[0] - sizes[1] - 2 * numbers) < 100  # bytes of the header
     full, half = (load_pretrained(tmp_path / name) for name in ("full", "half"))
     for name, value in full[1].named_parameters():
