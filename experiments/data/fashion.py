@@ -37,10 +37,10 @@ def main() -> None:
         shutil.copytree(package / "usr/share/datasets/fashion-mnist", folder / "idx")
     splits = {split: items(folder / "idx", part) for split, part in (("train", "train"), ("val", "t10k"))}
     source = Source("fashion", "fashion32", CLASSES, splits)
-    source_shards = folder / "shards"
-    pack(source, source_shards, shard_images=10_000, seed=0, num_workers=usable_cores(), check=False)
-    write_card(source_shards)
-    print(f"{source_shards}: {len(splits['train']):,} images for training, {len(splits['val']):,} for validation")
+    shards = folder / "shards"
+    pack(source, shards, shard_images=10_000, seed=0, num_workers=usable_cores(), check=False)
+    write_card(shards)
+    print(f"{shards}: {len(splits['train']):,} images for training, {len(splits['val']):,} for validation")
 
 
 if __name__ == "__main__":

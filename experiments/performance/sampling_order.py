@@ -1,7 +1,7 @@
 """How much faster is next-scale than next-token prediction, by the number of tokens? The same blocks with random weights:
 maps of 1 to s pixels in as many forward passes as there are maps, against the s * s tokens of the last map one by one.
 
-    python experiments/performance/sampling_order.py          (two CPU cores, alone: about ten minutes)
+    python experiments/performance/sampling_order.py          (two CPU cores, alone; not run yet)
     python experiments/performance/sampling_order.py --device cuda
 
 Writes sampling_order.csv and sampling_order.png beside this file. Times include the token maps, not the decoder, which is the
@@ -24,6 +24,7 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.generate import generate_tokens
+from varlab.sampling.token_sampling import SamplingSettings
 
 HERE = Path(__file__).parent
 PYRAMIDS = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
@@ -51,7 +52,7 @@ def main() -> None:
                 for order, maps in (("scales", pyramid), ("raster", (side,))):
                     var, tokenizer = networks(maps, depth, order, device)
                     labels = torch.arange(batch, device=device)
-                    runs[order] = partial(generate_tokens, var, tokenizer, labels, cfg_scale=1.5)
+                    runs[order] = partial(generate_tokens, var, tokenizer, labels, SamplingSettings(cfg_scale=1.5))
                 found = interleaved(runs, device, repeats=1 if side == 16 else REPEATS)
                 seconds = {order: statistics.median(values) for order, values in found.items()}
                 row = {

@@ -1,5 +1,6 @@
 """Scores of generated images from the features of a frozen network: Frechet distances, Inception score, kernel
-distance, precision, recall, density and coverage. Pure math: the caller reports the network, the images and their number with each score.
+distance, precision, recall, density and coverage. Pure math: the caller reports the network, the images and their number
+with each score.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def density_coverage(
 ) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020), where the radius of a real image is the distance to its k-th nearest
     neighbor. Density: the mean number of real images within whose radius a generated one lies, divided by k; 1 on average
-    for real images. Coverage, in [0, 1]: the fraction of real images with a generated one within their radius."""
+    for images of the same distribution. Coverage, in [0, 1]: the fraction of real images with a generated one within their radius."""
     if len(real) <= k or not len(made):
         raise ValueError(f"density and coverage with k={k} need more than {k} real images and a generated one")
     a, b = torch.from_numpy(real.astype(np.float32)), torch.from_numpy(made.astype(np.float32))
