@@ -49,3 +49,9 @@ def test_the_same_code_has_the_same_color_and_others_another():
         tuple(color) for color in np.asarray(indices_picture(np.arange(4096).reshape(64, 64), 4096)).reshape(-1, 3)
     }
     assert len(colors) > 4000
+
+
+def test_a_class_is_selected_or_typed_by_name_or_number():
+    model = Model("glyphs32", "cpu")
+    assert [model.label(choice) for choice in ("7: H", "H", "7", "h", "12")] == [7, 7, 59, 33, 12]
+    assert model.label("") == model.label(None) == model.var.null_label == 62

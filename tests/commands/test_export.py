@@ -27,3 +27,7 @@ def test_a_training_checkpoint_goes_out_and_is_read_by_all(tmp_path, var_overrid
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'raw'}")
     with pytest.raises(ValueError, match="to='zip': choose one of safetensors, released"):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'zip'}", "to=zip")
+    with pytest.raises(ValueError, match="precision='bf16': choose fp32, or bf16 with to=safetensors"):
+        export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'half'}", "to=released", "precision=bf16")
+    export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'half'}", "precision=bf16")
+    assert load_file(tmp_path / "half/var.safetensors")["head.weight"].dtype == torch.bfloat16

@@ -123,3 +123,8 @@ def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):
     assert "recompile_limit" not in answer.stderr
     drawn = {file.name: np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "compiled/images").iterdir()}
     assert equal(eager, drawn)
+
+
+def test_what_is_typed_is_a_name_before_it_is_a_number():
+    names = [*"ABCDEFGH", *"0123456789"]
+    assert sample_folder.labels_of(["A", 7, "7", 0, 17], 5, names, len(names)) == [0, 15, 15, 8, 17]

@@ -144,7 +144,7 @@ def save_pretrained(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes an export folder atomically. `facts`: lines of the model card about the training. `dtype`: of the weights in
-    the files; in bf16 they take half the space, and are those that the fingerprints describe."""
+    the files; in bf16 they take half the space. The networks are rounded too, so that fingerprints describe the files."""
     for network in (tokenizer, var):
         if network is not None and dtype != torch.float32:
             network.to(dtype).float()  # what will be loaded
