@@ -19,13 +19,10 @@ from varlab.data.shards import ShardReader
 from varlab.evaluation.image_sets import ImageSet
 from varlab.evaluation.samples import evaluate_samples
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from steps import varlab
+
 CPU = torch.device("cpu")
-
-
-def varlab(*command: str) -> None:
-    """Prints and runs one command."""
-    print("varlab", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ steps are skipped; an interrupted run continues.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -22,19 +21,10 @@ import numpy as np
 from varlab.files import load_json, save_json, sha256
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from steps import finished, varlab  # noqa: E402
+
 SHARES = "1,0.5,0.25,0.125"
-
-
-def varlab(*command: str) -> None:
-    """Prints and runs one command."""
-    print("varlab", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
-
-
-def finished(folder: Path) -> bool:
-    """Whether a training run reached its end."""
-    file = folder / "run.json"
-    return file.is_file() and json.loads(file.read_text())["state"] == "finished"
 
 
 class Study:

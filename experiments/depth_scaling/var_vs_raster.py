@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from run import HERE, Study, finished, varlab
+from run import HERE, Study
+from steps import finished, varlab
 
 from varlab import image_grid
 from varlab.checkpoints.load import load

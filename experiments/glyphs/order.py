@@ -19,7 +19,8 @@ from varlab import image_grid
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "data"))
-from scores import Judge, varlab  # noqa: E402
+from scores import Judge  # noqa: E402
+from steps import finished, varlab  # noqa: E402
 
 ORDERS = {"scales": "next scale", "raster": "next token"}
 DEPTH, SEEDS, STEPS, PER_CLASS, GUIDANCE, LENGTH = 3, (0, 1, 2), 1000, 16, (0.0, 1.5), 130
@@ -34,8 +35,7 @@ SETTINGS = [
 def train(order: str, seed: int) -> Path:
     """One run, unless finished; returns its folder."""
     run = RUNS / f"{order}-seed{seed}"
-    row = run / "run.json"
-    if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
+    if not finished(run):
         varlab(
             "train",
             f"name={run.relative_to('runs')}",

@@ -25,7 +25,8 @@ from varlab.sampling.token_sampling import SamplingSettings
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "data"))
-from scores import Judge, varlab  # noqa: E402
+from scores import Judge  # noqa: E402
+from steps import finished, varlab  # noqa: E402
 
 GUIDANCE, SHOWN = (0.0, 1.5, 3.0), 1.5
 
@@ -52,11 +53,11 @@ MODELS = {
 
 def train(name: str, experiment: str, run: str, *settings: str) -> Path:
     """Trains, unless finished; returns the checkpoint."""
-    row = Path("runs") / name / run / "run.json"
-    if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
+    folder = Path("runs") / name / run
+    if not finished(folder):
         shared = [f"name={name}/{run}", "trainer=cpu", "trainer.precision=bf16-mixed", "logger=csv", "ckpt_path=last"]
         varlab("train", f"experiment={experiment}", *shared, *settings)
-    return row.parent / "checkpoints/last.ckpt"
+    return folder / "checkpoints/last.ckpt"
 
 
 def draw_figures(name: str, columns: int, **settings: Any) -> None:

@@ -4,9 +4,7 @@ give the band; the fourth tests it.
     make demo && python experiments/reference/make.py      (about a quarter of an hour on two CPU cores)
 """
 
-import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,9 @@ from varlab.files import read_curves
 from varlab.training.reference_curves import band, compare_to_bands, read_band, settings_of, write_band
 
 HERE, RUNS = Path(__file__).parent, Path("runs/reference")
+sys.path.insert(0, str(HERE.parent))
+from steps import finished, varlab  # noqa: E402
+
 DEMO = Path("runs/demo")
 SEEDS, HELD_OUT = [0, 1, 2], 3
 EXPERIMENTS = {
@@ -28,8 +29,7 @@ EXPERIMENTS = {
 def curves_of(experiment: str, seed: int) -> dict[str, dict[int, float]]:
     """The curves of a run, trained unless it is already finished."""
     folder = RUNS / f"{experiment}-{seed}"
-    row = folder / "run.json"
-    if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
+    if not finished(folder):
         command = [
             f"experiment={experiment}",
             f"name=reference/{folder.name}",
@@ -37,7 +37,7 @@ def curves_of(experiment: str, seed: int) -> dict[str, dict[int, float]]:
             *EXPERIMENTS[experiment],
         ]
         command += ["logger=csv", "ckpt_path=last", "callbacks.pictures=null"]
-        subprocess.run([sys.executable, "-m", "varlab", "train", *command], check=True)
+        varlab("train", *command)
     return read_curves(folder / "metrics.csv")
 
 

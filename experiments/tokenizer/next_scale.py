@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import HERE, RUNS, SHARDS, varlab
+from run import HERE, RUNS, SHARDS
+from steps import finished, varlab
 
 from varlab.checkpoints.load import load
 from varlab.data.images import CenterCrops
@@ -33,7 +34,7 @@ def distance_of_samples(arm: str) -> dict[str, float]:
         varlab(
             "tokenize", f"tokenizer={tokenizer}", f"shards={SHARDS}", f"out={tokens}", "resize_ratio=1.0", "flips=true"
         )
-    if not ((run / "run.json").is_file() and json.loads((run / "run.json").read_text())["state"] == "finished"):
+    if not finished(run):
         sizes = [f"model.depth={DEPTH}", f"data.global_batch_size={BATCH}", f"steps={STEPS}", f"val_every={STEPS}"]
         given = [
             f"tokenizer={tokenizer}",

@@ -12,7 +12,6 @@ At full size on a GPU, for one arm (150 epochs of 13,398 images, batch 256):
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,9 @@ from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
 
 SHARDS, RUNS, HERE = Path("data/emoji64/shards"), Path("runs/emoji64"), Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from steps import finished, varlab  # noqa: E402
+
 PERCEPTUAL = ["perceptual=efficientnet_lite0"]
 ADVERSARIAL = ["adversarial=patch", "adversarial.discriminator.channels=32", "adversarial.augment=null"]
 ARMS = {
@@ -46,17 +48,10 @@ SCORES = ["psnr", "ssim", "efficientnet_lite0", "frechet_distance/efficientnet_l
 FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"
 
 
-def varlab(*command: str) -> None:
-    """Prints and runs one command."""
-    print("varlab", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "varlab", *command], check=True)
-
-
 def train_and_score(arm: str) -> dict:
     """Trains and evaluates an arm unless finished; returns its scores on the validation images."""
     folder = RUNS / arm
-    row = folder / "run.json"
-    if not (row.is_file() and json.loads(row.read_text())["state"] == "finished"):
+    if not finished(folder):
         settings = [f"name=emoji64/{arm}", f"data.path={SHARDS}", "ckpt_path=last", "logger=csv"]
         varlab("train", "experiment=tokenizer_emoji64", *settings, *ARMS[arm])
     result = folder / "evaluation/evaluation.json"
