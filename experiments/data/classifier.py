@@ -1,7 +1,7 @@
 """A small classifier of 32 pixel images, trained on one data set. It judges what samples and reconstructions show, and its
 features give distances under the name of that data set.
 
-    python experiments/data/classifier.py data/glyphs32/shards data/glyphs32/classifier.safetensors      (two minutes)
+    python experiments/data/classifier.py data/glyphs32/shards data/glyphs32/classifier.safetensors      (three minutes)
 
     varlab evaluate samples=FOLDER reference=data/glyphs32/shards features=none \\
         +features='{_target_: classifier.Classifier, weights: data/glyphs32/classifier.safetensors}'     (PYTHONPATH=experiments/data)
@@ -42,16 +42,15 @@ def moved(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def fit(images: Tensor, labels: Tensor, num_classes: int, steps: int, is_moved: bool = True) -> nn.ModuleDict:
-    """The network trained on gray uint8 images (N, 1, SIDE, SIDE), in evaluation mode. `is_moved`: on moved images."""
+def fit(images: Tensor, labels: Tensor, num_classes: int, steps: int) -> nn.ModuleDict:
+    """The network trained on gray uint8 images (N, 1, SIDE, SIDE), each moved a little; in evaluation mode."""
     torch.manual_seed(0)
     net = layers(num_classes)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         chosen = torch.randint(len(images), (BATCH,))
-        batch = images[chosen].float() / 127.5 - 1
-        logits = net["head"](net["trunk"](moved(batch) if is_moved else batch))
+        logits = net["head"](net["trunk"](moved(images[chosen].float() / 127.5 - 1)))
         loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()

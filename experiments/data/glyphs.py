@@ -120,9 +120,7 @@ def readable(faces: np.ndarray) -> np.ndarray:
     same, share = torch.from_numpy(LOOK_ALIKES), np.zeros(len(faces))
     for half in range(2):
         train, test = order[half::2], order[1 - half :: 2]
-        net = fit(
-            images[train].flatten(0, 1)[:, None], labels.repeat(len(train)), len(CHARACTERS), steps=2000, is_moved=False
-        )
+        net = fit(images[train].flatten(0, 1)[:, None], labels.repeat(len(train)), len(CHARACTERS), steps=2000)
         read = predict(net, images[test].flatten(0, 1)[:, None]).view(len(test), -1)
         share[test] = (same[read] == same[labels]).float().mean(1).numpy()
     return share
