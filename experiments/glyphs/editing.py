@@ -8,13 +8,14 @@ the seam?
 
 Style: the edited image is compared, by blocks of 4 pixels, with the asked character of its own face and of all other held-out
 faces; the score is the share of other faces that are farther away (50 % by chance, 100 %: the own face is the nearest).
-Writes editing.csv and editing.png beside this file.
+Writes editing.csv (one row per edit, pair of characters and seed of sampling), editing.md (means over pairs with 95 % intervals
+over seeds) and editing.png beside this file.
 """
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,14 @@ from varlab.sampling.editing import composite, edit, edit_errors
 from varlab.sampling.generate import generate
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "data"))
+sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent)]
 from classifier import Classifier, gray_images  # noqa: E402
 from glyphs import CHARACTERS, LOOK_ALIKES  # noqa: E402
+from steps import interval, write_table  # noqa: E402
 
 SETTINGS = {"cfg_scale": 1.5, "cfg_schedule": "constant", "top_p": 0.97}
+SEEDS = (0, 1, 2)  # of sampling
+SCORES = ("class_agreement", "style", "seam", "usual_step")
 STRENGTHS = (1.0, 0.8, 0.65, 0.5)
 PAIRS = ("nm", "bd", "EF", "OQ", "hk", "38", "PR", "GC", "ad", "uh")  # from, to
 SHOWN = 5
@@ -85,40 +89,46 @@ def main() -> None:
     pixels = F.interpolate(half[None, None], scale_factor=tokenizer.image_size[0] / latent[0])[0, 0]
     rows, shown = [], []
 
-    def record(what: str, images: Tensor, character: str, **more: float) -> None:
-        judged, style = agreement(judge, images, character), faces.style(images, character)
-        rows.append({"edit": what, "to": character, "class_agreement": judged, "style": style, **more})
-
-    for source, target in PAIRS:
-        originals = faces.of(source)
+    for (source, target), seed in product(PAIRS, SEEDS):
+        originals, given = faces.of(source), {**SETTINGS, "seed": 10_000 * seed}
         label, own = (torch.full((num,), CHARACTERS.index(character)) for character in (target, source))
         columns = [originals[:SHOWN], faces.of(target)[:SHOWN]]
+
+        def record(what: str, images: Tensor, character: str, *more: float, seed: int = seed) -> None:
+            found = (agreement(judge, images, character), faces.style(images, character), *more)
+            rows.append({"edit": what, "to": character, "seed": seed, **dict(zip(SCORES, found, strict=False))})
+
         for name, condition in (
             ("right half, given the class", own),
             ("right half, no class", torch.full((num,), var.null_label)),
         ):
-            made = edit(var, tokenizer, originals, half, condition, **SETTINGS)
+            made = edit(var, tokenizer, originals, half, condition, **given)
             whole = composite(made, originals / 2 + 0.5, pixels)
             errors = edit_errors(whole, originals / 2 + 0.5, pixels)
-            record(name, whole * 2 - 1, source, seam=errors.seam, usual_step=errors.usual)
+            record(name, whole * 2 - 1, source, errors.seam, errors.usual)
             columns.append(whole[:SHOWN] * 2 - 1)
-        made = generate(var, tokenizer, label, **SETTINGS) * 2 - 1
-        record("no image given", made, target)
+        record("no image given", generate(var, tokenizer, label, **given) * 2 - 1, target)
         for strength in STRENGTHS:
-            made = edit(var, tokenizer, originals, nothing, label, strength=strength, **SETTINGS) * 2 - 1
+            made = edit(var, tokenizer, originals, nothing, label, strength=strength, **given) * 2 - 1
             record(f"another character, strength {strength:g}", made, target)
             columns.append(made[:SHOWN])
         record("the original, not edited", originals, target)
         record("the face's own", faces.of(target), target)
-        shown.append(image_grid.columns_of(*columns))
-    with open(HERE / "editing.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["edit", "to", "class_agreement", "style", "seam", "usual_step"])
-        writer.writeheader()
-        writer.writerows(rows)
+        if seed == 0:
+            shown.append(image_grid.columns_of(*columns))
+        print(source, target, seed, flush=True)
+    write_table(HERE / "editing.csv", rows)
+    lines = [f"| edit | {' | '.join(SCORES).replace('_', ' ')} |", "|---" * (1 + len(SCORES)) + "|"]
     for what in dict.fromkeys(row["edit"] for row in rows):
-        chosen = [row for row in rows if row["edit"] == what]
-        means = {key: np.mean([row[key] for row in chosen]) for key in list(chosen[0])[2:]}
-        print(f"{what:35s}", *(f"{key} {value:.1f}" for key, value in means.items()))
+        found = []
+        for score in SCORES:
+            seeds = [
+                [row[score] for row in rows if row["edit"] == what and row["seed"] == n and score in row] for n in SEEDS
+            ]
+            found.append(interval([float(np.mean(values)) for values in seeds]) if seeds[0] else "")
+        lines.append(f"| {what} | {' | '.join(found)} |")
+    (HERE / "editing.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
     first = torch.cat(shown[:4])
     image_grid.save(image_grid.grid(first / 2 + 0.5, columns=4 + len(STRENGTHS)), HERE / "editing.png")
 

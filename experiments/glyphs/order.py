@@ -1,66 +1,57 @@
 """Next-scale against next-token prediction on glyphs: the same blocks, tokens, images, steps and learning rate, three seeds.
 Likelihood and samples; the judge is a classifier of the same data. Finished steps are skipped; an interrupted run continues.
 
-    python experiments/glyphs/order.py          (after experiments/data/glyphs.py; not run yet)
+    python experiments/glyphs/order.py    (after experiments/depth_scaling/run.py glyphs: its runs are the next-scale side)
 
 Writes order.csv (one row per run and guidance), order.md (means and 95 % intervals over seeds) and order.png beside this file.
 """
 
-import csv
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
-from scipy.stats import t
 
 from varlab import image_grid
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "data"))
+sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent / "depth_scaling")]
+from run import Study, glyphs  # noqa: E402
 from scores import Judge  # noqa: E402
-from steps import finished, varlab  # noqa: E402
+from steps import finished, interval, varlab, write_table  # noqa: E402
 
 ORDERS = {"scales": "next scale", "raster": "next token"}
-DEPTH, SEEDS, STEPS, PER_CLASS, GUIDANCE, LENGTH = 3, (0, 1, 2), 1000, 16, (0.0, 1.5), 130
-RUNS, TOKENS = Path("runs/glyphs-order"), Path("runs/glyphs/tokens")
-SETTINGS = [
-    "experiment=var_vs_raster", "tokenizer=glyphs32", f"data.path={TOKENS}", f"model.depth={DEPTH}", f"steps={STEPS}",
-    "trainer.precision=bf16-mixed", "module.lr_reference_depth=3", "module.base_lr=8.0e-3", "data.global_batch_size=64",
-    "val_every=500", "log_every=25", "save_every=250", "logger=csv", "callbacks.pictures=null", "callbacks.best=null",
-]  # fmt: skip
+DEPTH, SEEDS, PER_CLASS, GUIDANCE, LENGTH = 4, (0, 1, 2), 10, (0.0, 1.5), 130
+RUNS = Path("runs/glyphs")
 
 
-def train(order: str, seed: int) -> Path:
-    """One run, unless finished; returns its folder."""
-    run = RUNS / f"{order}-seed{seed}"
+def trained(order: str, seed: int, study: Study) -> Path:
+    """The folder of one run. Those in raster order are trained here, unless finished."""
+    run = RUNS / "var" / f"d{DEPTH}-seed{seed}-share1"
+    if order == "scales":
+        if not finished(run):
+            sys.exit(f"{run} is not finished: run experiments/depth_scaling/run.py glyphs first")
+        return run
+    run = RUNS / "raster" / f"d{DEPTH}-seed{seed}"
     if not finished(run):
-        varlab(
-            "train",
-            f"name={run.relative_to('runs')}",
-            f"model.order={order}",
-            f"seed={seed}",
+        own = [f"name={run.relative_to('runs')}", "model.order=raster", f"model.depth={DEPTH}", f"seed={seed}"]
+        own += [
+            f"steps={study.steps}",
             "ckpt_path=last",
-            *SETTINGS,
-        )
+            "logger=csv",
+            "callbacks.pictures=null",
+            "callbacks.best=null",
+        ]
+        varlab("train", "experiment=var_vs_raster", *own, *study.tokens(), *study.settings)
     return run
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half the 95 % interval over seeds."""
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.4g} ± {half:.2g}"
-
-
 def main() -> None:
-    judge = Judge(Path("data/glyphs32"))
-    if not (TOKENS / "manifest.json").is_file():
-        varlab("tokenize", "tokenizer=glyphs32", f"shards={judge.shards}", f"out={TOKENS}", "resize_ratio=1.0")
+    judge, study = Judge(Path("data/glyphs32")), glyphs()
     rows, shown = [], []
     for order, name in ORDERS.items():
         for seed in SEEDS:
-            run = train(order, seed)
+            run = trained(order, seed, study)
             facts = json.loads((run / "run.json").read_text())
             for scale in GUIDANCE:
                 settings = {"cfg_scale": scale, "cfg_schedule": "constant", "top_p": 0.97, "seed": 10_000 * seed}
@@ -71,10 +62,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
             if seed == 0:
                 shown.append((name, run / f"samples-{GUIDANCE[-1]:g}/grid.png"))
-    with open(HERE / "order.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(HERE / "order.csv", rows)
     scores = ["nats_per_image", "class_agreement", *(key for key in rows[0] if "glyphs32" in key and "real" not in key)]
     lines = [f"| guidance | order | {' | '.join(key.split('/')[0].replace('_', ' ') for key in scores)} |"]
     lines.append("|---" * (2 + len(scores)) + "|")

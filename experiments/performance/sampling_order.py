@@ -9,9 +9,9 @@ same for both.
 """
 
 import argparse
-import csv
 import platform
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from varlab.sampling.generate import generate_tokens
 from varlab.sampling.token_sampling import SamplingSettings
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from steps import write_table  # noqa: E402
+
 PYRAMIDS = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
 DEPTHS, REPEATS, CODES = (8, 16), 3, 4096
 
@@ -70,10 +73,7 @@ def main() -> None:
                 }
                 print(*row.values(), flush=True)
                 rows.append(row)
-    with open(HERE / "sampling_order.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(HERE / "sampling_order.csv", rows)
     plot(rows)
 
 

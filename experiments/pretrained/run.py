@@ -5,7 +5,6 @@ scored by a classifier of the same data, exported. Finished steps are skipped; a
     python experiments/data/fashion.py && python experiments/pretrained/run.py fashion32
 """
 
-import csv
 import json
 import shutil
 import sys
@@ -26,7 +25,7 @@ from varlab.sampling.token_sampling import SamplingSettings
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "data"))
 from scores import Judge  # noqa: E402
-from steps import finished, varlab  # noqa: E402
+from steps import finished, varlab, write_table  # noqa: E402
 
 GUIDANCE, SHOWN = (0.0, 1.5, 3.0), 1.5
 
@@ -92,10 +91,7 @@ def main() -> None:
         settings = {"cfg_scale": scale, "cfg_schedule": "constant", "top_p": 0.97}
         rows.append(judge.of_samples(checkpoint, runs / f"samples-{scale:g}", model.per_class, **settings))
         print(json.dumps(rows[-1]), flush=True)
-    with open(HERE / f"{name}-samples.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(HERE / f"{name}-samples.csv", rows)
     run = json.loads((runs / "var/run.json").read_text())
     facts = {
         "trained on": model.data,

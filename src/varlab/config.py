@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import operator
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
-OmegaConf.register_new_resolver("max", max, replace=True)  # for conf/
+OmegaConf.register_new_resolver("max", max, replace=True)  # for conf/ and the command line
+OmegaConf.register_new_resolver("mul", operator.mul, replace=True)
 
 
 def conf_dir() -> str:

@@ -1,5 +1,7 @@
 """Training of the tokenizer."""
 
+import json
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -28,10 +30,14 @@ def test_released_weights_are_fine_tuned(tmp_path, digits_folder):
             assert torch.equal(weights(tmp_path / "still")[f"net.{name}"], value), name
     fit(tmp_path / "tuned", *tuned)
     assert not torch.equal(weights(tmp_path / "tuned")["net.decoder.conv_out.weight"], released.decoder.conv_out.weight)
+    assert json.loads((tmp_path / "tuned/run.json").read_text())["init_from"].endswith("released.pth")
     with pytest.raises(
         Exception, match=r"released.pth holds a tokenizer with codebook_size=12, but this run has codebook_size=16"
     ):
         fit(tmp_path / "other", *tuned, "model.quantizer.codebook_size=16")
+    (tmp_path / "released.pth").unlink()
+    fit(tmp_path / "tuned", *tuned, "steps=12", "ckpt_path=last")  # a run that continues does not need it
+    assert json.loads((tmp_path / "tuned/run.json").read_text())["init_from"].endswith("released.pth")
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "var"])

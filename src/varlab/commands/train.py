@@ -59,6 +59,8 @@ def fit_locked(cfg: DictConfig) -> float | None:
     if start is not None:
         check_start(Path(start))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    if start is not None and cfg.module.get("init_from") is not None:
+        cfg.module.init_from = None  # the checkpoint holds what became of those weights
     use_exact_fp32()  # the frozen tokenizer's; what is trained runs in bf16
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")

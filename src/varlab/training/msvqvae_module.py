@@ -56,6 +56,7 @@ class MSVQVAEModule(ScheduledModule):
             start = load_tokenizer(init_from, patch_nums=net.patch_nums, trust_code=trust_code)
             check_same_arguments("tokenizer", describe(start), net, init_from)
             net.load_state_dict(start.state_dict())
+            self.init_from = init_from
         self.reconstruction_losses = reconstruction_losses or {"l1": losses.L1(0.2), "l2": losses.L2(1.0)}
         self.vq_weight = vq_weight
         self.perceptual = perceptual
@@ -193,6 +194,7 @@ class MSVQVAEModule(ScheduledModule):
             self.log(f"{split}/perceptual", distance)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["varlab"] = networks_entry(self.net)
         if self.adversarial is not None:
             checkpoint["discriminator"] = self.adversarial.state_dict()

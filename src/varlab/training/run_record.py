@@ -35,6 +35,7 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
         "cooldown": 0 if branch_step is None else (module.total_steps - branch_step) * batch,
         "weight_decay": module.weight_decay[0],
         "patch_nums": module.net.patch_nums,
+        "init_from": module.init_from,
     }
     if isinstance(module, MSVQVAEModule):
         return {
@@ -59,6 +60,7 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
         "codes": net.codebook_size,
         "label_smoothing": getattr(module.loss, "label_smoothing", None),
         "sizes": net.sizes,
+        "params_trained": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         **shared,
         **(data.marginal_entropies(net.codebook_size) if is_tokens else {}),
     }

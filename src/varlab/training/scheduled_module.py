@@ -29,6 +29,7 @@ class ScheduledModule(LightningModule):
 
     grad_norm: Tensor | None = None  # of the last step, before clipping
     is_compiled: bool | None = None
+    init_from: str | None = None  # whose weights the run started from
 
     def __init__(
         self,
@@ -75,8 +76,12 @@ class ScheduledModule(LightningModule):
         """Whether this step is logged."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["init_from"] = self.init_from
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continues in the batches of this run, which may accumulate another number of them per step."""
+        self.init_from = checkpoint.get("init_from")
         now = self.trainer.accumulate_grad_batches
         before = checkpoint.get(type(self.data).__qualname__, {}).get("accumulate", now)
         loop_progress.rescale(checkpoint, before, now)

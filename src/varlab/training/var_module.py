@@ -1,6 +1,6 @@
 """Training of a VAR, from images (tokenized on the fly) or from a token cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from varlab.models.custom_classes import describe
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
+from varlab.training.initial_weights import Source, freeze, start_from
 from varlab.training.optimizers import parameter_groups
 from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Progressive, Schedule
@@ -36,6 +37,9 @@ class VARModule(ScheduledModule):
     paper's). `weight_decay_end`: weight decay at the end of the run, by default unchanged. `warmup_tokens`: length of
     the warm-up in tokens per parameter of the blocks, at most 5 % of `full_steps`, the length of the whole run, of
     which this one may be a branch (Porian et al. 2024).
+
+    `init_from`: a trained VAR whose weights the run starts from (see `start_from`).
+    `reinitialized`: patterns of parameters that are not taken over. `frozen`: patterns of parameters that are not trained.
 
     `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in this many
     chunks, with only one in memory at a time, at the cost of one more matrix product of the head. `is_compiled`:
@@ -65,6 +69,9 @@ class VARModule(ScheduledModule):
         loss_chunks: int = 1,
         is_compiled: bool | None = None,
         progressive: Progressive | None = None,
+        init_from: str | None = None,
+        reinitialized: Sequence[str] = (),
+        frozen: Sequence[str] = (),
         trust_code: bool = False,
     ) -> None:
         if loss_chunks < 1:
@@ -92,6 +99,10 @@ class VARModule(ScheduledModule):
         self.loss_chunks = loss_chunks
         self.is_compiled = is_compiled
         self.progressive = progressive
+        self.init_from = init_from
+        self.reinitialized = reinitialized
+        self.frozen = frozen
+        self.trust_code = trust_code
         self.trained_scales = len(self.tokenizer.patch_nums)
 
     def configure_model(self) -> None:
@@ -108,6 +119,7 @@ class VARModule(ScheduledModule):
                 num_classes=self.data.num_classes,
             )
         self.check_net()
+        self.initialize()
         self.net.attention = self.attention
         self.schedule = self.warmed_up_by_size(self.data.global_batch_size)
         if self.trainer.precision == "bf16-true":
@@ -119,6 +131,16 @@ class VARModule(ScheduledModule):
                 block.forward = torch.compile(block.forward)
         if self.device_mesh is not None:
             self.shard()
+
+    def initialize(self) -> None:
+        """Takes over the weights of `init_from` and freezes parts."""
+        if self.init_from is not None:
+            source = Source.read(self.init_from, self.net.patch_nums, self.trust_code)
+            codebook = self.tokenizer.quantizer.codebook.weight
+            notes = start_from(source, self.net, self.class_names, codebook, self.reinitialized)
+            if self.trainer.is_global_zero:
+                print("; ".join([f"starts from the weights of {self.init_from}", *notes]), flush=True)
+        freeze(self.net, self.frozen)
 
     def check_net(self) -> None:
         """Raises ValueError for a network that a checkpoint could not rebuild or that does not match the data."""
@@ -274,6 +296,7 @@ class VARModule(ScheduledModule):
         self.log_scores(split, loss, error, {f"{split}/loss_se": standard_error})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["varlab"] = networks_entry(self.tokenizer, self.net, self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
