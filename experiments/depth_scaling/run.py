@@ -87,9 +87,9 @@ def shared_settings(device: str) -> list[str]:
 
 def glyphs(is_full: bool = False, device: str = "cpu") -> Study:
     """The study of glyphs. On two cores the networks are half as wide as the paper's, 32 times the depth."""
-    batch, depths, steps = (256, "2,3,4,6,8,10", 900) if is_full else (64, "1,2,3,4,5,6", 1000)
-    settings = [*shared_settings(device), "module.base_lr=8.0e-3", f"data.global_batch_size={batch}"]
-    settings += [f"val_every={steps // 4}", "log_every=25", "save_every=250"]
+    batch, depths, steps = (256, "2,3,4,6,8,10", 900) if is_full else (64, "1,2,3,4,5,6", 800)
+    settings = [*shared_settings(device), f"data.global_batch_size={batch}", f"val_every={steps}"]
+    settings += ["log_every=25", "save_every=200", f"module.base_lr={8.0e-3 if is_full else 2.0e-2}"]
     settings += [] if is_full else ["model.width=${mul:32,${model.depth}}"]
     name = "glyphs-full" if is_full else "glyphs"
     return Study(name, Path("data/glyphs32/shards"), "glyphs32", depths, steps, settings)

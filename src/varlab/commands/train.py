@@ -48,7 +48,8 @@ def fit_locked(cfg: DictConfig) -> float | None:
     from varlab import __version__
     from varlab.checkpoints.checkpoint_files import latest_checkpoint
     from varlab.distributed import use_exact_fp32
-    from varlab.training.run_record import git_commit, summary
+    from varlab.training.run_record import RunRecord, git_commit, summary
+    from varlab.training.run_settings import deciding
     from varlab.training.run_setup import branch_point, check_new_run, check_start
 
     folder = Path(cfg.run_dir) / "checkpoints"
@@ -65,6 +66,9 @@ def fit_locked(cfg: DictConfig) -> float | None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = instantiate(cfg.data, _convert_="all"), instantiate(cfg.module, _convert_="all")
     callbacks = {name: instantiate(callback) for name, callback in cfg.callbacks.items() if callback is not None}
+    for callback in callbacks.values():
+        if isinstance(callback, RunRecord):
+            callback.settings = deciding(plain)
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger is not None]
     code = {"varlab": __version__, "git_commit": git_commit()}
     for logger in loggers:

@@ -20,6 +20,7 @@ from varlab.files import atomic_write, read_curves, save_json
 from varlab.models import scales
 from varlab.training.loggers import run_id
 from varlab.training.msvqvae_module import MSVQVAEModule
+from varlab.training.run_settings import changes, in_force
 from varlab.training.signals import Stopped
 from varlab.training.var_module import VARModule
 
@@ -79,7 +80,8 @@ def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
 class RunRecord(Callback):
     """Counts the cost of a run and writes `run.json` at each validation and at the end.
 
-    Counters (images, tokens, FLOPs, device seconds) are part of the checkpoint, so they survive a restart.
+    Counters (images, tokens, FLOPs, device seconds) are part of the checkpoint, so they survive a restart. So are the
+    settings of each stretch of steps (see `run_settings`): a run that continues with others says so before it starts.
     """
 
     COUNTERS = ("images_seen", "tokens_seen", "flops_exact", "flops_6nd", "flops_tokenizer", "device_seconds")
@@ -88,6 +90,9 @@ class RunRecord(Callback):
         self.folder, self.seed, self.trunk = Path(folder), seed, trunk
         self.counters: dict[str, int | float] = dict.fromkeys(self.COUNTERS, 0)
         self.facts: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.stretches: list[dict[str, Any]] = []
+        self.resumed_step = 0
         self.validated_step = self.total_steps = -1
         self.has_ended, self.error = False, ""
         self.logged_time = self.batch_time = self.validation_start = 0.0
@@ -96,24 +101,56 @@ class RunRecord(Callback):
         self.scores: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counters": dict(self.counters), "total_steps": self.total_steps}
+        return {"counters": dict(self.counters), "total_steps": self.total_steps, "stretches": self.stretches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counters, self.total_steps = dict(state_dict["counters"]), state_dict["total_steps"]
+        self.stretches = list(state_dict.get("stretches", []))  # none in checkpoints of 0.1
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.resumed_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, VARModule | MSVQVAEModule)
+        self.check_length(int(trainer.estimated_stepping_batches))
         self.facts = facts_of(pl_module)
         self.peak_flops = (
             get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
         )
 
+    def check_length(self, total_steps: int) -> None:
+        """Raises ValueError if the checkpoint is already beyond the run's last step. One at the last step is a finished
+        run."""
+        is_finished = self.resumed_step == total_steps == self.total_steps
+        if self.resumed_step and total_steps <= self.resumed_step and not is_finished:
+            raise ValueError(
+                f"the run has {total_steps:,} steps, but its checkpoint is already at step {self.resumed_step:,}: give more steps,"
+                " or start a new run from its weights with module.init_from=CHECKPOINT"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.total_steps = int(trainer.estimated_stepping_batches)
+        assert isinstance(pl_module, VARModule | MSVQVAEModule)
+        self.begin_stretch(trainer, pl_module)
         self.batch_time = self.logged_time = time.perf_counter()
         self.logged_images, self.logged_flops = self.counters["images_seen"], self.total_flops()
         if trainer.is_global_zero:
             print(self.describe_run(trainer), flush=True)
+
+    def begin_stretch(self, trainer: Trainer, module: VARModule | MSVQVAEModule) -> None:
+        """Notes the settings if they differ from those so far, and names the differences of a run that continues."""
+        before = in_force(self.stretches)
+        changed = changes(before, self.settings)
+        if not changed:
+            return
+        self.stretches = [*self.stretches, {"first_step": trainer.global_step, "settings": changed}]
+        if not before or not trainer.is_global_zero:
+            return
+        lines = [f"  {name}: {before.get(name)} before, now {value}" for name, value in changed.items()]
+        used = max(group["lr"] / group.get("lr_multiplier", 1.0) for group in trainer.optimizers[0].param_groups)
+        now = module.peak_lr * module.schedule(trainer.global_step, self.total_steps)
+        lines.append(f"  the learning rate goes from {used:.3g} in the last step to {now:.3g} in the next one")
+        print("\n".join([f"{self.folder.name} continues with other settings:", *lines]), flush=True)
 
     def describe_run(self, trainer: Trainer) -> str:
         """A one-line description of the run, to check before it takes days."""
@@ -216,6 +253,7 @@ class RunRecord(Callback):
             "val_images": data.num_val,
             **{key.replace("/", "_"): value for key, value in self.scores.items()},
             "train_loss_unique": self.unique_loss(unique),
+            "stretches": self.stretches,
             "git_commit": git_commit(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
