@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from varlab.sampling import token_sampling
 from varlab.sampling.token_sampling import (
     SamplingSettings,
     ScaleSettings,
@@ -27,6 +28,18 @@ def test_a_code_of_zero_probability_is_never_drawn():
     logits = filter_logits(torch.randn(1, 500, 40), top_k=3)
     tokens = sample_tokens(logits, torch.rand(1, 500))
     assert (logits.gather(-1, tokens[..., None]) > -torch.inf).all()
+
+
+def test_a_device_without_float64_gives_the_same_tokens(monkeypatch):
+    """Its numbers are drawn on the CPU. The device itself is not here: this is its branch of the code."""
+    logits, uniform, settings = torch.randn(2, 50, 40), torch.rand(2, 50), ScaleSettings(0.0, 0.9, 7, 0.8, 0.0)
+    before = sample_tokens(logits, uniform), sample_top_k(logits, uniform, settings)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: moved.append(x.dtype) or x)
+    monkeypatch.setattr(token_sampling, "DEVICES_WITHOUT_FLOAT64", ("cpu",))
+    after = sample_tokens(logits, uniform), sample_top_k(logits, uniform, settings)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert moved == [torch.float32] * 4, "nothing is widened before it has left the device"
 
 
 def test_top_p_keeps_the_smallest_set_that_exceeds_p():

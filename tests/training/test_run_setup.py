@@ -62,3 +62,11 @@ def test_the_first_weights_do_not_depend_on_the_device(var_overrides, tmp_path):
             module.configure_model()
         found.append(module.net.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("precision", ["16-true", "64-true", "fp16"])
+def test_a_precision_in_which_nothing_is_trained_is_refused(precision, tmp_path, var_overrides):
+    with pytest.raises(ValueError, match=f"trainer.precision={precision}: choose one of 32-true, bf16-mixed"):
+        fit(tmp_path, *var_overrides, f"trainer.precision={precision}")
+    with pytest.raises(ValueError, match=f"trainer.precision={precision}"):
+        fit(tmp_path, *var_overrides, f"trainer.precision={precision}", "plan=true")

@@ -23,7 +23,9 @@ def run(cfg: DictConfig) -> Any:
     sweeper can minimize it. With `plan`, returns the cost."""
     if cfg.plan:
         from varlab.cost.plan import print_plan
+        from varlab.training.run_setup import check_precision
 
+        check_precision(cfg)
         set_steps(cfg)
         return print_plan(planned(cfg), cfg.planned_gpu, cfg.planned_mfu, cfg.planned_flops)
     return run_job(cfg, "varlab.commands.train") if is_sweep() else fit(cfg)
@@ -31,9 +33,10 @@ def run(cfg: DictConfig) -> Any:
 
 def fit(cfg: DictConfig) -> float | None:
     """Trains one run in this process, alone in its folder; returns the last validation loss."""
-    from varlab.training.run_setup import silence_warnings
+    from varlab.training.run_setup import check_precision, silence_warnings
 
     silence_warnings()
+    check_precision(cfg)
     check_types(cfg)
     set_steps(cfg)
     with FolderLock(Path(cfg.run_dir), "varlab train", rank=0 if signals.is_first_process() else 1):

@@ -17,6 +17,7 @@ from varlab.models import scales
 
 ByScale = float | int | Sequence[float | int]
 GuidanceSchedule = Literal["linear", "cosine", "constant"]
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 
 def guide(cond: Float[Tensor, "B l V"], uncond: Float[Tensor, "B l V"], scale: float) -> Float[Tensor, "B l V"]:
@@ -48,8 +49,15 @@ def filter_logits(logits: Float[Tensor, "*rows V"], top_k: int = 0, top_p: float
 def sample_tokens(logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
     """Tokens by inverse CDF from numbers in [0, 1): one number per token, so the stream is short and the same on any
     device."""
-    cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
+    cdf = in_float64(logits).softmax(dim=-1).cumsum(dim=-1)
+    tokens = torch.searchsorted(cdf, in_float64(uniform)[..., None] * cdf[..., -1:], right=True)[..., 0]
+    return tokens.to(logits.device)
+
+
+def in_float64(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The same numbers in float64, on the CPU if they are on a device that has none (Apple's MPS): the same tokens follow
+    from them on any device."""
+    return (x.cpu() if x.device.type in DEVICES_WITHOUT_FLOAT64 else x).double()
 
 
 class Randomness:
@@ -198,12 +206,12 @@ def sample_top_k(
     or exponentiated. The distribution is that of `sample_filtered`, but the same random numbers give different tokens,
     and of codes that tie with the k-th only the first are kept."""
     values, codes = logits.topk(scale_settings.top_k, dim=-1)  # descending
-    probabilities = (values.double() / scale_settings.temperature).softmax(dim=-1)
+    probabilities = (in_float64(values) / scale_settings.temperature).softmax(dim=-1)
     reached = probabilities.cumsum(dim=-1)
     if scale_settings.top_p > 0:
         probabilities = probabilities.masked_fill(reached - probabilities >= scale_settings.top_p, 0)
     if scale_settings.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < scale_settings.min_p * probabilities[..., :1], 0)
     cdf = probabilities.cumsum(dim=-1)
-    place = torch.searchsorted(cdf, uniform.double()[..., None] * cdf[..., -1:], right=True)
+    place = torch.searchsorted(cdf, in_float64(uniform)[..., None] * cdf[..., -1:], right=True).to(codes.device)
     return codes.gather(-1, place.clamp(max=scale_settings.top_k - 1))[..., 0]

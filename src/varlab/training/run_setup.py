@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from varlab.checkpoints.checkpoint_files import META_FILE, check_sharded, read_file
 from varlab.training.schedules import Schedule
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+
 
 def check_length(cfg: DictConfig) -> None:
     """Raises ValueError for a run without a length, or with an invalid length or branch."""
@@ -33,6 +35,13 @@ def check_devices(cfg: DictConfig) -> None:
         raise ValueError(
             f"devices={cfg.devices}: this trainer uses one device; choose trainer=ddp, fsdp, hsdp or multinode"
         )
+
+
+def check_precision(cfg: DictConfig) -> None:
+    """Raises ValueError for a precision in which nothing is trained here: weights in fp16 (16-true) round Adam's updates
+    to zero, and nothing gains from fp64."""
+    if cfg.trainer.precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={cfg.trainer.precision}: choose one of {', '.join(PRECISIONS)}")
 
 
 def check_branch(cfg: DictConfig, schedule: Schedule) -> None:
