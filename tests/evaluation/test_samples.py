@@ -6,13 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.features import RANDOM
 from support.networks import make_var
 from support.runs import config, score
 
 from varlab.checkpoints.export_folder import save_pretrained
 from varlab.commands import sample
+from varlab.data.shards import ShardReader
+from varlab.evaluation.samples import class_mix
 from varlab.models.inception import Inception
+from varlab.sampling.sample_folder import labels_like
 
 
 @pytest.fixture
@@ -55,6 +59,37 @@ def test_samples_are_scored_under_honest_names_with_their_protocol(tmp_path, mod
     monkeypatch.setattr("varlab.models.feature_networks.EfficientNetLite0.pooled", lambda *_: calls.append(1))
     score(tmp_path, *settings)
     assert not calls and json.loads((tmp_path / "scores/generation.json").read_text()) == told
+
+
+def test_what_makes_scores_incomparable_is_said(tmp_path, digits_folder, monkeypatch):
+    """Another mix of classes, lossy files, too few images; and how many images the floor has."""
+    monkeypatch.setenv("VARLAB_CACHE", str(tmp_path / "cache"))
+    samples = tmp_path / "samples"
+    (samples / "images").mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(RANDOM.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(samples / f"images/{i:02d}.jpg")
+    (samples / "samples.json").write_text(json.dumps({"labels": [3] * 30, "class_names": []}))
+    settings = [f"samples={samples}", f"reference={digits_folder}", "features={_target_: support.features.Corner}"]
+    score(tmp_path, *settings, "+also={pixels: {_target_: support.features.Corner, side: 2}}", "bootstraps=20")
+    told = json.loads((tmp_path / "scores/generation.json").read_text())
+    said = " ".join(told["warnings"])
+    assert "classes of the samples are in other proportions" in said and "classes=data" in said
+    assert "30 images are in a lossy format" in said and "at least 40 images, not 30" in said
+    assert told["protocol"]["floor_images"] == 11 and told["protocol"]["bootstraps"] == 20
+    low, high = (told[f"frechet_distance/corner/{end}"] for end in ("low", "high"))
+    assert 0 <= low < high
+    other = json.loads((tmp_path / "scores/pixels/generation.json").read_text())
+    assert other["frechet_distance/corner"] != told["frechet_distance/corner"]
+
+
+def test_classes_in_the_proportions_of_the_data(digits_folder, token_cache):
+    real = np.bincount(ShardReader(digits_folder, "train").labels, minlength=10)
+    drawn = np.bincount(labels_like(str(digits_folder), "train", 4800, 10), minlength=10)
+    assert np.array_equal(drawn, 100 * real)
+    assert labels_like(str(token_cache), "train", 20, 10) == labels_like(str(digits_folder), "train", 20, 10)
+    assert class_mix(np.repeat(np.arange(10), 10 * real), ShardReader(digits_folder, "train").labels.astype(int)) == []
+    with pytest.raises(ValueError, match="has class 9, but the network has 5 classes"):
+        labels_like(str(digits_folder), "train", 20, 5)
 
 
 def test_a_grid_of_sampling_settings_is_one_command(tmp_path, model, digits_folder, monkeypatch):

@@ -78,13 +78,19 @@ def samples_or_grid(cfg: DictConfig) -> None:
             "features=... is missing: inception (for FID, sFID, IS) or efficientnet_lite0 (under its own name)"
         )
     device = default_device(cfg.device)
+    further = {name: instantiate(features) for name, features in cfg.also.items()}
 
     def evaluate(samples: str | Path, out: str | Path) -> dict[str, Any] | None:
+        for name, other in further.items():
+            evaluate_with(other, samples, Path(out) / name)
+        return evaluate_with(network, samples, Path(out))
+
+    def evaluate_with(network: torch.nn.Module, samples: str | Path, out: Path) -> dict[str, Any] | None:
         result = evaluate_samples(
             str(samples),
             str(cfg.reference),
             network,
-            Path(out),
+            out,
             split=cfg.split or "train",
             num_images=cfg.num_images,
             resize_ratio=cfg.resize_ratio,
@@ -93,6 +99,7 @@ def samples_or_grid(cfg: DictConfig) -> None:
             storage=instantiate(cfg.storage),
             preset=cfg.preset,
             metrics=instantiate(cfg.metrics, _convert_="all"),
+            bootstraps=cfg.bootstraps,
         )
         if result is not None:
             warnings = [f"  warning: {warning}" for warning in result["warnings"]]

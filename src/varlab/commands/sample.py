@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> None:
     """Generates `num` images, split over the processes of torchrun."""
     from varlab.checkpoints.load import load
     from varlab.distributed import WorkSplit, default_device
-    from varlab.sampling.sample_folder import labels_of, read_conditions, write_samples
+    from varlab.sampling.sample_folder import labels_like, labels_of, read_conditions, write_samples
     from varlab.sampling.token_sampling import SamplingSettings
 
     if cfg.num < 1 or cfg.batch_size < 1:
@@ -29,6 +29,10 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"this network takes no class label: give condition=FILE.npy with rows of shape {shape}")
     if cfg.condition is not None:
         conditions = read_conditions(cfg.condition, cfg.num, shape)
+    elif given["classes"] == "data":
+        if cfg.data is None:
+            raise ValueError("classes=data draws classes in the proportions of a data set: give data=FOLDER")
+        conditions = labels_like(str(cfg.data), cfg.split, cfg.num, var.num_classes)
     else:
         conditions = labels_of(given["classes"], cfg.num, class_names, var.num_classes)
     work = WorkSplit.of_environment()

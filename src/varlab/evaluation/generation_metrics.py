@@ -3,6 +3,7 @@ distance, precision, recall, density and coverage. Pure math: the caller reports
 with each score.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,15 +97,63 @@ def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, ch
     return float(torch.cat(hits).float().mean())
 
 
-def scores(made: Features, real: Features, seed: int = 0) -> dict[str, float]:
-    """All scores that the features allow: `frechet_distance`, `spatial_frechet_distance`, `inception_score`,
-    `kernel_distance`, `precision`, `recall`, `density`, `coverage`, and standard deviations as `.../std`."""
-    found = {"frechet_distance": frechet_distance(statistics(made.pooled), statistics(real.pooled))}
-    if made.spatial is not None and real.spatial is not None:
-        found["spatial_frechet_distance"] = frechet_distance(statistics(made.spatial), statistics(real.spatial))
-    if made.probabilities is not None:
-        found["inception_score"], found["inception_score/std"] = inception_score(made.probabilities)
-    found["kernel_distance"], found["kernel_distance/std"] = kernel_distance(made.pooled, real.pooled, seed=seed)
-    found["precision"], found["recall"] = precision_recall(real.pooled, made.pooled)
-    found["density"], found["coverage"] = density_coverage(real.pooled, made.pooled)
-    return found
+def frechet_infinity(
+    made: Float[np.ndarray, "N c"], real: Float[np.ndarray, "M c"], seed: int = 0, num_sizes: int = 10
+) -> float:
+    """The Frechet distance of infinitely many generated images to these real ones (Chong & Forsyth 2020): distances of
+    random subsets of N/4 to N images, extrapolated along a line in 1/N. Raises ValueError for fewer than 40 images."""
+    if len(made) < 40:
+        raise ValueError(f"the distance at infinite sample size needs at least 40 images, not {len(made)}")
+    random, target = np.random.default_rng(seed), statistics(real)
+    sizes = np.linspace(len(made) / 4, len(made), num_sizes).round().astype(int)
+    found = [frechet_distance(statistics(made[random.choice(len(made), n, replace=False)]), target) for n in sizes]
+    return float(np.polyfit(1 / sizes, found, 1)[1])
+
+
+def frechet_interval(
+    made: Float[np.ndarray, "N c"], real: Float[np.ndarray, "M c"], bootstraps: int, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the Frechet distance between the two distributions, by resampling both sets.
+
+    A resampled distance exceeds the measured one about as much as that exceeds the true one, so the center lies below the
+    measured distance, which few images bias upward. The interval is symmetric for the root of this squared distance, whose spread
+    does not depend on its size, or for the distance itself where it is near 0.
+    """
+    random, measured = np.random.default_rng(seed), frechet_distance(statistics(made), statistics(real))
+    found = [
+        frechet_distance(*(statistics(x[random.integers(len(x), size=len(x))]) for x in (made, real)))
+        for _ in range(bootstraps)
+    ]
+    center, half = 2 * measured - float(np.mean(found)), 1.96 * float(np.std(found, ddof=1))
+    if center <= half:
+        return max(center - half, 0.0), max(center + half, 0.0)
+    root = center**0.5
+    return (root - half / (2 * root)) ** 2, (root + half / (2 * root)) ** 2
+
+
+def scores(made: Features, real: Features, seed: int = 0, bootstraps: int = 0) -> tuple[dict[str, float], list[str]]:
+    """(scores that the features allow, reasons for those that are missing): `frechet_distance`, with `bootstraps` also the
+    ends of its interval `.../low` and `.../high`, `frechet_distance_infinity`, `spatial_frechet_distance`,
+    `inception_score`, `kernel_distance`, `precision`, `recall`, `density`, `coverage`, and standard deviations `.../std`."""
+    found: dict[str, float] = {}
+    reasons: list[str] = []
+
+    def add(compute: Callable[[], tuple[float, ...]], *names: str) -> None:
+        try:
+            found.update(zip(names, compute(), strict=True))
+        except ValueError as error:
+            reasons.append(str(error))
+
+    a, b = made.pooled, real.pooled
+    add(lambda: (frechet_distance(statistics(a), statistics(b)),), "frechet_distance")
+    if bootstraps > 1 and "frechet_distance" in found:
+        add(lambda: frechet_interval(a, b, bootstraps, seed), "frechet_distance/low", "frechet_distance/high")
+    add(lambda: (frechet_infinity(a, b, seed),), "frechet_distance_infinity")
+    if (x := made.spatial) is not None and (y := real.spatial) is not None:
+        add(lambda: (frechet_distance(statistics(x), statistics(y)),), "spatial_frechet_distance")
+    if (probabilities := made.probabilities) is not None:
+        add(lambda: inception_score(probabilities), "inception_score", "inception_score/std")
+    add(lambda: kernel_distance(a, b, seed=seed), "kernel_distance", "kernel_distance/std")
+    add(lambda: precision_recall(b, a), "precision", "recall")
+    add(lambda: density_coverage(b, a), "density", "coverage")
+    return found, reasons

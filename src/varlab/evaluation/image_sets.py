@@ -19,6 +19,7 @@ from varlab.evaluation.generation_metrics import Features
 from varlab.files import atomic_write, sha256
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+LOSSY = (".jpg", ".jpeg", ".webp")
 
 
 class ImageSet:
@@ -54,6 +55,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
+
+    @property
+    def lossy(self) -> int:
+        """Number of files in a format that changes pixels."""
+        return sum(file.suffix.lower() in LOSSY for file in self.files)
 
     @property
     def side(self) -> int:

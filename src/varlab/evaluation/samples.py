@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,7 @@ from varlab.files import atomic_write, load_json, save_json
 
 FIELD_NAMES = {  # common names of scores with Inception's features
     "frechet_distance": "fid",
+    "frechet_distance_infinity": "fid_infinity",
     "spatial_frechet_distance": "sfid",
     "inception_score": "inception_score",
     "kernel_distance": "kid",
@@ -50,13 +52,16 @@ def evaluate_samples(
     storage: Storage | None = None,
     preset: str | None = None,
     metrics: dict[str, Callable[[Features, Features], float]] | None = None,
+    bootstraps: int | None = None,
 ) -> dict[str, Any] | None:
     """Writes generation.json into `out`: scores of samples (folder or .npz) against a reference (packed set or ADM
     .npz), with their protocol and the floor (scores of other real images); returns it. The images are split over the
     processes of torchrun; all but the first return None.
 
     `network`: computes the features. `metrics`: by name, functions of the features of samples and of real images.
-    `preset`: published scores to compare the protocol with.
+    `preset`: published scores to compare the protocol with. `bootstraps`: resamplings for the interval of the Frechet
+    distance; None is 100 with at most 512 features, else none. Scores that too few images do not allow are left out, with
+    a warning.
     """
     work, sample_set = WorkSplit.of_environment(), ImageSet(samples)
     network, name = network.to(device), score_name(network)
@@ -64,11 +69,14 @@ def evaluate_samples(
     real = Reference(reference, network, sample_set, split, num_images, resize_ratio, batch_size, device, storage, work)
     if work.rank > 0:
         return None
-    result = {named(key, name): value for key, value in scores(made, real.features).items()}
+    if bootstraps is None:
+        bootstraps = 100 if made.pooled.shape[1] <= 512 else 0
+    found, warnings = scores(made, real.features, bootstraps=bootstraps)
+    result = {named(key, name): value for key, value in found.items()}
     if real.statistics:
         result |= {named(key, name): value for key, value in real.distances(made).items()}
     if real.other is not None:
-        floor = scores(real.other, real.features)
+        floor, _ = scores(real.other, real.features)
         result |= {f"{named(key, name)}/real_against_real": value for key, value in floor.items() if "/" not in key}
     result |= {key: float(metric(made, real.features)) for key, metric in (metrics or {}).items()}
     protocol = {
@@ -78,10 +86,16 @@ def evaluate_samples(
         "num_samples": len(sample_set),
         "resolution": sample_set.side,
         **real.protocol,
+        "bootstraps": bootstraps,
         "sampling": load_sampling(Path(samples) / "samples.json"),
         "varlab": __version__,
     }
-    warnings = compare(preset, protocol)
+    warnings += compare(preset, protocol)
+    warnings += class_mix(load_labels(Path(samples) / "samples.json"), real.labels)
+    if sample_set.lossy:
+        warnings.append(
+            f"{sample_set.lossy} images are in a lossy format: its artifacts count as differences; save as PNG"
+        )
     result = {**result, "protocol": protocol, "preset": preset, "warnings": warnings}
     save_json(out / "generation.json", result)
     return result
@@ -123,6 +137,28 @@ def load_sampling(file: Path) -> dict[str, Any] | None:
     return {key: value for key, value in recorded.items() if key not in ("labels", "class_names")}
 
 
+def load_labels(file: Path) -> np.ndarray:
+    """The classes of samples that `varlab sample` recorded; none for others."""
+    recorded = load_json(file, "varlab sample").get("labels", []) if file.is_file() else []
+    return np.asarray(recorded if all(isinstance(label, int) for label in recorded) else [], dtype=np.int64)
+
+
+def class_mix(made: np.ndarray, real: np.ndarray) -> list[str]:
+    """A warning if the shares of the classes differ by more than chance: distances then measure the mix, too."""
+    if not len(made) or not len(real):
+        return []
+    num_classes = int(max(made.max(), real.max())) + 1
+    counts, shares = np.bincount(made, minlength=num_classes), np.bincount(real, minlength=num_classes) / len(real)
+    difference = np.abs(counts / len(made) - shares).sum() / 2
+    random = np.random.default_rng(0).multinomial(len(made), shares, size=200) / len(made)
+    if difference <= np.quantile(np.abs(random - shares).sum(axis=1) / 2, 0.99):
+        return []
+    return [
+        f"the classes of the samples are in other proportions than the reference's ({100 * difference:.0f} % of the images would"
+        " have to change class), which raises distances: sample with classes=data data=REFERENCE"
+    ]
+
+
 def features_of_set(
     images: ImageSet, network: nn.Module, batch_size: int, device: torch.device, work: WorkSplit, desc: str
 ) -> Features:
@@ -149,6 +185,7 @@ class Reference:
         work: WorkSplit,
     ) -> None:
         self.other: Features | None = None
+        self.labels = np.zeros(0, dtype=np.int64)
         self.statistics = {}
         self.protocol: dict[str, Any]
         if path.endswith(".npz"):
@@ -158,9 +195,10 @@ class Reference:
             self.features = features_of_set(images, network, batch_size, device, work, "reference")
             self.protocol = {"reference": images.identity, "reference_images": len(images), "reference_split": None}
             self.protocol["reference_statistics"] = "stored" if self.statistics else "of the images"
+            self.protocol["floor_images"] = None
             return
 
-        def of_split(split: str, num_images: int | None) -> tuple[Features, ShardReader]:
+        def of_split(split: str, num_images: int | None) -> tuple[Features, ShardReader, np.ndarray]:
             reader = ShardReader(path, split, storage)
             crops = CenterCrops(reader, samples.side, resize_ratio, num_images, batch_size, device)
             settings = (split, samples.side, resize_ratio, num_images)
@@ -169,17 +207,19 @@ class Reference:
             def read(indices: list[int]) -> torch.Tensor:
                 return crops.read([crops.samples[i] for i in indices])
 
-            return extract(network, len(crops.samples), read, batch_size, cache, split, work), reader
+            labels = np.asarray(reader.labels)[crops.samples].astype(np.int64)
+            return extract(network, len(crops.samples), read, batch_size, cache, split, work), reader, labels
 
-        self.features, reader = of_split(split, num_images)
+        self.features, reader, self.labels = of_split(split, num_images)
         other = "val" if split != "val" else "train"
         if other in reader.manifest["splits"]:
-            self.other, _ = of_split(other, len(samples))
+            self.other = of_split(other, len(samples))[0]
         self.protocol = {
             "reference": fingerprint(reader.manifest),
             "reference_images": len(self.features.pooled),
             "reference_split": split,
             "reference_statistics": "of the images",
+            "floor_images": None if self.other is None else len(self.other.pooled),
             "resize_ratio": resize_ratio,
         }
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from varlab import image_grid
 from varlab.checkpoints.export_folder import fingerprint, tokenizer_fingerprint
+from varlab.data.shards import ShardReader
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.files import load_json, save_json
 from varlab.models.conditioning import label_of
@@ -47,6 +48,16 @@ def labels_of(
         given = [classes] if isinstance(classes, int | str) else list(classes or [])
         chosen = [label_of(str(label), class_names, num_classes) for label in given]
     return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def labels_like(data: str, split: str, num: int, num_classes: int) -> list[int]:
+    """Classes of `num` images in the proportions of a packed set or token cache: evenly spaced among its sorted labels.
+    Raises ValueError if the set has other classes than the network."""
+    token_labels = Path(data) / f"{split}.labels.npy"
+    labels = np.load(token_labels, mmap_mode="r") if token_labels.is_file() else ShardReader(data, split).labels
+    if len(labels) and int(max(labels)) >= num_classes:
+        raise ValueError(f"{data} has class {int(max(labels))}, but the network has {num_classes} classes")
+    return np.sort(np.asarray(labels))[((np.arange(num) + 0.5) * len(labels) / num).astype(int)].tolist()
 
 
 def read_conditions(file: str, num: int, shape: tuple[int, ...]) -> np.ndarray:
