@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a tokenizer or a VAR: experiment=tokenizer_f8_64, experiment=var_d16, ...",
     "tokenize": "shards -> token cache, encoded once for all transformers",
     "evaluate": "scores of a tokenizer, a VAR's likelihood, or samples",
+    "audit": "membership inference and memorization: what a VAR tells about its training images",
     "sample": "checkpoint -> PNG images, class grid, filmstrip of scales",
     "doctor": "compare a run's curves with the reference curves of its experiment",
     "export": "checkpoint -> safetensors folder, released layout, one file, ONNX",

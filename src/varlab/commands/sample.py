@@ -30,9 +30,9 @@ def run(cfg: DictConfig) -> None:
     if cfg.condition is not None:
         conditions = read_conditions(cfg.condition, cfg.num, shape)
     elif given["classes"] == "data":
-        if cfg.data is None:
-            raise ValueError("classes=data draws classes in the proportions of a data set: give data=FOLDER")
-        conditions = labels_like(str(cfg.data), cfg.split, cfg.num, var.num_classes)
+        if cfg.shards is None:
+            raise ValueError("classes=data draws classes in the proportions of a data set: give shards=FOLDER")
+        conditions = labels_like(str(cfg.shards), cfg.split, cfg.num, var.num_classes)
     else:
         conditions = labels_of(given["classes"], cfg.num, class_names, var.num_classes)
     work = WorkSplit.of_environment()

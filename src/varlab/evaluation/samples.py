@@ -155,7 +155,7 @@ def class_mix(made: np.ndarray, real: np.ndarray) -> list[str]:
         return []
     return [
         f"the classes of the samples are in other proportions than the reference's ({100 * difference:.0f} % of the images would"
-        " have to change class), which raises distances: sample with classes=data data=REFERENCE"
+        " have to change class), which raises distances: sample with classes=data shards=REFERENCE"
     ]
 
 
