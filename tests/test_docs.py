@@ -72,7 +72,7 @@ ADDED = [  # to commands that match, unless they set it already
     ("train .*experiment=tokenizer", TOKENIZER),
     ("train (?!.*quantizer=custom).*experiment=tokenizer", CODES),
     ("train .*experiment=(var_d[0-9]|depth_scaling)", NETWORK),
-    ("train (?!.*plan=true)", [*SHORT, "steps=2"]),
+    ("(train|tune) (?!.*plan=true)", [*SHORT, "steps=2"]),
     ("train (?!.*plan=true).*experiment=depth_scaling", ["name=small"]),
     ("(tokenize|import) .*vae_ch160", ["patch_nums=[1,2,3,4]"]),
     ("sample", ["batch_size=6", "film_rows=2"]),

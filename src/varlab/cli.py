@@ -9,6 +9,7 @@ from contextlib import suppress
 COMMANDS = {
     "pack": "images -> webdataset shards with a manifest",
     "train": "train a tokenizer or a VAR: experiment=tokenizer_f8_64, experiment=var_d16, ...",
+    "tune": "train a trained VAR further: contrastive alignment, low-rank adapters",
     "tokenize": "shards -> token cache, encoded once for all transformers",
     "evaluate": "scores of a tokenizer, a VAR's likelihood, or samples",
     "audit": "membership inference and memorization: what a VAR tells about its training images",

@@ -45,7 +45,9 @@ def fit(folder: Path, *overrides: str) -> float | None:
     return train.run(config(folder, *overrides))
 
 
-def command(folder: Path, *overrides: str, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+def command(
+    folder: Path, *overrides: str, processes: int = 1, verb: str = "train", **variables: str
+) -> subprocess.CompletedProcess:
     """The same as a user would start it, in processes of its own."""
     start = [sys.executable, "-m"]
     if processes > 1:
@@ -55,10 +57,10 @@ def command(folder: Path, *overrides: str, processes: int = 1, **variables: str)
             f"--nproc-per-node={processes}",
             "-m",
             "varlab",
-            "train",
+            verb,
         ]
     else:
-        start += ["varlab", "train"]
+        start += ["varlab", verb]
     environment = {**os.environ, "WANDB_MODE": "offline", **variables}
     environment.pop("WANDB_SERVICE", None)  # of the tests' own process
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]

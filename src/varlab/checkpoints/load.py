@@ -80,11 +80,22 @@ def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str, Tensor]:
-    """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages."""
+    """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages. Adapters are merged."""
     state = dict(checkpoint.get("state_dict", {}))
     if use_ema and "ema" in checkpoint:
         state.update(checkpoint["ema"])
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return merged({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+
+
+def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in which low-rank adapters (see `varlab.training.tuning.LoRA`) are added to the matrices they adapt."""
+    found = {key: value for key, value in state.items() if ".parametrizations." not in key}
+    for key, weight in state.items():
+        name, _, rest = key.partition(".parametrizations.weight.")
+        if rest == "original":
+            up, down, scale = (state[f"{name}.parametrizations.weight.0.{part}"] for part in ("up", "down", "scale"))
+            found[f"{name}.weight"] = weight + scale * (up @ down)
+    return found
 
 
 def load_tokenizer(

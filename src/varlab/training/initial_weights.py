@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from varlab.checkpoints.load import compare_arguments, load
 from varlab.checkpoints.released_layout import var_from_released
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder
-from varlab.models.custom_classes import describe
+from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.var import VAR
 
 CLASS_ROWS = "embedder.embedding.weight"
@@ -85,6 +86,14 @@ def start_from(
         notes.append(f"{len(kept)} parameters start anew: {', '.join(sorted(kept))}")
     load_weights(net, {**state, **{name: own[name] for name in kept}}, source.path)
     return notes
+
+
+def like(checkpoint: str, trust_code: bool = False, **given: Any) -> VAR:
+    """A newly initialized network of the class and sizes of a trained one, but for the arguments given."""
+    _, var, _ = load(checkpoint, trust_code=trust_code)
+    description = describe(var)
+    changed = {name: value for name, value in given.items() if value is not None}
+    return build(VAR, {**description, **changed}, Trust(classes=named_classes(description)))
 
 
 def same_codes(a: Float[Tensor, "_ _"], b: Float[Tensor, "_ _"]) -> bool:

@@ -23,6 +23,7 @@ from varlab.training.initial_weights import Source, freeze, start_from
 from varlab.training.optimizers import parameter_groups
 from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Progressive, Schedule
+from varlab.training.tuning import LoRA, Objective
 
 
 class VARModule(ScheduledModule):
@@ -40,6 +41,7 @@ class VARModule(ScheduledModule):
 
     `init_from`: a trained VAR whose weights the run starts from (see `start_from`).
     `reinitialized`: patterns of parameters that are not taken over. `frozen`: patterns of parameters that are not trained.
+    `objective` and `adapter`: see training/tuning.py.
 
     `recompute`: see `AdaLNBlock`. `attention`: see `VAR`. `loss_chunks`: logits and loss are computed in this many
     chunks, with only one in memory at a time, at the cost of one more matrix product of the head. `is_compiled`:
@@ -72,6 +74,8 @@ class VARModule(ScheduledModule):
         init_from: str | None = None,
         reinitialized: Sequence[str] = (),
         frozen: Sequence[str] = (),
+        objective: Objective | None = None,
+        adapter: LoRA | None = None,
         trust_code: bool = False,
     ) -> None:
         if loss_chunks < 1:
@@ -102,6 +106,8 @@ class VARModule(ScheduledModule):
         self.init_from = init_from
         self.reinitialized = reinitialized
         self.frozen = frozen
+        self.objective = objective
+        self.adapter = adapter
         self.trust_code = trust_code
         self.trained_scales = len(self.tokenizer.patch_nums)
 
@@ -133,13 +139,17 @@ class VARModule(ScheduledModule):
             self.shard()
 
     def initialize(self) -> None:
-        """Takes over the weights of `init_from` and freezes parts."""
+        """Takes over the weights of `init_from`, adds what tunes them, and freezes parts."""
         if self.init_from is not None:
             source = Source.read(self.init_from, self.net.patch_nums, self.trust_code)
             codebook = self.tokenizer.quantizer.codebook.weight
             notes = start_from(source, self.net, self.class_names, codebook, self.reinitialized)
             if self.trainer.is_global_zero:
                 print("; ".join([f"starts from the weights of {self.init_from}", *notes]), flush=True)
+        if self.objective is not None:
+            self.objective.prepare(self.net)
+        if self.adapter is not None:
+            self.adapter.apply(self.net)
         freeze(self.net, self.frozen)
 
     def check_net(self) -> None:
@@ -150,6 +160,14 @@ class VARModule(ScheduledModule):
             raise ValueError(
                 f"data.condition={self.data.condition} gives conditions of shape {gets},"
                 f" but {type(self.net.embedder).__name__} takes {takes}"
+            )
+        if self.objective is not None and (self.progressive is not None or self.loss_chunks > 1):
+            raise ValueError(
+                "module.objective needs all tokens at once: no module.progressive, and module.loss_chunks=1"
+            )
+        if (self.objective is not None or self.adapter is not None) and self.device_mesh is not None:
+            raise ValueError(
+                "module.objective and module.adapter do not support trainer=fsdp and hsdp: use trainer=ddp"
             )
         if self.progressive is not None and self.net.order == "raster":
             raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
@@ -228,6 +246,14 @@ class VARModule(ScheduledModule):
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         sequence, token_maps = self.tokens(batch)
+        if self.objective is not None:
+            loss, logits, values = self.objective(self.net, self.inputs(token_maps), sequence, batch.condition)
+            if self.is_logged:
+                found = losses.token_scores(logits.detach(), sequence, self.net.patch_nums)
+                means = found.loss.mean(dim=0), found.error.mean(dim=0)
+                self.log_scores("train", *means, {"train/objective": loss, **values})
+                self.log("lr", self.lr)
+            return loss
         num_scales, newest_weight = self.active_scales()
         self.trained_scales = num_scales
         num_active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
