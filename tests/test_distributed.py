@@ -24,6 +24,12 @@ def test_rank_and_number_of_processes_come_from_torchrun_or_srun(monkeypatch):
 
 def test_each_process_takes_its_own_gpu_and_the_given_device_wins(monkeypatch):
     assert default_device("meta") == "meta"
+    with pytest.raises(ValueError, match="device='gpu': give cpu, cuda"):
+        default_device("gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert default_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="'cuda:2': torch sees 2 devices"):
+        default_device("cuda:2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert default_device(None) == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

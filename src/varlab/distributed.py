@@ -27,12 +27,15 @@ class WorkSplit:
 
 
 def default_device(device: str | None) -> str:
-    """The given device, or this process's GPU among those it sees, or the CPU if there is none. Raises ValueError if more
-    processes run on this machine than it has GPUs."""
+    """The given device, or this process's GPU among those it sees, or the CPU if there is none. Raises ValueError for a
+    device that torch does not know or that is not there, or if more processes run on this machine than it has GPUs."""
     import torch
 
-    if device is not None or not torch.cuda.is_available():
-        return device or "cpu"
+    if device is not None:
+        check_device(device)
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
     local_rank, visible = (
         int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))),
         torch.cuda.device_count(),
@@ -44,6 +47,19 @@ def default_device(device: str | None) -> str:
             f"process {local_rank} of this machine has no GPU: {visible} are visible; start {visible} processes"
         )
     return f"cuda:{local_rank}"
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that torch does not know or that is not there."""
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: give cpu, cuda, cuda:1, mps, ...") from None
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (count := present.get(found.type)) is not None and (found.index or 0) >= count:
+        raise ValueError(f"device={device!r}: torch sees {count} devices of this kind")
 
 
 def use_exact_fp32() -> None:
