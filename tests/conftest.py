@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import runs
+from support import runs, warm
 from support.docs import ROOT, code
 from support.networks import CLASS_NAMES, PATCH_NUMS, make_tokenizer, make_var
 from support.runs import SHORT, TOKENIZER, command, config, fit, kill_at
@@ -194,9 +194,9 @@ def sweep(tmp_path, var_overrides):
         )
 
     def run(*arguments, verb="train", **variables) -> tuple[int, str]:
-        process = start(*arguments, verb=verb, **variables)
-        said = process.communicate(timeout=280)[0]
-        return process.returncode, said
+        words = [sys.executable, "-m", "varlab", verb, *arguments]
+        answer = warm.run(words, timeout=280, env={**os.environ, **variables}, cwd=tmp_path)
+        return answer.returncode, answer.stdout + answer.stderr
 
     run.start = start
     run.settings = ["--multirun", *var_overrides, "name=sweep", "callbacks.pictures=null", "val_every=${steps}"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import warm
 from support.docs import PAGES, ROOT, code, commands
 from support.image_files import make_idx, make_ilsvrc, make_parquet, make_tables
 from support.networks import make_tokenizer, make_var
@@ -179,7 +180,7 @@ def world(tmp_path, tokenizer_run, token_cache, digits_folder, monkeypatch):
 def run(words: list[str], printed: str) -> None:
     """Runs a command that must succeed."""
     environment = {**os.environ, "WANDB_MODE": "offline"}
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    answer = warm.run(words, env=environment)
     said = f"{answer.stdout[-2000:]}\n{answer.stderr[-3000:]}"
     assert answer.returncode == 0, f"{printed}\n\n{shlex.join(words)}\n\n{said}"
 

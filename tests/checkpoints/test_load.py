@@ -2,13 +2,13 @@
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import warm
 from support.fixtures import OLD
 
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
@@ -116,9 +116,7 @@ def test_no_code_that_a_file_names_is_run_without_a_word(module, hostile_folder,
     for verb in ("sample", "edit", "evaluate", "export", "app"):
         more = {"edit": ["image=x", "box=[0,0,1,1]"], "evaluate": ["shards=x"], "export": []}.get(verb, [])
         out = [] if verb == "app" else [f"out={tmp_path / 'out'}"]
-        answer = subprocess.run(
-            [sys.executable, "-m", "varlab", verb, f"checkpoint={folder}", *more, *out], capture_output=True, text=True
-        )
+        answer = warm.run([sys.executable, "-m", "varlab", verb, f"checkpoint={folder}", *more, *out])
         assert answer.returncode == 1 and "trust_code=true" in answer.stdout + answer.stderr, (verb, answer)
     assert not list(tmp_path.rglob("was_run"))
 

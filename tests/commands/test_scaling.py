@@ -1,10 +1,10 @@
 """`varlab scaling`."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+from support import warm
 from support.runs import config
 from support.scaling_runs import make_runs, scale
 
@@ -72,11 +72,9 @@ def test_the_verb_answers(tmp_path, capsys):
 def test_questions_are_words_on_the_command_line(tmp_path):
     make_runs(tmp_path / "sweep", depths=(1, 2, 3, 4, 5), budgets=BUDGETS, noise=0.002)
     command = [sys.executable, "-m", "varlab", "scaling", "predict", f"source={tmp_path / 'sweep'}", "depth=6"]
-    answer = subprocess.run(
-        [*command, "images=1e5", "form=free_huber", "bootstraps=20"], capture_output=True, text=True, check=False
-    )
+    answer = warm.run([*command, "images=1e5", "form=free_huber", "bootstraps=20"])
     assert answer.returncode == 0 and answer.stdout.startswith("depth 6"), answer.stderr
-    unnamed = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
+    unnamed = warm.run(command[:-1])
     assert unnamed.returncode == 1 and "varlab scaling: predict needs depth=... or n=..." in unnamed.stdout
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import warm
 from support.runs import wandb_records
 
 from varlab.files import read_curves
@@ -19,7 +20,7 @@ def sync(folder: Path, **variables: str) -> subprocess.CompletedProcess:
         **variables,
     }
     command = [sys.executable, "-m", "varlab", "sync", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return warm.run(command, env=environment)
 
 
 def test_each_step_goes_up_once_under_the_runs_own_id(resumed):

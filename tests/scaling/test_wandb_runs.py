@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.runs import command
 from support.scaling_runs import make_runs
 from support.servers import WandbRuns, wandb_server
@@ -21,9 +22,7 @@ def varlab(home: Path, url: str, *arguments: str, key: bool = True) -> subproces
     """A verb as a user starts it, with the W&B server at `url`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment = {**kept, "HOME": str(home), "WANDB_BASE_URL": url, **({"WANDB_API_KEY": "a" * 40} if key else {})}
-    return subprocess.run(
-        [sys.executable, "-m", "varlab", *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )  # fmt: skip
+    return warm.run([sys.executable, "-m", "varlab", *arguments], env=environment)
 
 
 def uploaded(folder: Path) -> dict[str, tuple[dict, list[dict]]]:

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from support import warm
 from varlab.commands import evaluate, sample, train
 from varlab.config import conf_dir
 
@@ -64,14 +65,7 @@ def command(
     environment = {**os.environ, "WANDB_MODE": "offline", **variables}
     environment.pop("WANDB_SERVICE", None)  # of the tests' own process
     hydra = [f"run_dir={folder}", "name=test", f"hydra.run.dir={folder}"]
-    return subprocess.run(
-        [*start, *hydra, *overrides],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return warm.run([*start, *hydra, *overrides], env=environment)
 
 
 def log_to(file: Path) -> list[str]:
