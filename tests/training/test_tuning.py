@@ -124,6 +124,8 @@ def test_a_model_is_tuned_with_one_command_and_continues_after_a_kill(method, tm
     assert whole.keys() == killed.keys() and all(torch.equal(value, killed[name]) for name, value in whole.items())
     row = json.loads((tmp_path / "whole/run.json").read_text())
     assert row["init_from"] == str(source) and row["state"] == "finished"
+    plain = json.loads((tmp_path / "model/run.json").read_text())["flops_exact"]
+    assert row["flops_exact"] == pytest.approx(plain * (8 / 3 if method == "cca" else 1), rel=1e-6)
     assert (row["params_trained"] < row["params_total"]) == (method == "lora")
     _, var, _ = load(tmp_path / "whole/checkpoints/last.ckpt")
     before = load(source)[1].state_dict()

@@ -70,9 +70,10 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
 def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
     """Tokens and FLOPs per image if `num_scales` scales are trained."""
     sizes = {**module.net.sizes, "patch_nums": module.net.patch_nums[:num_scales]}
+    cost = 1 if module.objective is None else module.objective.cost
     return {
         "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
-        "flops_exact_per_image": training_flops(sizes),
+        "flops_exact_per_image": round(cost * training_flops(sizes)),
         "flops_6nd_per_image": six_nd(sizes),
     }
 

@@ -16,7 +16,10 @@ from varlab.training.initial_weights import matching
 
 
 class Objective(nn.Module):
-    """A loss of whole images that replaces the likelihood of their tokens."""
+    """A loss of whole images that replaces the likelihood of their tokens. `cost`: FLOPs of a step relative to those of
+    likelihood."""
+
+    cost: float = 1.0
 
     def prepare(self, net: VAR) -> None:
         """Called once, with the network before tuning. Raises ValueError for a network that it cannot tune."""
@@ -37,6 +40,7 @@ class ConditionContrast(Objective):
     variety. The network before tuning is part of checkpoints, so that a run continues without the file it came from.
     """
 
+    cost = 8 / 3  # forward and backward under two conditions, and forward by the network before tuning
     reference: VAR
 
     def __init__(self, beta: float = 0.1, weight: float = 10.0) -> None:
