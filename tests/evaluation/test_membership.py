@@ -1,18 +1,10 @@
 """Telling training images from others: the arithmetic, a fresh network, an overfitted one."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from support.networks import make_tokenizer, make_var
-from support.runs import config
+from support.networks import make_var
 
-from varlab.checkpoints.export_folder import save_pretrained
-from varlab.commands import audit as command
-from varlab.data.token_datamodule import TokenDataModule
-from varlab.evaluation.audit import card_line
 from varlab.evaluation.membership import attack, auc, code_likelihood, copied, nearest, signals, true_positives
 from varlab.models import losses
 
@@ -86,40 +78,3 @@ def test_a_fresh_network_tells_nothing_and_an_overfitted_one_nearly_all(tokenize
     known = memorize(tokenizer, make_var(label_dropout=0.1).train(), sequence[:120], labels[:120])
     members, others = (found["likelihood"] for found in both(known))
     assert attack(members, others).auc > 0.9 and attack(members, others).tpr > 0.5
-
-
-def test_a_checkpoint_is_audited_with_one_command(tmp_path, capsys, monkeypatch, tokenizer_run):
-    from support.shards import make_shards
-
-    from varlab.checkpoints.load import load_tokenizer
-    from varlab.commands import tokenize
-
-    shards = make_shards(tmp_path / "shards", num_train=120, num_val=110)
-    tokenizer = load_tokenizer(tokenizer_run / "checkpoints/last.ckpt")
-    var = make_var(num_classes=10, codebook_size=12, codebook_dim=6).eval()
-    save_pretrained(tmp_path / "model", tokenizer, var, [str(digit) for digit in range(10)], {})
-    cache = [f"tokenizer={tmp_path / 'model'}", f"shards={shards}", f"out={tmp_path / 'tokens'}", "resize_ratio=1.0"]
-    tokenize.run(config(tmp_path, *cache, verb="tokenize"))
-    shared = [f"checkpoint={tmp_path / 'model'}", "num_images=120"]
-    command.run(config(tmp_path, *shared, f"shards={tmp_path / 'tokens'}", f"out={tmp_path / 'cached'}", verb="audit"))
-    (tmp_path / "samples").mkdir()
-    for i in range(3):
-        Image.fromarray(np.full((16, 16, 3), 80 * i, dtype=np.uint8)).save(tmp_path / f"samples/{i}.png")
-    capsys.readouterr()
-    given = [f"shards={shards}", f"samples={tmp_path / 'samples'}", f"out={tmp_path / 'audit'}"]
-    command.run(config(tmp_path, *shared, *given, verb="audit"))
-    assert "likelihood" in (said := capsys.readouterr().out) and "a line in" in said
-    told, cached = (json.loads((tmp_path / f"{name}/audit.json").read_text()) for name in ("audit", "cached"))
-    assert told["membership"] == cached["membership"], "shards and their tokens say the same"
-    assert told["protocol"]["train_images"] == 120 and told["protocol"]["val_images"] == 110
-    assert told["memorization"]["median_distance_samples"] > told["memorization"]["median_distance_held_out"]
-    assert all((tmp_path / f"audit/{name}.png").is_file() for name in ("audit", "nearest"))
-    card = (tmp_path / "model/model_card.md").read_text()
-    assert card.count("membership inference: AUC") == 1 and card_line(card, told) == card
-    with pytest.raises(ValueError, match="tokens only"):
-        command.run(config(tmp_path, *shared, f"shards={tmp_path / 'tokens'}", "samples=x", "out=y", verb="audit"))
-    other = tmp_path / "other"
-    save_pretrained(other, make_tokenizer(), var, None, {})
-    with pytest.raises(ValueError, match="made by another tokenizer"):
-        command.run(config(tmp_path, f"checkpoint={other}", f"shards={tmp_path / 'tokens'}", "out=y", verb="audit"))
-    assert TokenDataModule(str(tmp_path / "tokens"), 8).declared_size()[0] == 120
