@@ -62,6 +62,72 @@ def test_the_draws_correct_for_lucky_runs():
     assert fitted > 2e-4 and abs(drawn) < 1.5 * fitted, (fitted, drawn)
 
 
+def test_the_band_of_a_frontier_without_a_floor_stays_at_its_line():
+    """Runs of six sizes on glyphs (experiments/depth_scaling), whose frontier is a power law without a floor: the draws whose
+    floor would mirror to one below 0 are not far from the law either."""
+    compute = np.array(
+        [
+            2.58e11,
+            5.16e11,
+            9.42e11,
+            1.03e12,
+            1.88e12,
+            2.07e12,
+            2.42e12,
+            3.77e12,
+            4.84e12,
+            5.06e12,
+            7.53e12,
+            9.24e12,
+            9.68e12,
+            1.01e13,
+            1.53e13,
+            1.85e13,
+            1.94e13,
+            2.02e13,
+            3.06e13,
+            3.7e13,
+            4.05e13,
+            6.13e13,
+            7.39e13,
+            1.23e14,
+        ]
+    )
+    loss = np.array(
+        [
+            4.887,
+            4.692,
+            4.887,
+            4.474,
+            4.546,
+            4.336,
+            4.905,
+            4.148,
+            4.467,
+            4.9,
+            3.895,
+            4.94,
+            3.959,
+            4.396,
+            4.934,
+            4.426,
+            3.637,
+            3.835,
+            4.366,
+            3.772,
+            3.422,
+            3.698,
+            3.316,
+            3.225,
+        ]
+    )
+    law = fit_frontier(compute, loss, np.arange(len(loss)), None, 300)
+    span = np.geomspace(compute.min(), compute.max(), 20)
+    low, high = law.band(span)
+    assert (low < law(span) * 1.001).all() and (high > law(span) * 0.999).all()
+    assert (high < 1.1 * law(span)).all() and (low > 0.9 * law(span)).all()
+
+
 def test_points_of_one_run_share_their_noise():
     """Treated as independent, the points of a curve give a narrower interval."""
     size, images, runs = curves_grid(6)

@@ -33,6 +33,12 @@ def test_the_table_survives_a_round_trip(tmp_path):
     assert read_table(tmp_path / "runs.csv")[0] == rows
 
 
+def test_a_value_that_a_step_lacks_is_no_text(tmp_path):
+    """Steps between validations have a training loss only."""
+    write_csv([{"run_id": "a", "step": 1, "train_loss": 2.0, "val_loss": None, "lr": None}], tmp_path / "curves.csv")
+    assert read_table(tmp_path / "curves.csv")[0][0].get("val_loss") is None
+
+
 def test_a_table_of_somebody_else_is_fitted(tmp_path):
     """Three columns with names of their own; compute is 6 N D, D counts tokens, nobody says depth or state."""
     size, images, _ = branch_grid(6)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from varlab.scaling.power_law import MIN_SIZES, PowerLaw, Values, fit, parameters, solve
+from varlab.scaling.power_law import MIN_SIZES, PowerLaw, Values, fit, parameters, solve, values_and_slopes
 
 Row = dict[str, Any]
 SAME_BUDGET = 0.1  # budgets whose logarithms differ by less are treated as one
@@ -53,8 +53,8 @@ def fit_frontier(
     """L(C) on the frontier of all points, with an interval that knows how the frontier was chosen.
 
     In each draw every run of `runs` (the run of each point) gets further noise, the frontier is chosen anew, and the law
-    is refitted; the draws are mirrored around the law, since the noise of the runs and that of the draw favor lucky runs
-    in the same direction. The noise of a run is that of the frontier's residuals, at least `run_noise` (standard
+    is refitted; the values of the refit are mirrored around those of the law, since the noise of the runs and that of the
+    draw favor lucky runs in the same direction. The noise of a run is that of the frontier's residuals, at least `run_noise` (standard
     deviation of ln L). Raises ValueError for fewer than four budgets on the frontier; no draws if it has no more runs
     than the law has parameters.
     """
@@ -81,9 +81,9 @@ def fit_frontier(
     best = np.array([law.alpha * (law.log_x0 - center), law.alpha] + ([law.floor] if floor is None else []))
     starts = np.repeat(best[None], bootstraps, axis=0)
     refits, _ = solve(np.log(c[used]) - center, drawn[:, used], floor, starts, masks[:, used].astype(float))
-    mirrored = 2 * best - refits
-    if floor is None:
-        mirrored[:, 2] = np.maximum(mirrored[:, 2], 0.0)
+    x = np.log(c[used]) - center
+    reflected = 2 * np.log(law(c[used])) - values_and_slopes(x, refits, floor)[0]
+    mirrored, _ = solve(x, reflected, floor, starts)
     draws = np.column_stack([parameters(mirrored, center, floor), spread])
     low, high = np.percentile(draws[:, 0], (2.5, 97.5))
     return replace(law, alpha_interval=(float(low), float(high)), noise=noise, draws=draws)

@@ -173,7 +173,7 @@ def read_table(
                 row[ours] = parse(ours, text)
             elif (value := number(text, decimal_comma)) is not None:
                 row[ours] = as_given(text, value, factor)
-            elif ours in SYMBOLS.values():
+            elif text != "null" and ours in SYMBOLS.values():
                 row[ours] = text  # named when the run is left out
         rows.append(row)
     return rows, {header: ours for header, (ours, _) in meaning.items()}
