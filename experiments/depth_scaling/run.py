@@ -2,7 +2,7 @@
 Glyphs of free fonts (study `glyphs`), newly generated scenes (`scenes`), and emoji64, a small data set (`emoji`). Finished
 steps are skipped; an interrupted run continues.
 
-    python experiments/depth_scaling/run.py glyphs          (needs data/glyphs32; not run yet)
+    python experiments/depth_scaling/run.py glyphs          (needs data/glyphs32; two CPU cores: two hours)
     python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
     python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
     python experiments/depth_scaling/run.py scenes --refit  (fits the committed tables again: seconds)

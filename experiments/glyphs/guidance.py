@@ -23,9 +23,9 @@ SEEDS, PER_CLASS, RUNS = (0, 1, 2), 10, Path("runs/glyphs-guidance")
 CONSTANT, RAMP = {"cfg_schedule": "constant"}, {"cfg_schedule": "linear"}
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "guidance, constant": [{**CONSTANT, "cfg_scale": scale, "top_p": 0.97} for scale in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)],
-    "guidance, growing": [{**RAMP, "cfg_scale": scale, "top_p": 0.97} for scale in (1.0, 2.0, 4.0)],
-    "top_p, guidance 1": [{**CONSTANT, "cfg_scale": 1.0, "top_p": top_p} for top_p in (0.7, 0.9, 1.0)],
-    "top_k, guidance 1": [{**CONSTANT, "cfg_scale": 1.0, "top_k": top_k} for top_k in (10, 50, 200)],
+    "guidance, growing": [{**RAMP, "cfg_scale": scale, "top_p": 0.97} for scale in (2.0, 4.0)],
+    "top_p, guidance 1": [{**CONSTANT, "cfg_scale": 1.0, "top_p": top_p} for top_p in (0.9, 1.0)],
+    "top_k, guidance 1": [{**CONSTANT, "cfg_scale": 1.0, "top_k": top_k} for top_k in (50,)],
 }
 SCORES = ("class_agreement", "frechet_distance", "precision", "recall", "density", "coverage")
 

@@ -208,7 +208,8 @@ def read_source(source: str, columns: Mapping[str, str] | None = None) -> tuple[
 
 def checked_row(row: Row, file: Path) -> Row:
     """The row. Raises ValueError naming the file and the field that the fits need and that is missing or of another kind."""
-    return checked(row, VARRow if row.get("kind") == "var" else RunRow, file)
+    found = checked(row, VARRow if row.get("kind") == "var" else RunRow, file)
+    return {key: value for key, value in found.items() if key != "stretches"}  # which is no column
 
 
 def curve_of(row: Row, logged: dict[str, dict[int, float]]) -> list[Row]:
