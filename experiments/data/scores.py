@@ -86,7 +86,7 @@ class Judge:
             varlab("sample", f"checkpoint={checkpoint}", f"out={folder}", f"num={num}", "batch_size=124", "npz=true",
                    "classes=balanced", *given)  # fmt: skip
         found = evaluate_samples(
-            str(folder), str(self.shards), network, folder, split="val", batch_size=500, device=CPU
+            str(folder), str(self.shards), network, folder, split="val", batch_size=500, device=CPU, bootstraps=0
         )
         images = ImageSet(folder)
         parts = np.array_split(np.arange(num), -(-num // 500))
