@@ -42,6 +42,7 @@ def test_only_the_newest_scale_of_progressive_training_is_faded_in(tokenizer, va
     sequence = torch.cat(token_maps, dim=1)
     module = SimpleNamespace(
         net=var,
+        objective=None,
         tokens=lambda batch: (sequence, token_maps),
         inputs=lambda maps: tokenizer.quantizer.teacher_forcing_inputs(maps),
         active_scales=lambda: (2, 0.25),

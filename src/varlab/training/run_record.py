@@ -120,10 +120,10 @@ class RunRecord(Callback):
         )
 
     def check_length(self, total_steps: int) -> None:
-        """Raises ValueError if the checkpoint is already beyond the run's last step. One at the last step is a finished
-        run."""
-        is_finished = self.resumed_step == total_steps == self.total_steps
-        if self.resumed_step and total_steps <= self.resumed_step and not is_finished:
+        """Raises ValueError if the checkpoint is already at or beyond the run's last step, unless the run has finished, or is a
+        branch that ends where it begins."""
+        is_end = self.resumed_step == total_steps and (total_steps == self.total_steps or self.trunk is not None)
+        if self.resumed_step and total_steps <= self.resumed_step and not is_end:
             raise ValueError(
                 f"the run has {total_steps:,} steps, but its checkpoint is already at step {self.resumed_step:,}: give more steps,"
                 " or start a new run from its weights with module.init_from=CHECKPOINT"
