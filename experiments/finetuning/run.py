@@ -1,7 +1,7 @@
 """How many steps does fine-tuning save? A VAR of printed characters (glyphs32) learns 4,500 handwritten digits, from its
 weights and from scratch, three seeds. Finished steps are skipped; an interrupted run continues.
 
-    python experiments/finetuning/run.py          (two CPU cores: about half an hour)
+    python experiments/finetuning/run.py          (needs nothing but varlab; not run yet)
 
 Writes finetuning.csv (one row per run and validation), finetuning.md and finetuning.png beside this file.
 """

@@ -33,8 +33,8 @@ class Objective(nn.Module):
 
 class ConditionContrast(Objective):
     """Condition contrastive alignment (Chen et al. 2024, arXiv 2410.09347): raises the likelihood of an image under its own
-    condition and lowers it under that of another image of the batch, both relative to the network before tuning. Samples
-    without guidance then look like guided ones, at half the cost.
+    condition and lowers it under that of another image of the batch, both relative to the network before tuning. The
+    aim is samples that need no guidance, at half the cost.
 
     `beta`: how fast a likelihood ratio saturates. `weight`: of the lowered likelihoods; larger values favor fidelity over
     variety. The network before tuning is part of checkpoints, so that a run continues without the file it came from.
