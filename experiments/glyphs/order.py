@@ -22,7 +22,7 @@ from scores import Judge  # noqa: E402
 from steps import finished, interval, varlab, write_table  # noqa: E402
 
 ORDERS = {"scales": "next scale", "raster": "next token"}
-DEPTH, SEEDS, PER_CLASS, GUIDANCE, LENGTH = 4, (0, 1, 2), 10, (0.0, 1.5), 130
+DEPTH, SEEDS, PER_CLASS, GUIDANCE, LENGTH = 3, (0, 1, 2), 10, (0.0, 1.5), 130
 RUNS = Path("runs/glyphs")
 
 
