@@ -118,11 +118,14 @@ def test_an_adm_reference_with_stored_statistics(tmp_path, monkeypatch):
     np.savez(tmp_path / "samples.npz", arr_0=images)
     stored = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "reference.npz", arr_0=images, **stored)
-    settings = [f"samples={tmp_path / 'samples.npz'}", "features=inception", "features.weights=given"]
+    settings = [f"samples={tmp_path / 'samples.npz'}", "features=inception", "features.weights=given", "bootstraps=2"]
     score(tmp_path, *settings, f"reference={tmp_path / 'reference.npz'}")
     told = json.loads((tmp_path / "scores/generation.json").read_text())
     assert told["fid"] > 1000 and told["sfid"] > 100 and told["precision"] == told["recall"] == 1.0
     assert told["protocol"]["reference_statistics"] == "stored" and told["inception_score"] >= 1
+    assert not {"fid/low", "fid/high", "fid_infinity"} & told.keys(), (
+        "those of the images are not those of the statistics"
+    )
     np.savez(tmp_path / "images.npz", arr_0=images)
     score(tmp_path, *settings, f"reference={tmp_path / 'images.npz'}")
     assert json.loads((tmp_path / "scores/generation.json").read_text())["fid"] == pytest.approx(0, abs=0.5)

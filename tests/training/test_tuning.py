@@ -90,6 +90,13 @@ def test_an_adapter_changes_nothing_at_first_trains_little_and_merges(batch):
     assert not torch.allclose(whole(inputs, labels), plain, atol=1e-3)
 
 
+def test_other_parametrizations_are_not_merged():
+    linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    assert merged(linear.state_dict()).keys() == linear.state_dict().keys()
+    orthogonal = {"a.parametrizations.weight.original": torch.ones(2, 2), "a.bias": torch.ones(2)}
+    assert merged(orthogonal).keys() == orthogonal.keys()
+
+
 def test_targets_that_match_nothing_are_named():
     with pytest.raises(ValueError, match=r"module.adapter.targets.*'attention'"):
         LoRA(targets=["attention"]).apply(make_var())

@@ -89,11 +89,12 @@ def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str,
 
 def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights in which low-rank adapters (see `varlab.training.tuning.LoRA`) are added to the matrices they adapt."""
-    found = {key: value for key, value in state.items() if ".parametrizations." not in key}
-    for key, weight in state.items():
+    found = dict(state)
+    for key in state:
         name, _, rest = key.partition(".parametrizations.weight.")
-        if rest == "original":
-            up, down, scale = (state[f"{name}.parametrizations.weight.0.{part}"] for part in ("up", "down", "scale"))
+        parts = [f"{name}.parametrizations.weight.{part}" for part in ("original", "0.up", "0.down", "0.scale")]
+        if rest == "original" and all(part in state for part in parts):  # other parametrizations stay as they are
+            weight, up, down, scale = (found.pop(part) for part in parts)
             found[f"{name}.weight"] = weight + scale * (up @ down)
     return found
 

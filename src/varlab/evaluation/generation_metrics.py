@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from varlab.evaluation.frechet import frechet_distance, statistics
+from varlab.evaluation.frechet import FeatureStatistics, frechet_distance, statistics
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, ch
 
 
 def frechet_infinity(
-    made: Float[np.ndarray, "N c"], real: Float[np.ndarray, "M c"], seed: int = 0, num_sizes: int = 10
+    made: Float[np.ndarray, "N c"], real: FeatureStatistics, seed: int = 0, num_sizes: int = 10
 ) -> float:
-    """The Frechet distance of infinitely many generated images to these real ones (Chong & Forsyth 2020): distances of
+    """The Frechet distance of infinitely many generated images to real ones of these statistics (Chong & Forsyth 2020): distances of
     random subsets of N/4 to N images, extrapolated along a line in 1/N. Raises ValueError for fewer than 40 images."""
     if len(made) < 40:
         raise ValueError(f"the distance at infinite sample size needs at least 40 images, not {len(made)}")
-    random, target = np.random.default_rng(seed), statistics(real)
+    random = np.random.default_rng(seed)
     sizes = np.linspace(len(made) / 4, len(made), num_sizes).round().astype(int)
-    found = [frechet_distance(statistics(made[random.choice(len(made), n, replace=False)]), target) for n in sizes]
+    found = [frechet_distance(statistics(made[random.choice(len(made), n, replace=False)]), real) for n in sizes]
     return float(np.polyfit(1 / sizes, found, 1)[1])
 
 
@@ -148,7 +148,7 @@ def scores(made: Features, real: Features, seed: int = 0, bootstraps: int = 0) -
     add(lambda: (frechet_distance(statistics(a), statistics(b)),), "frechet_distance")
     if bootstraps > 1 and "frechet_distance" in found:
         add(lambda: frechet_interval(a, b, bootstraps, seed), "frechet_distance/low", "frechet_distance/high")
-    add(lambda: (frechet_infinity(a, b, seed),), "frechet_distance_infinity")
+    add(lambda: (frechet_infinity(a, statistics(b), seed),), "frechet_distance_infinity")
     if (x := made.spatial) is not None and (y := real.spatial) is not None:
         add(lambda: (frechet_distance(statistics(x), statistics(y)),), "spatial_frechet_distance")
     if (probabilities := made.probabilities) is not None:

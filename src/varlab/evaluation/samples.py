@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit
 from varlab.evaluation.frechet import frechet_distance, statistics
-from varlab.evaluation.generation_metrics import Features, scores
+from varlab.evaluation.generation_metrics import Features, frechet_infinity, scores
 from varlab.evaluation.image_sets import (
     ImageSet,
     cache_file,
@@ -73,7 +74,9 @@ def evaluate_samples(
         bootstraps = 100 if made.pooled.shape[1] <= 512 else 0
     found, warnings = scores(made, real.features, bootstraps=bootstraps)
     result = {named(key, name): value for key, value in found.items()}
-    if real.statistics:
+    if real.statistics:  # an interval resamples images, whose statistics are not these
+        result = {key: value for key, value in result.items() if not key.endswith(("/low", "/high"))}
+        result.pop(named("frechet_distance_infinity", name), None)
         result |= {named(key, name): value for key, value in real.distances(made).items()}
     if real.other is not None:
         floor, _ = scores(real.other, real.features)
@@ -226,10 +229,14 @@ class Reference:
     def distances(self, made: Features) -> dict[str, float]:
         """Frechet distances to the statistics stored in the reference file."""
         names = {"pooled": "frechet_distance", "spatial": "spatial_frechet_distance"}
-        return {
+        distances = {
             names[kind]: frechet_distance(statistics(getattr(made, kind)), found)
             for kind, found in self.statistics.items()
         }
+        with suppress(ValueError):  # too few samples, which `scores` has said
+            if (target := self.statistics.get("pooled")) is not None:
+                distances["frechet_distance_infinity"] = frechet_infinity(made.pooled, target)
+        return distances
 
 
 def named(score: str, network: str) -> str:
