@@ -1,5 +1,6 @@
 """Images from a trained model in three lines, without Lightning or Hydra."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from varlab import image_grid
+from varlab.checkpoints import hub
+from varlab.checkpoints.export_folder import save_pretrained
 from varlab.checkpoints.load import load
 from varlab.distributed import default_device
 from varlab.models.conditioning import label_of
@@ -51,16 +54,28 @@ class VARPipeline:
         dtype: torch.dtype | None = None,
         compiled: str = "none",
     ) -> "VARPipeline":
-        """Loads an export folder, a training checkpoint or a pretrained model (`glyphs32`, see
-        `varlab.checkpoints.load.pretrained_models`) to `device` (default: a GPU if there is one). `dtype`: by default
-        bf16 on a GPU, fp32 elsewhere. `compiled`: see `generate`. `trust_code`: see `load`. Raises ValueError naming the
-        file if it is missing, damaged, contains no VAR, or names code of others.
+        """Loads an export folder, a training checkpoint, a pretrained model (`glyphs32`, see
+        `varlab.checkpoints.load.pretrained_models`) or a model on the Hugging Face Hub (`user/name`) to `device` (default:
+        a GPU if there is one). `dtype`: by default bf16 on a GPU, fp32 elsewhere. `compiled`: see `generate`.
+        `trust_code`: see `load`. Raises ValueError naming the file if it is missing, damaged, contains no VAR, or names
+        code of others.
         """
         tokenizer, var, class_names = load(path, trust_code=trust_code)
         device = device or default_device(None)
         if dtype is None:
             dtype = torch.bfloat16 if default_precision(device) == "bf16" else torch.float32
         return cls(tokenizer, var, class_names, dtype, compiled).to(device)
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None) -> None:
+        """Writes an export folder, which must not exist. `name`: by which its model card loads it; None is the folder's."""
+        save_pretrained(Path(folder), self.tokenizer, self.var, self.class_names, {}, name=name)
+
+    def push_to_hub(self, name: str, private: bool | None = None, commit_message: str | None = None) -> str:
+        """Uploads an export folder as `user/name` to the Hugging Face Hub, and returns its address. Needs a login
+        (`HF_TOKEN`) and `pip install 'varlab[hub]'`. Raises ValueError if it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model", name)
+            return hub.upload(Path(folder) / "model", name, private, commit_message)
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Moves both networks."""

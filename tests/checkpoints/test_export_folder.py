@@ -21,7 +21,7 @@ def test_the_folder_gives_back_the_same_networks(export_folder, tokenizer, var):
     for a, b in [(tokenizer, again), (var, transformer)]:
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.equal(x, y), name
-    card = (export_folder / "model_card.md").read_text()
+    card = (export_folder / "README.md").read_text()
     assert "16 px" in card and "3 classes" in card and "val_loss: 3.2" in card and "VARPipeline.from_pretrained" in card
 
 

@@ -23,7 +23,7 @@ def test_a_pretrained_model_draws_its_classes(name):
     images = pipeline([pipeline.class_names[0], pipeline.class_names[-1]], cfg_scale=1.5, seed=0)
     assert [image.size for image in images] == [(32, 32)] * 2
     assert all(np.asarray(image).std() > 30 for image in images) and images[0].tobytes() != images[1].tobytes()
-    card = (PRETRAINED / name / "model_card.md").read_text(encoding="utf-8")
+    card = (PRETRAINED / name / "README.md").read_text(encoding="utf-8")
     assert "trained on:" in card and "classifier" in card
     assert read_config(PRETRAINED / name)["tokenizer_fingerprint"] == tokenizer_fingerprint(pipeline.tokenizer)
 

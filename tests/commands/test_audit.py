@@ -35,7 +35,7 @@ def test_a_checkpoint_is_audited_with_one_command(tmp_path, capsys, tokenizer_ru
     assert told["protocol"]["train_images"] == 120 and told["protocol"]["val_images"] == 110
     assert told["memorization"]["median_distance_samples"] > told["memorization"]["median_distance_held_out"]
     assert all((tmp_path / f"audit/{name}.png").is_file() for name in ("audit", "nearest"))
-    card = (tmp_path / "model/model_card.md").read_text()
+    card = (tmp_path / "model/README.md").read_text()
     assert card.count("membership inference: AUC") == 1
     with pytest.raises(ValueError, match="tokens only"):
         audit.run(config(tmp_path, *shared, f"shards={tmp_path / 'tokens'}", "samples=x", "out=y", verb="audit"))

@@ -21,7 +21,7 @@ def test_a_training_checkpoint_goes_out_and_is_read_by_all(tmp_path, var_overrid
     saved = torch.load(checkpoint, weights_only=True)
     for name, source in [("averaged", saved["ema"]), ("raw", saved["state_dict"])]:
         assert torch.equal(load_file(tmp_path / name / "var.safetensors")["head.weight"], source["net.head.weight"])
-    assert "images_seen: 72" in (tmp_path / "raw/model_card.md").read_text()
+    assert "images_seen: 72" in (tmp_path / "raw/README.md").read_text()
     assert load(tmp_path / "raw")[2] == [str(digit) for digit in range(10)]
     with pytest.raises(ValueError, match="raw already exists: remove it, or choose another out="):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'raw'}")

@@ -13,9 +13,11 @@ from varlab.evaluation.generation_metrics import (
     density_coverage,
     frechet_infinity,
     frechet_interval,
+    half_sample_intervals,
     inception_score,
     kernel_distance,
     precision_recall,
+    resampled_distances,
     scores,
 )
 
@@ -67,13 +69,26 @@ def test_density_and_coverage_against_plain_loops():
         density_coverage(real[:5], made)
 
 
+def point_scores(made, real):
+    found = {"kernel_distance": kernel_distance(made.pooled, real.pooled, 1000, num_subsets=1)[0]}
+    found |= zip(("precision", "recall"), precision_recall(real.pooled, made.pooled), strict=True)
+    found |= zip(("density", "coverage"), density_coverage(real.pooled, made.pooled), strict=True)
+    return {**found, "inception_score": inception_score(made.probabilities)[0]}
+
+
+def interval(made, real, seed=0):
+    return frechet_interval(
+        frechet_distance(statistics(made), statistics(real)), resampled_distances(made, real, 60, seed)
+    )
+
+
 def test_the_interval_of_a_distance_contains_the_true_one_as_often_as_it_says():
     """Two Gaussians whose distance is known: |m|^2 + sum (1 - s)^2. In 200 repetitions, 95 % gives 180 to 199."""
     random, sigma, mean = np.random.default_rng(0), np.linspace(0.6, 1.4, 6), np.full(6, 0.2)
     truth, hits, widths = float(np.square(mean).sum() + np.square(1 - sigma).sum()), 0, []
     for repeat in range(200):
         real, made = random.standard_normal((300, 6)), mean + sigma * random.standard_normal((250, 6))
-        low, high = frechet_interval(made, real, 60, seed=repeat)
+        low, high = interval(made, real, seed=repeat)
         hits += low <= truth <= high
         widths.append(high - low)
     assert 180 <= hits <= 199
@@ -82,7 +97,7 @@ def test_the_interval_of_a_distance_contains_the_true_one_as_often_as_it_says():
 
 def test_the_interval_of_equal_distributions_begins_near_zero():
     random = np.random.default_rng(0)
-    low, high = frechet_interval(random.standard_normal((400, 6)), random.standard_normal((400, 6)), 60)
+    low, high = interval(random.standard_normal((400, 6)), random.standard_normal((400, 6)))
     assert low == 0 < high < 0.2
 
 
@@ -101,10 +116,47 @@ def test_the_distance_at_infinite_sample_size_has_no_bias_of_the_number_of_sampl
 
 def test_few_images_give_the_scores_that_they_allow():
     few, many = Features(MADE[:3].astype(np.float32)), Features(REAL.astype(np.float32))
-    found, reasons = scores(few, many, bootstraps=5)
+    found, reasons = scores(few, many, resampled=resampled_distances(few.pooled, many.pooled, 5), half_samples=5)
     assert {"frechet_distance", "frechet_distance/low", "kernel_distance", "density", "coverage"} <= found.keys()
     assert not {"precision", "recall", "frechet_distance_infinity"} & found.keys()
     assert any("precision and recall" in reason for reason in reasons) and any("at least 40" in r for r in reasons)
     found, reasons = scores(Features(MADE[:1].astype(np.float32)), many)
     assert set(found) == {"density", "coverage"} and any("not 1" in reason for reason in reasons)
     assert scores(Features(MADE), many)[1] == []
+
+
+def test_intervals_contain_the_expected_scores_as_often_as_they_say():
+    """The expectation of each score over sets of these sizes, from 400 other sets, is inside the intervals of 40 sets."""
+    random = np.random.default_rng(0)
+
+    def draw():
+        real, made = random.standard_normal((120, 3)), 0.3 + 0.8 * random.standard_normal((100, 3))
+        weights = np.exp(2 * made)
+        return Features(made, probabilities=weights / weights.sum(axis=1, keepdims=True)), Features(real)
+
+    names = ("kernel_distance", "inception_score", "precision", "recall", "density", "coverage")
+    expected = {name: 0.0 for name in names}
+    for _ in range(100):
+        made, real = draw()
+        found = point_scores(made, real)
+        expected = {name: value + found[name] / 100 for name, value in expected.items()}
+    hits, widths = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+    for repeat in range(40):
+        made, real = draw()
+        measured = point_scores(made, real)
+        found = half_sample_intervals(made, real, measured, 30, seed=repeat)
+        assert set(found) == {f"{name}/{end}" for name in names for end in ("low", "high")}
+        for name in names:
+            hits[name] += found[f"{name}/low"] <= expected[name] <= found[f"{name}/high"]
+            widths[name] += (found[f"{name}/high"] - found[f"{name}/low"]) / 40
+    assert all(hit >= 33 for hit in hits.values()), hits
+    spread = {name: widths[name] for name in ("precision", "recall", "coverage")}
+    assert all(0.02 < width < 0.4 for width in spread.values()), spread
+
+
+def test_intervals_stay_in_the_range_of_their_scores_and_are_left_out_for_many_images(monkeypatch):
+    same = Features(np.random.default_rng(0).standard_normal((40, 2)))
+    found, _ = scores(same, same, half_samples=20)
+    assert found["precision/high"] == 1.0 and found["precision/low"] < 1.0 and found["density/low"] >= 0
+    monkeypatch.setattr("varlab.evaluation.generation_metrics.MOST_IMAGES", 79)
+    assert not any("/low" in key for key in scores(same, same, half_samples=20)[0])

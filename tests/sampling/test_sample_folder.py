@@ -78,15 +78,15 @@ def test_an_npz_for_the_adm_evaluator(export_folder, tmp_path):
 
 def test_a_killed_npz_continues_from_its_images_and_a_complete_one_is_kept(export_folder, tmp_path, monkeypatch):
     given, out = ["classes=balanced", "num=6", "npz=true", "batch_size=2"], tmp_path / "out"
-    draws, real = [], sample_folder.draw
+    draws, real = [], sample_folder.draw_best
 
-    def counted(var, tokenizer, rows, settings, seeds, compiled):
+    def counted(var, tokenizer, rows, settings, seeds, *search):
         draws.append(seeds)
         if len(draws) == 3:
             raise KeyboardInterrupt
-        return real(var, tokenizer, rows, settings, seeds, compiled)
+        return real(var, tokenizer, rows, settings, seeds, *search)
 
-    monkeypatch.setattr(sample_folder, "draw", counted)
+    monkeypatch.setattr(sample_folder, "draw_best", counted)
     with pytest.raises(KeyboardInterrupt):
         draw(export_folder, out, *given)
     assert len(list((out / "images").glob("*.npy"))) == 4 and not (out / "samples.npz").exists()

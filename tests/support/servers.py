@@ -1,5 +1,7 @@
-"""Servers on this machine: of a folder of shards, failing as real ones do, and of W&B runs."""
+"""Servers on this machine: of a folder of shards, failing as real ones do, of W&B runs, and of a Hugging Face Hub."""
 
+import base64
+import hashlib
 import json
 import re
 import socket
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote
 
 
 def free_port() -> int:
@@ -16,6 +19,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """URL of a server of this machine that answers with `handler`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Faults:
@@ -87,14 +103,8 @@ def http_server(folder: Path, faults: Faults | None = None, knows_ranges: bool =
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield url
 
 
 class WandbRuns:
@@ -164,11 +174,109 @@ def wandb_server(runs: WandbRuns) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield url
+
+
+class HubModels:
+    """What a Hugging Face Hub holds: files of models by name, one commit each. `private`: names that are not found without the
+    token `secret`."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.downloads: list[str] = []
+        self.cards: list[str] = []
+
+    def commit(self, name: str) -> str:
+        """A commit's hash, which follows from the files."""
+        return hashlib.sha1(repr(sorted(self.files[name].items())).encode()).hexdigest()
+
+    def post(self, path: str, sent: bytes) -> dict | None:
+        """The answer to a request that creates a model or commits files; None for any other."""
+        if path == "/api/repos/create":
+            asked = json.loads(sent)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.files.setdefault(name, {})
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.private.add(name)
+            return {"url": f"{self.url}/{name}", "id": name}
+        if path == "/api/validate-yaml":  # of a model card
+            self.cards.append(json.loads(sent)["content"])
+            return {"errors": [], "warnings": []}
+        name, verb = re.match(r"/api/models/([^/]+/[^/]+)/(\w+)/main", path).groups()
+        if verb == "preupload":
+            given = [file["path"] for file in json.loads(sent)["files"]]
+            return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in given]}
+        for line in map(json.loads, sent.splitlines()):
+            if line["key"] == "file":
+                self.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        oid = self.commit(name)
+        return {"commitUrl": f"{self.url}/{name}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None}
+
+    url = ""
+
+
+@contextmanager
+def hub_server(models: HubModels) -> Iterator[str]:
+    """URL of a server that speaks the part of the Hugging Face Hub's language which uploading and downloading a small model
+    needs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(self.path.split("?")[0])
+            info = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?", path)
+            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            name = info[1] if info else file[1] if file else ""
+            is_hidden = name in models.private and self.headers.get("Authorization") != "Bearer secret"
+            if name not in models.files or is_hidden:
+                return self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
+            oid, files = models.commit(name), models.files[name]
+            revision = (info[3] if info else file[2]) or "main"
+            if revision not in ("main", oid):
+                return self.reply(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+            if info and info[2] == "tree":
+                tree = [{"type": "file", "path": p, "size": len(c), "oid": git_hash(c)} for p, c in files.items()]
+                return self.reply(json.dumps(tree).encode())
+            if info:
+                siblings = [{"rfilename": path} for path in files]
+                about = {"id": name, "modelId": name, "sha": oid, "private": name in models.private, "tags": []}
+                return self.reply(json.dumps({**about, "siblings": siblings, "downloads": 0, "likes": 0}).encode())
+            if file[3] not in files:
+                return self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            if self.command == "GET":
+                models.downloads.append(file[3])
+            content = files[file[3]]
+            self.reply(content, headers={"ETag": f'"{git_hash(content)}"', "X-Repo-Commit": oid})
+
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != "Bearer secret":
+                return self.reply(b'{"error": "Invalid username or password."}', 401)
+            self.reply(json.dumps(models.post(unquote(self.path.split("?")[0]), sent)).encode())
+
+        def reply(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for key, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with serving(Handler) as models.url:
+        yield models.url
+
+
+def git_hash(content: bytes) -> str:
+    """The hash of a file's content in git."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

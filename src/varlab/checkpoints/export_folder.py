@@ -3,7 +3,7 @@
 config.json              classes and arguments of both networks, class names, fingerprints
 tokenizer.safetensors    weights
 var.safetensors          weights; absent if only a tokenizer was exported
-model_card.md            description, training facts, usage
+README.md                model card: description, training facts, usage, metadata for the Hugging Face Hub
 """
 
 import hashlib
@@ -29,7 +29,12 @@ from varlab.models.var import VAR
 Network = TypeVar("Network", bound=nn.Module)
 LARGEST = 2**22  # of any number among a network's arguments
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
-CARD = """# {name}
+CARD = """---
+library_name: varlab
+{license}tags: [image-generation, next-scale-prediction, VAR, "arxiv:2404.02905"]
+---
+
+# {title}
 
 Visual autoregression by next-scale prediction (VAR, arXiv 2404.02905) at {side} px, made with varlab {varlab}, torch {torch}.
 
@@ -142,9 +147,11 @@ def save_pretrained(
     class_names: list[str] | None,
     facts: dict[str, Any],
     dtype: torch.dtype = torch.float32,
+    name: str | None = None,
 ) -> None:
     """Writes an export folder atomically. `facts`: lines of the model card about the training. `dtype`: of the weights in
-    the files; in bf16 they take half the space. The networks are rounded too, so that fingerprints describe the files."""
+    the files; in bf16 they take half the space. The networks are rounded too, so that fingerprints describe the files.
+    `name`: by which the card loads the model; None is the folder's."""
     for network in (tokenizer, var):
         if network is not None and dtype != torch.float32:
             network.to(dtype).float()  # what will be loaded
@@ -157,17 +164,16 @@ def save_pretrained(
         "class_names": class_names,
     }
     with atomic_folder(folder) as partial:
-        for name, network in [("tokenizer", tokenizer), ("var", var)]:
+        for kind, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:
                 state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
                 state = {
                     key: value.to(dtype) if value.dtype == torch.float32 else value for key, value in state.items()
                 }
-                save_file(state, partial / f"{name}.safetensors", metadata={"format": "pt"})
+                save_file(state, partial / f"{kind}.safetensors", metadata={"format": "pt"})
         save_json(partial / "config.json", config)
-        (partial / "model_card.md").write_text(
-            model_card(folder.name, tokenizer, var, class_names, facts), encoding="utf-8"
-        )
+        card = model_card(name or folder.name, tokenizer, var, class_names, facts)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_pretrained(folder: str | Path, trust_code: bool = False) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
@@ -204,7 +210,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def model_card(
     name: str, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
 ) -> str:
-    """The text of model_card.md."""
+    """The text of README.md."""
     networks = {"tokenizer": tokenizer, "transformer": var}
     params = {kind: sum(p.numel() for p in network.parameters()) for kind, network in networks.items() if network}
     quantizer, maps = tokenizer.quantizer, ", ".join(str(pn) for pn in tokenizer.patch_nums)
@@ -217,7 +223,8 @@ def model_card(
     listed = "\n".join(f"- {bullet}" for bullet in bullets)
     usage = "" if var is None else USAGE.format(name=name)
     return CARD.format(
-        name=name,
+        title=name.split("/")[-1],
+        license=f"license: {license.lower()}\n" if (license := facts.get("license of the weights")) else "",
         side=tokenizer.image_size[0],
         varlab=__version__,
         torch=torch.__version__,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varlab.checkpoints import hub
 from varlab.checkpoints.checkpoint_files import consolidated, read_file
 from varlab.checkpoints.export_folder import (
     build_with,
@@ -35,12 +36,15 @@ def pretrained_models() -> list[str]:
 
 
 def located(path: str | Path) -> Path:
-    """A file or folder that exists, otherwise the pretrained model of that name. Raises ValueError naming them."""
+    """A file or folder that exists, otherwise the pretrained model of that name, otherwise a model on the Hugging Face Hub
+    (`user/name`). Raises ValueError naming what there is."""
     if Path(path).exists():
         return Path(path)
     names = pretrained_models()
     if str(path) in names:
         return PRETRAINED / path
+    if hub.is_hub_name(path):
+        return hub.download(str(path))
     raise ValueError(f"checkpoint {path} does not exist; pretrained models are {', '.join(names)}")
 
 
@@ -120,7 +124,7 @@ def load_any(
     tokenizer_only: bool = False,
     trust_code: bool = False,
 ) -> tuple[MSVQVAE, VAR | None, list[str] | None]:
-    """(tokenizer, transformer, class names) of any supported file or folder, or of a pretrained model; None for what it does
+    """(tokenizer, transformer, class names) of anything that `located` finds; None for what it does
     not contain."""
     path = located(path)
     if is_pretrained(path):
@@ -150,8 +154,8 @@ def contains_var(path: str | Path) -> bool:
 
 
 def load(path: str | Path, use_ema: bool = True, trust_code: bool = False) -> tuple[MSVQVAE, VAR, list[str]]:
-    """(tokenizer, transformer, class names) of a VAR's training checkpoint, export folder or pretrained model (by name), on
-    the CPU, in evaluation mode.
+    """(tokenizer, transformer, class names) of a VAR's training checkpoint, export folder, pretrained model (by name)
+    or model on the Hugging Face Hub (`user/name`), on the CPU, in evaluation mode.
 
     `use_ema`: use the averaged weights if a training checkpoint has them. `trust_code`: import classes outside of varlab
     that the file names, which runs their code; code in the file's own folder is never run. Raises ValueError naming file

@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
         print(f"{name} {value:.4g}")
     for warning in found["warnings"]:
         print(f"  warning: {warning}")
-    card = located(cfg.checkpoint) / "model_card.md"
+    card = located(cfg.checkpoint) / "README.md"
     written = f"{cfg.out}: audit.json, audit.png"
     if card.is_file() and Path(cfg.checkpoint).exists():  # not one that is installed with varlab
         card.write_text(card_line(card.read_text(encoding="utf-8"), found), encoding="utf-8")

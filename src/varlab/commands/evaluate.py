@@ -66,7 +66,8 @@ def samples_or_grid(cfg: DictConfig) -> None:
 
     from varlab.checkpoints.load import load
     from varlab.distributed import default_device
-    from varlab.evaluation.samples import evaluate_grid, evaluate_samples
+    from varlab.evaluation.samples import evaluate_samples
+    from varlab.evaluation.sampling_grid import evaluate_grid
     from varlab.sampling.sample_folder import labels_of, write_samples
     from varlab.sampling.token_sampling import SamplingSettings
 

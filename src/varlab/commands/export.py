@@ -16,6 +16,7 @@ def run(cfg: DictConfig) -> None:
     """Writes a checkpoint in another format."""
     import torch
 
+    from varlab.checkpoints import hub
     from varlab.checkpoints.export_folder import save_pretrained
     from varlab.checkpoints.load import load_any, read_checkpoint
     from varlab.checkpoints.released_layout import to_released
@@ -25,6 +26,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"to={cfg.to!r}: choose one of {', '.join(FORMS)}")
     if cfg.precision not in ("fp32", "bf16") or (cfg.precision == "bf16" and cfg.to != "safetensors"):
         raise ValueError(f"precision={cfg.precision!r}: choose fp32, or bf16 with to=safetensors")
+    if cfg.hub is not None and cfg.to != "safetensors":
+        raise ValueError("hub=... uploads an export folder: leave out to=...")
     out = Path(cfg.out)
     if cfg.to == "checkpoint":
         with atomic_write(out) as partial:
@@ -34,8 +37,10 @@ def run(cfg: DictConfig) -> None:
     tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums, trust_code=cfg.trust_code)
     if cfg.to == "safetensors":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
-        save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)), dtype)
-        print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}model_card.md")
+        save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)), dtype, cfg.hub)
+        print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}README.md")
+        if cfg.hub is not None:
+            print(hub.upload(out, cfg.hub))
     elif cfg.to == "released":
         for name, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:

@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> None:
             f"class_names={cfg.class_names} has {len(names)} lines, but the transformer has {var.num_classes} classes"
         )
     save_pretrained(Path(cfg.out), tokenizer, var, names, {"made from": "the weights that the VAR authors released"})
-    print(f"{cfg.out}: config.json, tokenizer.safetensors{', var.safetensors' if var else ''}, model_card.md")
+    print(f"{cfg.out}: config.json, tokenizer.safetensors{', var.safetensors' if var else ''}, README.md")
 
 
 main = hydra_command("import")(run)

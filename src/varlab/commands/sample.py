@@ -13,6 +13,8 @@ SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_from", "temperature", "top_k", "to
 
 def run(cfg: DictConfig) -> None:
     """Generates `num` images, split over the processes of torchrun."""
+    from hydra.utils import instantiate
+
     from varlab.checkpoints.load import load
     from varlab.distributed import WorkSplit, default_device
     from varlab.sampling.sample_folder import labels_like, labels_of, read_conditions, write_samples
@@ -20,6 +22,8 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
+    if cfg.best_of < 1:
+        raise ValueError(f"best_of={cfg.best_of}: give the number of candidates per image, 1 or more")
     if cfg.precision not in (None, "fp32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r}: choose fp32 or bf16")
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
@@ -46,6 +50,8 @@ def run(cfg: DictConfig) -> None:
             class_names=class_names,
             device=default_device(cfg.device),
             **{name: cfg[name] for name in ("seed", "batch_size", "precision", "compiled", "npz", "grid", "film_rows")},
+            best_of=cfg.best_of,
+            scorer=instantiate(cfg.scorer),
         )
     if work.rank == 0:
         if cfg.condition is None:

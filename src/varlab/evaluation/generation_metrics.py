@@ -3,7 +3,7 @@ distance, precision, recall, density and coverage. Pure math: the caller reports
 with each score.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 
 from varlab.evaluation.frechet import FeatureStatistics, frechet_distance, statistics
+
+MOST_IMAGES = 20_000  # whose distances are computed again for an interval
 
 
 @dataclass(frozen=True)
@@ -110,31 +112,78 @@ def frechet_infinity(
     return float(np.polyfit(1 / sizes, found, 1)[1])
 
 
-def frechet_interval(
-    made: Float[np.ndarray, "N c"], real: Float[np.ndarray, "M c"], bootstraps: int, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of the Frechet distance between the two distributions, by resampling both sets.
+def resampled_distances(
+    made: Float[np.ndarray, "N c"], real: Float[np.ndarray, "M c"], repeats: int, seed: int = 0
+) -> list[float]:
+    """Frechet distances of both sets resampled with replacement; none for fewer than two images. Repetition r draws the same
+    images for all sets of the same sizes, so that the distances of two settings can be compared pair by pair."""
+    random = np.random.default_rng(seed)
+    if min(len(made), len(real)) < 2:
+        return []
+    return [
+        frechet_distance(*(statistics(x[random.integers(len(x), size=len(x))]) for x in (made, real)))
+        for _ in range(repeats)
+    ]
+
+
+def frechet_interval(measured: float, resampled: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the Frechet distance between two distributions, from the measured one and `resampled_distances`.
 
     A resampled distance exceeds the measured one about as much as that exceeds the true one, so the center lies below the
     measured distance, which few images bias upward. The interval is symmetric for the root of this squared distance, whose spread
     does not depend on its size, or for the distance itself where it is near 0.
     """
-    random, measured = np.random.default_rng(seed), frechet_distance(statistics(made), statistics(real))
-    found = [
-        frechet_distance(*(statistics(x[random.integers(len(x), size=len(x))]) for x in (made, real)))
-        for _ in range(bootstraps)
-    ]
-    center, half = 2 * measured - float(np.mean(found)), 1.96 * float(np.std(found, ddof=1))
+    center, half = 2 * measured - float(np.mean(resampled)), 1.96 * float(np.std(resampled, ddof=1))
     if center <= half:
         return max(center - half, 0.0), max(center + half, 0.0)
     root = center**0.5
     return (root - half / (2 * root)) ** 2, (root + half / (2 * root)) ** 2
 
 
-def scores(made: Features, real: Features, seed: int = 0, bootstraps: int = 0) -> tuple[dict[str, float], list[str]]:
-    """(scores that the features allow, reasons for those that are missing): `frechet_distance`, with `bootstraps` also the
-    ends of its interval `.../low` and `.../high`, `frechet_distance_infinity`, `spatial_frechet_distance`,
-    `inception_score`, `kernel_distance`, `precision`, `recall`, `density`, `coverage`, and standard deviations `.../std`."""
+def half_sample_intervals(
+    made: Features, real: Features, measured: dict[str, float], repeats: int, seed: int = 0
+) -> dict[str, float]:
+    """95 % intervals `.../low` and `.../high` of all scores but Frechet distances, over other images of both distributions
+    in the same numbers.
+
+    Half of each set, drawn without replacement, spreads a mean over images as much as new sets of full size do; resampling
+    with replacement would not do, as an image and its copy are nearest neighbors at distance 0.
+    """
+    random = np.random.default_rng(seed)
+
+    def half(features: Features) -> Features:
+        rows = random.choice(len(features.pooled), len(features.pooled) // 2, replace=False)
+        parts = (features.pooled, features.spatial, features.probabilities)
+        return Features(*(None if part is None else part[rows] for part in parts))  # pyright: ignore[reportArgumentType]
+
+    ranges = {"kernel_distance": (-np.inf, np.inf), "inception_score": (1.0, np.inf), "density": (0.0, np.inf)}
+    drawn: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        a, b = half(made), half(real)
+        found = {
+            "kernel_distance": kernel_distance(a.pooled, b.pooled, len(a.pooled) + len(b.pooled), num_subsets=1)[0],
+            **dict(zip(("precision", "recall"), precision_recall(b.pooled, a.pooled), strict=True)),
+            **dict(zip(("density", "coverage"), density_coverage(b.pooled, a.pooled), strict=True)),
+        }
+        if a.probabilities is not None:
+            found["inception_score"] = inception_score(a.probabilities)[0]
+        for name, value in found.items():
+            drawn.setdefault(name, []).append(value)
+    ends: dict[str, float] = {}
+    for name, values in drawn.items():
+        (lowest, highest), half_width = ranges.get(name, (0.0, 1.0)), 1.96 * float(np.std(values, ddof=1))
+        ends[f"{name}/low"] = max(measured[name] - half_width, lowest)
+        ends[f"{name}/high"] = min(measured[name] + half_width, highest)
+    return ends
+
+
+def scores(
+    made: Features, real: Features, seed: int = 0, resampled: Sequence[float] = (), half_samples: int = 0
+) -> tuple[dict[str, float], list[str]]:
+    """(scores that the features allow, reasons for those that are missing): `frechet_distance`, `frechet_distance_infinity`,
+    `spatial_frechet_distance`, `inception_score`, `kernel_distance`, `precision`, `recall`, `density`, `coverage`, and
+    standard deviations `.../std`. Also the ends `.../low` and `.../high` of 95 % intervals: of the Frechet distance from
+    `resampled_distances`, of the other scores from so many `half_samples`, for at most 20,000 images together."""
     found: dict[str, float] = {}
     reasons: list[str] = []
 
@@ -146,8 +195,9 @@ def scores(made: Features, real: Features, seed: int = 0, bootstraps: int = 0) -
 
     a, b = made.pooled, real.pooled
     add(lambda: (frechet_distance(statistics(a), statistics(b)),), "frechet_distance")
-    if bootstraps > 1 and "frechet_distance" in found:
-        add(lambda: frechet_interval(a, b, bootstraps, seed), "frechet_distance/low", "frechet_distance/high")
+    if len(resampled) > 1:
+        ends = frechet_interval(found["frechet_distance"], resampled)
+        found |= zip(("frechet_distance/low", "frechet_distance/high"), ends, strict=True)
     add(lambda: (frechet_infinity(a, statistics(b), seed),), "frechet_distance_infinity")
     if (x := made.spatial) is not None and (y := real.spatial) is not None:
         add(lambda: (frechet_distance(statistics(x), statistics(y)),), "spatial_frechet_distance")
@@ -156,4 +206,6 @@ def scores(made: Features, real: Features, seed: int = 0, bootstraps: int = 0) -
     add(lambda: kernel_distance(a, b, seed=seed), "kernel_distance", "kernel_distance/std")
     add(lambda: precision_recall(b, a), "precision", "recall")
     add(lambda: density_coverage(b, a), "density", "coverage")
+    if half_samples > 1 and len(a) + len(b) <= MOST_IMAGES and min(len(a), len(b)) // 2 > 5:
+        found |= half_sample_intervals(made, real, found, half_samples, seed)
     return found, reasons

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from varlab.models import losses, scales
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
+from varlab.sampling.search import likelihoods
 
 BOOTSTRAPS = 500
 FALSE_POSITIVES = 0.01
@@ -31,15 +31,9 @@ def signals(
     the likelihood with the condition minus that with none."""
     found: dict[str, list[Tensor]] = {"likelihood": [], "condition_gain": []}
     for sequence, condition in tqdm(batches, desc=desc, unit="batch"):
-        inputs = quantizer.teacher_forcing_inputs(
-            list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order
-        )
-        with_condition, without = (
-            losses.over_tokens(losses.token_scores(var(inputs, c), sequence, var.patch_nums).loss, var.patch_nums)
-            for c in (condition, var.embedder.null(condition))
-        )
-        found["likelihood"].append(-with_condition.cpu())
-        found["condition_gain"].append((without - with_condition).cpu())
+        with_condition, without = likelihoods(var, quantizer, sequence, condition)
+        found["likelihood"].append(with_condition.cpu())
+        found["condition_gain"].append((with_condition - without).cpu())
     return {name: torch.cat(values).double().numpy() for name, values in found.items()}
 
 

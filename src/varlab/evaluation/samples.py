@@ -1,9 +1,7 @@
 """Scores of samples against real images, under their common names, with protocol and floor."""
 
-import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit
 from varlab.evaluation.frechet import frechet_distance, statistics
-from varlab.evaluation.generation_metrics import Features, frechet_infinity, scores
+from varlab.evaluation.generation_metrics import Features, frechet_infinity, resampled_distances, scores
 from varlab.evaluation.image_sets import (
     ImageSet,
     cache_file,
@@ -26,10 +24,10 @@ from varlab.evaluation.image_sets import (
     score_name,
     stored_statistics,
 )
-from varlab.evaluation.plots import curves_of_grid
 from varlab.evaluation.published_scores import compare
-from varlab.files import atomic_write, load_json, save_json
+from varlab.files import load_json, save_json
 
+MOST_HALF_SAMPLES = 50
 FIELD_NAMES = {  # common names of scores with Inception's features
     "frechet_distance": "fid",
     "frechet_distance_infinity": "fid_infinity",
@@ -60,9 +58,8 @@ def evaluate_samples(
     processes of torchrun; all but the first return None.
 
     `network`: computes the features. `metrics`: by name, functions of the features of samples and of real images.
-    `preset`: published scores to compare the protocol with. `bootstraps`: resamplings for the interval of the Frechet
-    distance; None is 100 with at most 512 features, else none. Scores that too few images do not allow are left out, with
-    a warning.
+    `preset`: published scores to compare the protocol with. `bootstraps`: resamplings for intervals;
+    None is 100 with at most 512 features, else none. Scores that too few images do not allow are left out, with a warning.
     """
     work, sample_set = WorkSplit.of_environment(), ImageSet(samples)
     network, name = network.to(device), score_name(network)
@@ -72,10 +69,11 @@ def evaluate_samples(
         return None
     if bootstraps is None:
         bootstraps = 100 if made.pooled.shape[1] <= 512 else 0
-    found, warnings = scores(made, real.features, bootstraps=bootstraps)
+    # with stored statistics there are no images to resample
+    resampled = [] if real.statistics else resampled_distances(made.pooled, real.features.pooled, bootstraps)
+    found, warnings = scores(made, real.features, resampled=resampled, half_samples=min(bootstraps, MOST_HALF_SAMPLES))
     result = {named(key, name): value for key, value in found.items()}
-    if real.statistics:  # an interval resamples images, whose statistics are not these
-        result = {key: value for key, value in result.items() if not key.endswith(("/low", "/high"))}
+    if real.statistics:
         result.pop(named("frechet_distance_infinity", name), None)
         result |= {named(key, name): value for key, value in real.distances(made).items()}
     if real.other is not None:
@@ -99,37 +97,10 @@ def evaluate_samples(
         warnings.append(
             f"{sample_set.lossy} images are in a lossy format: its artifacts count as differences; save as PNG"
         )
+    result |= {"resampled_distances": [float(f"{distance:.6g}") for distance in resampled]}
     result = {**result, "protocol": protocol, "preset": preset, "warnings": warnings}
     save_json(out / "generation.json", result)
     return result
-
-
-def evaluate_grid(
-    points: Mapping[str, Iterable[float]],
-    sample: Callable[[Path, dict[str, Any]], None],
-    evaluate: Callable[[Path], dict[str, Any] | None],
-    out: Path,
-) -> str:
-    """Samples and scores a VAR at each point of a grid of sampling settings; writes grid.csv and grid.png into `out`.
-    Existing images and features are reused. Returns the best point as text.
-
-    `sample(folder, point)` writes the samples of a point, `evaluate(folder)` scores them.
-    """
-    rows: list[dict[str, Any]] = []
-    for values in product(*points.values()):
-        point = dict(zip(points, values, strict=True))
-        folder = out / "-".join(f"{key}{value:g}" for key, value in point.items())
-        sample(folder, point)
-        found = evaluate(folder) or load_json(folder / "generation.json", "varlab evaluate")
-        rows.append({**point, **{key: value for key, value in found.items() if isinstance(value, float)}})
-        with atomic_write(out / "grid.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    score = next(key for key in rows[0] if key.startswith(("fid", "frechet_distance")))
-    curves_of_grid(rows, score, out / "grid.png")
-    best = min(rows, key=lambda row: row[score])
-    return f"lowest {score} {best[score]:.4g} at " + ", ".join(f"{key}={best[key]:g}" for key in points)
 
 
 def load_sampling(file: Path) -> dict[str, Any] | None:

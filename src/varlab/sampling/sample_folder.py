@@ -5,6 +5,7 @@ Image i has seed `seed + i`, so the set does not depend on batch size, devices o
 
 import contextlib
 import copy
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,7 +26,8 @@ from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Precision, default_precision, use_bf16
-from varlab.sampling.generate import draw, generate_tokens
+from varlab.sampling.generate import generate_tokens
+from varlab.sampling.search import Scorer, draw_best, name_of
 from varlab.sampling.token_sampling import SamplingSettings
 
 NUM_WRITERS = 8  # threads that encode PNG files
@@ -88,14 +90,16 @@ def write_samples(
     npz: bool = False,
     grid: int = 100,
     film_rows: int = 8,
+    best_of: int = 1,
+    scorer: Scorer | None = None,
 ) -> None:
     """Writes one image per condition (class labels, or rows of an array) into `out`; the images are split over the
     processes of torchrun.
 
-    `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. Images are
-    written by threads while the next batch is generated: as PNG, or with `npz` as arrays of their pixels, which are
-    removed once samples.npz holds them. Raises ValueError for a setting out of range, and if `out`
-    holds images made with other settings.
+    `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. `best_of` and
+    `scorer`: see `draw_best`. Images are written by threads while the next batch is generated: as PNG, or with `npz` as
+    arrays of their pixels, which are removed once samples.npz holds them. Raises ValueError for a setting out of range, and
+    if `out` holds images made with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
     identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
@@ -108,6 +112,8 @@ def write_samples(
     is_labels = not isinstance(conditions, np.ndarray)
     rows = torch.as_tensor(np.asarray(conditions))
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
+    if best_of > 1:
+        protocol |= {"best_of": best_of, "scorer": name_of(scorer)}
     named = [int(label) for label in conditions] if is_labels else rows.tolist()
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
 
@@ -120,13 +126,15 @@ def write_samples(
     own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
+    begun = time.perf_counter()
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         writes: list[Future[None]] = []
         for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
             padding = 0 if compiled == "none" else batch_size - len(chunk)  # a smaller batch would be compiled anew
             padded = chunk + chunk[-1:] * padding
-            drawn = draw(var, tokenizer, rows[padded].to(device), settings, [seed + i for i in padded], compiled)
-            pixels = image_grid.to_uint8(drawn.images[: len(chunk)])
+            condition, seeds = rows[padded].to(device), [seed + i for i in padded]
+            images = draw_best(var, tokenizer, condition, settings, seeds, compiled, best_of, scorer)
+            pixels = image_grid.to_uint8(images[: len(chunk)])
             for write in writes:  # of the batch before
                 write.result()
             writes = [
@@ -136,6 +144,11 @@ def write_samples(
             write.result()
     if work.rank > 0:
         return
+    record = out / "samples.json"
+    if missing:  # otherwise the figure of the call that made them stays
+        protocol["seconds_per_image"] = round((time.perf_counter() - begun) / len(missing), 6)
+    elif record.is_file() and (seconds := load_json(record, "varlab sample").get("seconds_per_image")) is not None:
+        protocol["seconds_per_image"] = seconds
     wait_for_files(files)
     write_figures(
         out, tokenizer, var, rows[:film_rows].to(device), settings, seed, files[:grid], named if is_labels else None
@@ -144,7 +157,7 @@ def write_samples(
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
     place = "samples.npz" if npz else "images"
-    save_json(out / "samples.json", {**protocol, "num": num, "images": place, **classes, "labels": named})
+    save_json(record, {**protocol, "num": num, "images": place, **classes, "labels": named})
     if npz:
         remove_arrays(out)
 
