@@ -3,8 +3,9 @@
 import csv
 
 import pytest
+from support.runs import SHORT, TOKENIZER, fit
 
-from varlab.training.loggers import CSVLog, run_id, wandb_logger
+from varlab.training.loggers import CSVLog, MLflowLog, run_id, wandb_logger
 
 
 def rows(folder):
@@ -50,3 +51,35 @@ def test_wandb_stays_offline_without_a_login(tmp_path, monkeypatch):
     assert wandb_logger(str(tmp_path), "varlab", "group")._offline
     with pytest.raises(ValueError, match="mode='sometimes'"):
         wandb_logger(str(tmp_path), "varlab", "group", mode="sometimes")
+
+
+def test_a_run_that_continues_is_one_run_of_mlflow(tmp_path, digits_folder, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    settings = [setting for setting in SHORT if not setting.startswith(("logger=", "steps="))]
+    for steps in (4, 6):
+        fit(
+            tmp_path / "run",
+            *TOKENIZER,
+            *settings,
+            f"data.path={digits_folder}",
+            "logger=mlflow",
+            f"steps={steps}",
+            "ckpt_path=last",
+        )
+    client = MlflowClient(database)
+    experiment = client.get_experiment_by_name("varlab")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    history = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "train/loss")}
+    logged = {int(row["step"]): float(row["train/loss"]) for row in rows(tmp_path / "run") if row["train/loss"]}
+    assert len(history) == 6 and history == pytest.approx(logged)
+
+
+def test_without_mlflow_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", False)
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_SKINNY_AVAILABLE", False, raising=False)
+    with pytest.raises(ValueError, match=r"pip install 'varlab\[mlflow\]'"):
+        MLflowLog(str(tmp_path), "varlab", "sqlite:///none.db")

@@ -1,4 +1,4 @@
-"""Loggers: the CSV in the run's folder is authoritative, W&B mirrors it."""
+"""Loggers: the CSV in the run's folder is authoritative, W&B or MLflow mirrors it."""
 
 import csv
 import os
@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from varlab.files import atomic_write
@@ -50,6 +50,29 @@ def wandb_logger(folder: str, project: str, group: str, mode: str = "auto") -> W
         offline=is_offline,
         resume="allow",
     )
+
+
+class MLflowLog(MLFlowLogger):
+    """One MLflow run per run folder: a run that continues is continued there, too."""
+
+    def __init__(self, folder: str, experiment: str, tracking_uri: str) -> None:
+        """`tracking_uri`: a server, or a database such as sqlite:///mlflow.db. Raises ValueError if MLflow is not installed."""
+        file = Path(folder) / "mlflow_run_id"
+        self.is_continued = file.is_file()
+        known = file.read_text(encoding="utf-8").strip() if self.is_continued else None
+        try:
+            super().__init__(experiment, run_name=Path(folder).name, tracking_uri=tracking_uri, run_id=known)
+        except ModuleNotFoundError:
+            raise ValueError("logger=mlflow needs: pip install 'varlab[mlflow]'") from None
+        if known is None and not rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
+            with atomic_write(file) as partial:
+                partial.write_text(str(self.run_id), encoding="utf-8")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Those of the first start: MLflow refuses changes. run.json has the settings of each stretch of steps."""
+        if not self.is_continued:
+            super().log_hyperparams(params, *args, **kwargs)
 
 
 class CSVLog(Logger):
