@@ -7,7 +7,7 @@ import torch
 from support.runs import command, config, fit, kill_at, log_to, logged_losses, weights
 
 from varlab.checkpoints.load import load
-from varlab.commands import tune
+from varlab.commands import export, tune
 
 
 @pytest.mark.parametrize("method", ["cca", "lora", "likelihood"])
@@ -38,3 +38,10 @@ def test_a_model_is_tuned_with_one_command_and_continues_after_a_kill(method, tm
     changed = {name for name, value in var.state_dict().items() if not torch.equal(value, before[name])}
     assert ("blocks.0.feed_forward.up.weight" in changed) == (method != "lora")
     assert "blocks.0.attention.qkv.weight" in changed
+    if method == "lora":
+        out = [f"checkpoint={tmp_path / 'whole/checkpoints/last.ckpt'}", "to=adapter", f"out={tmp_path / 'adapter'}"]
+        with pytest.raises(ValueError, match=r"to=adapter needs base="):
+            export.run(config(tmp_path, *out, verb="export"))
+        export.run(config(tmp_path, *out, f"base={source}", verb="export"))
+        apart = load(tmp_path / "adapter")[1].state_dict()
+        assert all(torch.allclose(value, apart[name], atol=1e-6) for name, value in var.state_dict().items())

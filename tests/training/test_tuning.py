@@ -7,7 +7,8 @@ import torch
 from support.networks import make_var
 from support.runs import fit
 
-from varlab.checkpoints.load import load, merged
+from varlab.checkpoints.adapters import merged
+from varlab.checkpoints.load import load
 from varlab.models.losses import cross_entropy
 from varlab.training.initial_weights import like
 from varlab.training.tuning import ConditionContrast, LoRA

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varlab.checkpoints import hub
+from varlab.checkpoints.adapters import merged, with_adapter
 from varlab.checkpoints.checkpoint_files import consolidated, read_file
 from varlab.checkpoints.export_folder import (
     build_with,
@@ -84,23 +85,11 @@ def entry_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def weights(checkpoint: dict[str, Any], prefix: str, use_ema: bool) -> dict[str, Tensor]:
-    """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages. Adapters are merged."""
+    """Weights of one network, without `prefix`; averaged if `use_ema` and the checkpoint has averages. Adapters are apart."""
     state = dict(checkpoint.get("state_dict", {}))
     if use_ema and "ema" in checkpoint:
         state.update(checkpoint["ema"])
-    return merged({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
-
-
-def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in which low-rank adapters (see `varlab.training.tuning.LoRA`) are added to the matrices they adapt."""
-    found = dict(state)
-    for key in state:
-        name, _, rest = key.partition(".parametrizations.weight.")
-        parts = [f"{name}.parametrizations.weight.{part}" for part in ("original", "0.up", "0.down", "0.scale")]
-        if rest == "original" and all(part in state for part in parts):  # other parametrizations stay as they are
-            weight, up, down, scale = (found.pop(part) for part in parts)
-            found[f"{name}.weight"] = weight + scale * (up @ down)
-    return found
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def load_tokenizer(
@@ -128,7 +117,11 @@ def load_any(
     not contain."""
     path = located(path)
     if is_pretrained(path):
-        return load_pretrained(path, trust_code)
+        config = read_config(path)
+        if (base := config.get("base")) is None:
+            return load_pretrained(path, trust_code)
+        tokenizer, var, _ = load(base, trust_code=trust_code)
+        return with_adapter(path, config, tokenizer, var, trust_code)
     checkpoint = read_checkpoint(path)
     if is_released_tokenizer(checkpoint):
         tokenizer = load_released(checkpoint, patch_nums=patch_nums or scales.RELEASED_256)
@@ -137,10 +130,10 @@ def load_any(
     entry = entry_of(checkpoint, path)
     trust = Trust(str(path), trust_code)
     state = weights(checkpoint, "net." if entry["var"] is None else "tokenizer.", use_ema)
-    tokenizer = build_with(MSVQVAE, entry["tokenizer"], state, trust, path)
+    tokenizer = build_with(MSVQVAE, entry["tokenizer"], merged(state), trust, path)
     if entry["var"] is None or tokenizer_only:
         return tokenizer.eval(), None, entry["class_names"]
-    var = build_with(VAR, entry["var"], weights(checkpoint, "net.", use_ema), trust, path)
+    var = build_with(VAR, entry["var"], merged(weights(checkpoint, "net.", use_ema)), trust, path)
     return tokenizer.eval(), var.eval(), entry["class_names"]
 
 

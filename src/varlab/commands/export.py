@@ -1,4 +1,4 @@
-"""`varlab export`: checkpoint -> export folder, the released layout, one file, or an exported program."""
+"""`varlab export`: checkpoint -> export folder, the released layout, one file, a low-rank adapter, or an exported program."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from varlab.config import hydra_command
 
-FORMS = ("safetensors", "released", "checkpoint", "torch_export", "onnx")
+FORMS = ("safetensors", "adapter", "released", "checkpoint", "torch_export", "onnx")
 FACTS = ("images_seen", "epochs", "val_loss", "val_psnr", "flops_exact", "dataset_id", "tokenizer_id", "git_commit")
 
 
@@ -17,8 +17,9 @@ def run(cfg: DictConfig) -> None:
     import torch
 
     from varlab.checkpoints import hub
+    from varlab.checkpoints.adapters import save_adapter
     from varlab.checkpoints.export_folder import save_pretrained
-    from varlab.checkpoints.load import load_any, read_checkpoint
+    from varlab.checkpoints.load import load, load_any, read_checkpoint, weights
     from varlab.checkpoints.released_layout import to_released
     from varlab.files import atomic_write
 
@@ -33,6 +34,15 @@ def run(cfg: DictConfig) -> None:
         with atomic_write(out) as partial:
             torch.save(read_checkpoint(cfg.checkpoint), partial)
         print(f"{out}: one file, for any number of devices (ckpt_path={out})")
+        return
+    if cfg.to == "adapter":
+        if cfg.base is None:
+            raise ValueError("to=adapter needs base=... : the model that was tuned (folder, checkpoint or name)")
+        state = weights(read_checkpoint(cfg.checkpoint), "net.", cfg.ema)
+        _, var, class_names = load(cfg.checkpoint, cfg.ema, cfg.trust_code)
+        base = load(cfg.base, trust_code=cfg.trust_code)[:2]
+        save_adapter(out, str(cfg.base), base, state, var, class_names)
+        print(f"{out}: config.json, adapter.safetensors; it needs {cfg.base}")
         return
     tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums, trust_code=cfg.trust_code)
     if cfg.to == "safetensors":
