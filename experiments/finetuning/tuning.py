@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent)]
 from scores import Judge  # noqa: E402
 from steps import finished, interval, varlab, write_table  # noqa: E402
 
-SEEDS, STEPS, PER_CLASS = (0, 1, 2), 60, 10
+SEEDS, STEPS, PER_CLASS = (0, 1, 2), 40, 10
 TRAINED, TOKENS, RUNS = (
     Path("runs/glyphs32/var/checkpoints/last.ckpt"),
     Path("runs/glyphs32/tokens"),
@@ -26,7 +26,7 @@ ARMS = {"not tuned": None, "likelihood": "likelihood", "contrastive alignment": 
 GUIDANCE = (0.0, 1.0)
 SCORES = ("class_agreement", "frechet_distance", "precision", "recall", "density", "coverage")
 SETTINGS = [
-    f"steps={STEPS}", "module.base_lr=4.0e-4", f"data.path={TOKENS}", "model.label_dropout=0", "model.drop_path=0", "val_every=60",
+    f"steps={STEPS}", "module.base_lr=4.0e-4", f"data.path={TOKENS}", "model.label_dropout=0", "model.drop_path=0", f"val_every={STEPS}",
     "logger=csv", "trainer=cpu", "trainer.precision=bf16-mixed", "callbacks.pictures=null", "callbacks.best=null", "ckpt_path=last",
 ]  # fmt: skip
 

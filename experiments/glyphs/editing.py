@@ -38,7 +38,7 @@ SETTINGS = {"cfg_scale": 1.5, "cfg_schedule": "constant", "top_p": 0.97}
 SEEDS = (0, 1, 2)  # of sampling
 SCORES = ("class_agreement", "style", "seam", "usual_step")
 STRENGTHS = (1.0, 0.8, 0.65, 0.5)
-PAIRS = ("nm", "bd", "EF", "OQ", "hk", "38", "PR", "GC", "ad", "uh")  # from, to
+PAIRS = ("nm", "bd", "EF", "hk", "38", "PR")  # from, to
 SHOWN = 5
 
 

@@ -45,7 +45,7 @@ MODELS = {
     "glyphs32": Model("letters and digits of 3,761 faces of free fonts in Debian's packages", [], [], 16, 13),
     "fashion32": Model(
         "Fashion-MNIST (Xiao et al. 2017, MIT license), 60,000 photographs",
-        ["steps=1600", "val_every=400"], ["model.width=160"], 100, 10,
+        ["steps=4000", "val_every=1000"], ["model.width=128"], 100, 10,
     ),
 }  # fmt: skip
 

@@ -94,31 +94,30 @@ def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], score: str, front_axes: list[str], best: int, path: Path) -> None:
-    """The distance against guidance, one line per pair of filters, and precision against recall, with 95 % intervals; the best
-    point is a star, other real images are dashed lines and a cross."""
+    """The distance against guidance, one line per pair of filters, and precision against recall; bars are 95 % intervals (of
+    the distance: below the measured one, which few images bias upward). The best point is a star, other real images are a dashed
+    line and a cross."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def errors(chosen: list[dict[str, Any]], key: str) -> Float[np.ndarray, "2 N"] | None:
-        if not all(f"{key}/low" in row for row in chosen):
-            return None
-        ends = np.array([[row[key] - row[f"{key}/low"], row[f"{key}/high"] - row[key]] for row in chosen]).T
-        return ends.clip(min=0)
+    def ends(chosen: list[dict[str, Any]], key: str) -> list[list[float]]:
+        return [[row.get(f"{key}/{end}", np.nan) for row in chosen] for end in ("low", "high")]
 
     for top_k, top_p in dict.fromkeys((row["top_k"], row["top_p"]) for row in rows):
         chosen = [row for row in rows if (row["top_k"], row["top_p"]) == (top_k, top_p)]
         chosen.sort(key=lambda row: row["cfg_scale"])
         x = [row["cfg_scale"] for row in chosen]
-        label = f"top_k {top_k:g}, top_p {top_p:g}"
-        left.errorbar(x, [row[score] for row in chosen], errors(chosen, score), fmt="o-", capsize=2, label=label)
+        (line,) = left.plot(x, [row[score] for row in chosen], "o-", label=f"top_k {top_k:g}, top_p {top_p:g}")
+        left.vlines(x, *ends(chosen, score), color=line.get_color(), alpha=0.5)
         if len(front_axes) == 2:
             across, up = ([row[key] for row in chosen] for key in front_axes)
-            wide, high = (errors(chosen, key) for key in front_axes)
-            right.errorbar(across, up, high, wide, "o-", capsize=2)
+            right.plot(across, up, "o-", color=line.get_color())
+            right.hlines(up, *ends(chosen, front_axes[0]), color=line.get_color(), alpha=0.5)
+            right.vlines(across, *ends(chosen, front_axes[1]), color=line.get_color(), alpha=0.5)
             for scale, *place in zip(x, across, up, strict=True):
                 right.annotate(f"{scale:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     left.plot(rows[best]["cfg_scale"], rows[best][score], "*", ms=14, color="0.2", zorder=3)
-    left.set(xlabel="cfg_scale", ylabel=score)
+    left.set(xlabel="cfg_scale", ylabel=score, title="bars: 95 % interval, without the bias of few images")
     if floor := rows[0].get(f"{score}/real_against_real"):
         left.axhline(floor, color="0.5", ls="--", label="other real images")
     if len(front_axes) == 2:
