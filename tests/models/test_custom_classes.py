@@ -9,7 +9,6 @@ from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
 from varlab.models.conditioning import ClassEmbedder
 from varlab.models.custom_classes import RecordedModule, Trust, build, describe, rebuilt
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
 TRUST = Trust(trust_code=True)
@@ -23,12 +22,13 @@ SIZES = {
 }
 
 
-def test_the_signs_of_a_vector_name_the_nearest_corner(extend_page):
-    quantizer = extend_page("binary_spherical").BinarySphericalQuantizer([1, 2, 3, 4], bits=6)
+def test_directions_on_circles_name_the_nearest_code(extend_page):
+    quantizer = extend_page("circles").CirclesQuantizer([1, 2, 3, 4], circles=2, directions=8)
     tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
-    z = torch.randn(3, 50, 6)
-    assert torch.equal(tokenizer.quantizer.nearest(z), MultiScaleQuantizer.nearest(tokenizer.quantizer, z))
-    assert torch.allclose(tokenizer.quantizer.codebook.weight.norm(dim=1), torch.ones(64))
+    for k in range(4):
+        codes, z = quantizer.embed(torch.arange(64), k), torch.randn(3, 50, 4)
+        unit = torch.nn.functional.normalize(z.unflatten(2, (2, 2)), dim=3).flatten(2)
+        assert torch.equal(tokenizer.quantizer.nearest(z, k), torch.cdist(unit, codes).argmin(dim=2))
     again = build(MSVQVAE, describe(tokenizer), TRUST)
     assert type(again.quantizer) is type(quantizer) and again.quantizer.codebook_size == 64
 

@@ -25,7 +25,7 @@ from varlab.checkpoints.released_layout import is_released_tokenizer, load_relea
 from varlab.models import scales
 from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"  # export folders that are installed with varlab
@@ -181,7 +181,7 @@ def compare_arguments(
     for key in [*expected, *(found.keys() - expected.keys())]:
         mine, theirs = expected.get(key), found.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict) and key not in changeable:
-            compare_arguments(what, theirs, mine, changeable | MultiScaleQuantizer.changeable, path)
+            compare_arguments(what, theirs, mine, changeable | ResidualQuantizer.changeable, path)
         elif key not in changeable and mine != theirs:
             raise ValueError(f"{path} holds a {what} with {key}={theirs}, but this run has {key}={mine}")
 

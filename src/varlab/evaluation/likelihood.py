@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from varlab.models import losses, scales
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 
 NUM_BINS = 15
@@ -47,7 +47,7 @@ class Calibration:
 
 @torch.no_grad()
 def likelihood_scores(
-    var: VAR, quantizer: MultiScaleQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Tensor]]
+    var: VAR, quantizer: ResidualQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Tensor]]
 ) -> dict[str, Any]:
     """Scores over batches of (sequence, condition).
 

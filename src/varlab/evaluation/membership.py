@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.search import likelihoods
 
@@ -25,7 +25,7 @@ FALSE_POSITIVES = 0.01
 
 @torch.no_grad()
 def signals(
-    var: VAR, quantizer: MultiScaleQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Tensor]], desc: str
+    var: VAR, quantizer: ResidualQuantizer, batches: Iterable[tuple[Int[Tensor, "B L"], Tensor]], desc: str
 ) -> dict[str, Float[np.ndarray, " N"]]:
     """Per image, in nats per token, larger for an image that the network knows better: `likelihood`, and `condition_gain`,
     the likelihood with the condition minus that with none."""

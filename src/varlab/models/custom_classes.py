@@ -1,6 +1,6 @@
 """Networks that a checkpoint can rebuild: their classes record the arguments they were constructed with.
 
-A custom class subclasses VAR, MSVQVAE, MultiScaleQuantizer, ... and takes whatever arguments it needs. `describe`
+A custom class subclasses VAR, MSVQVAE, ResidualQuantizer, ... and takes whatever arguments it needs. `describe`
 turns a network into plain values for a checkpoint, `build` turns them back into a newly initialized network.
 """
 

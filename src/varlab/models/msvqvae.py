@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from varlab.models.autocast import autocast_of
 from varlab.models.autoencoder import Decoder, Encoder
 from varlab.models.custom_classes import RecordedModule
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import MultiScaleQuantizer, ResidualQuantizer
 
 
 class Reconstruction(NamedTuple):
@@ -25,17 +25,17 @@ class Reconstruction(NamedTuple):
 class MSVQVAE(RecordedModule):
     """Images in [-1, 1] <-> K token maps. Defaults are the released tokenizer's (109M parameters at 256 px).
 
-    `quantizer`: a `MultiScaleQuantizer` or a subclass of it; None is the released one. The other arguments are the
+    `quantizer`: a `ResidualQuantizer`; None is the released one. The other arguments are the
     sizes of encoder and decoder. Raises ValueError for incompatible sizes, and in `encode` for images whose size is not
     `downsample` times the last entry of patch_nums.
     """
 
     changeable: ClassVar = frozenset({"dropout"})
-    quantizer: MultiScaleQuantizer
+    quantizer: ResidualQuantizer
 
     def __init__(
         self,
-        quantizer: MultiScaleQuantizer | None = None,
+        quantizer: ResidualQuantizer | None = None,
         channels: int = 160,
         channel_mult: Sequence[int] = (1, 1, 2, 2, 4),
         num_blocks: int = 2,

@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
     f_hat: Float[Tensor, "B C H W"]  # quantized f; gradients pass through to f
     vq_loss: Float[Tensor, ""]
     token_maps: list[Int[Tensor, "B _"]]
-    vq_losses: Float[Tensor, " K"]  # per scale; vq_loss is their mean
+    vq_losses: Float[Tensor, " K"]  # per scale; vq_loss is their mean, plus that of the regularizers
 
 
 class CodebookHealth(NamedTuple):
@@ -73,16 +73,15 @@ def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Flo
     return torch.where(has_direction, ratio * turned, f + (f_hat - f).detach())
 
 
-class MultiScaleQuantizer(RecordedModule):
-    """Encodes a feature map as K token maps, coarse to fine, each encoding the residual of the coarser ones.
+class ResidualQuantizer(RecordedModule):
+    """Encodes a feature map as K token maps, coarse to fine, each encoding the residual of the coarser ones. What a token
+    stands for is up to the members of this family: `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
 
-    `num_phis`: smoothing convolutions shared by the scales (4 in the released weights, 1 for all scales, None for one
-    per scale). `phi_ratio` r: phi(h) = (1 - r) h + r conv(h); 0 is the identity, without parameters. `lookup`: "l2" or
-    "cosine" (released name: znorm); the vector added is the raw codebook row in both. `beta`: weight of the commitment
-    loss. `gradient`: gradient estimator of the lookup. `scale_dropout`: in training mode, fraction of the images that
-    stop at a random scale from `dropout_from` on, so that coarse maps can be decoded on their own.
-
-    A custom quantizer overrides `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
+    `codebook_size` V: tokens are 0 to V - 1. `codebook_dim` C: of the vectors. `num_phis`: smoothing convolutions shared by
+    the scales (4 in the released weights, 1 for all scales, None for one per scale). `phi_ratio` r: phi(h) = (1 - r) h +
+    r conv(h); 0 is the identity, without parameters. `beta`: weight of the commitment loss. `gradient`: gradient estimator of
+    the lookup. `scale_dropout`: in training mode, fraction of the images that stop at a random scale from `dropout_from` on,
+    so that coarse maps can be decoded on their own.
     """
 
     changeable: ClassVar = frozenset({"beta", "gradient", "scale_dropout", "dropout_from"})
@@ -96,7 +95,6 @@ class MultiScaleQuantizer(RecordedModule):
         codebook_dim: int = 32,
         num_phis: int | None = 4,
         phi_ratio: float = 0.5,
-        lookup: Literal["l2", "cosine"] = "l2",
         beta: float = 0.25,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
         scale_dropout: float = 0.0,
@@ -112,13 +110,11 @@ class MultiScaleQuantizer(RecordedModule):
         self.codebook_dim = codebook_dim
         self.num_phis = num_phis
         self.phi_ratio = phi_ratio
-        self.lookup = lookup
         self.beta = beta
         self.gradient = gradient
         self.scale_dropout = scale_dropout
         self.dropout_from = dropout_from
         self.phi_index = list(range(self.num_scales)) if num_phis is None else phi_of_scale(num_phis, self.num_scales)
-        self.codebook = nn.Embedding(codebook_size, codebook_dim)
         self.phis = nn.ModuleList(
             nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity()
             for _ in range(num_phis or self.num_scales)
@@ -127,29 +123,27 @@ class MultiScaleQuantizer(RecordedModule):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def init_weights(self) -> None:
-        """Codebook uniform in +-1 / (36 sqrt(C)): 0.0049 at C = 32. The convolutions are initialized by the tokenizer."""
-        bound = 1 / (36 * self.codebook_dim**0.5)
-        nn.init.uniform_(self.codebook.weight, -bound, bound)
+        """Called once by the tokenizer, which initializes the convolutions."""
 
     def undecayed(self) -> list[Tensor]:
-        """Parameters without weight decay: the codes."""
-        return [self.codebook.weight]
+        """Parameters without weight decay."""
+        return []
 
-    def nearest(self, z: Float[Tensor, "B l C"]) -> Int[Tensor, "B l"]:
-        """Index of the code nearest to each vector; ties go to the lowest index. Always fp32: bf16 confuses nearby
-        codes."""
-        with torch.autocast(z.device.type, enabled=False):
-            z, codes = z.float(), self.codebook.weight.float()
-            if self.lookup == "cosine":
-                return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
-            norms = codes.square().sum(dim=1)  # the squared length of z is the same for all codes
-            chunks = z.flatten(0, 1).split(max(1, MAX_DISTANCES // len(codes)))
-            found = [torch.addmm(norms, chunk, codes.T, alpha=-2).argmin(dim=1) for chunk in chunks]
-            return torch.cat(found).view(z.shape[:2])
+    def size_of(self, k: int) -> int:
+        """Number of codes of scale k, of which tokens are the first ones."""
+        return self.codebook_size
 
-    def embed(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows C"]:
-        """The code vector of each token."""
-        return self.codebook(tokens)
+    def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
+        """The token whose vector represents each vector of scale k best. Always fp32: bf16 confuses nearby codes."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Int[Tensor, "*rows"], k: int) -> Float[Tensor, "*rows C"]:
+        """The vector of each token of scale k."""
+        raise NotImplementedError
+
+    def regularizer(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, ""] | None:
+        """A loss of the vectors that are looked up at scale k, through which they get a gradient; added to `vq_loss`."""
+        return None
 
     def phi(self, h: Float[Tensor, "B C H W"], k: int) -> Float[Tensor, "B C H W"]:
         """Smooths the upsampled codes of scale k."""
@@ -200,15 +194,15 @@ class MultiScaleQuantizer(RecordedModule):
         f = f.float()
 
         def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
-            tokens = self.nearest(self.at_scale(f - f_hat, k))
-            return tokens, self.embed(tokens)
+            tokens = self.nearest(self.at_scale(f - f_hat, k), k)
+            return tokens, self.embed(tokens, k)
 
         return [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
 
     def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
         """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. One
         sum per token map, which may be fewer than the scales."""
-        loop = self.residual_loop(self.empty(len(token_maps[0])), lambda k, _: (None, self.embed(token_maps[k])))
+        loop = self.residual_loop(self.empty(len(token_maps[0])), lambda k, _: (None, self.embed(token_maps[k], k)))
         return [f_hat for _, f_hat in islice(loop, len(token_maps))]
 
     def teacher_forcing_inputs(
@@ -220,7 +214,7 @@ class MultiScaleQuantizer(RecordedModule):
         Empty (B 0 C) for a pyramid of one scale.
         """
         if order == "raster":
-            return self.embed(torch.cat(list(token_maps), dim=1)[:, :-1])
+            return torch.cat([self.embed(tokens, k) for k, tokens in enumerate(token_maps)], dim=1)[:, :-1]
         if len(token_maps) == 1:
             return self.empty(len(token_maps[0])).flatten(2).mT[:, :0]
         partial = self.partial_sums(token_maps[:-1])
@@ -232,9 +226,14 @@ class MultiScaleQuantizer(RecordedModule):
         f = f.float()
         last = self.last_scales(len(f), f.device)
 
+        penalties: list[Tensor] = []
+
         def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
-            tokens = self.nearest(self.at_scale((f - f_hat).detach(), k))
-            return tokens, self.embed(tokens)
+            z = self.at_scale(f - f_hat.detach(), k)
+            tokens = self.nearest(z.detach(), k)
+            if self.training and (penalty := self.regularizer(z, k)) is not None:
+                penalties.append(penalty)
+            return tokens, self.embed(tokens, k)
 
         def used(k: int) -> Tensor | None:
             return None if last is None else (last >= k)[:, None, None, None]
@@ -252,7 +251,8 @@ class MultiScaleQuantizer(RecordedModule):
             token_maps.append(tokens)
         by_scale = torch.stack(vq_losses)
         through = f + (f_hat - f).detach() if self.gradient == "straight_through" else rotated(f, f_hat.detach())
-        return Quantized(through, by_scale.mean(), token_maps, by_scale)
+        vq_loss = by_scale.mean() + (torch.stack(penalties).mean() if penalties else 0)
+        return Quantized(through, vq_loss, token_maps, by_scale)
 
     def last_scales(self, batch_size: int, device: torch.device) -> Int[Tensor, " B"] | None:
         """The last scale of each image in this training step; None if all scales are used."""
@@ -281,7 +281,7 @@ class MultiScaleQuantizer(RecordedModule):
 
         def choose(k: int, f_hat: Tensor) -> tuple[None, Tensor]:
             vectors.append(self.at_scale(f - f_hat, k))
-            return None, self.embed(self.nearest(vectors[-1]))
+            return None, self.embed(self.nearest(vectors[-1], k), k)
 
         for _ in self.residual_loop(torch.zeros_like(f), choose):
             pass
@@ -303,3 +303,53 @@ class MultiScaleQuantizer(RecordedModule):
         h, w = self.sides[-1]
         threshold = 0.08 * global_batch_size * h * w / self.codebook_size
         return 100 * (self.hits >= threshold).float().mean(dim=1)
+
+
+class MultiScaleQuantizer(ResidualQuantizer):
+    """Codes are the rows of a table, as released. `lookup`: "l2" or "cosine" (released name: znorm); the vector added is the
+    raw row in both."""
+
+    def __init__(
+        self,
+        patch_nums: scales.PatchNums = scales.RELEASED_256,
+        codebook_size: int = 4096,
+        codebook_dim: int = 32,
+        num_phis: int | None = 4,
+        phi_ratio: float = 0.5,
+        lookup: Literal["l2", "cosine"] = "l2",
+        beta: float = 0.25,
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        scale_dropout: float = 0.0,
+        dropout_from: int = 3,
+    ) -> None:
+        super().__init__(
+            patch_nums, codebook_size, codebook_dim, num_phis, phi_ratio, beta, gradient, scale_dropout, dropout_from
+        )
+        self.lookup = lookup
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+
+    def init_weights(self) -> None:
+        """Codebook uniform in +-1 / (36 sqrt(C)): 0.0049 at C = 32."""
+        bound = 1 / (36 * self.codebook_dim**0.5)
+        nn.init.uniform_(self.codebook.weight, -bound, bound)
+
+    def undecayed(self) -> list[Tensor]:
+        return [self.codebook.weight]
+
+    def table(self, k: int) -> Float[Tensor, "_ C"]:
+        """The codes of scale k: the same for all scales."""
+        return self.codebook.weight
+
+    def nearest(self, z: Float[Tensor, "B l C"], k: int = 0) -> Int[Tensor, "B l"]:
+        """Index of the code nearest to each vector; ties go to the lowest index."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, codes = z.float(), self.table(k).float()
+            if self.lookup == "cosine":
+                return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=-1)
+            norms = codes.square().sum(dim=1)  # the squared length of z is the same for all codes
+            chunks = z.flatten(0, 1).split(max(1, MAX_DISTANCES // len(codes)))
+            found = [torch.addmm(norms, chunk, codes.T, alpha=-2).argmin(dim=1) for chunk in chunks]
+            return torch.cat(found).view(z.shape[:2])
+
+    def embed(self, tokens: Int[Tensor, "*rows"], k: int = 0) -> Float[Tensor, "*rows C"]:
+        return F.embedding(tokens, self.table(k))

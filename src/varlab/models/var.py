@@ -2,7 +2,7 @@
 (VAR, section 3.2, figure 4).
 
 The network does not depend on the tokenizer: it maps embeddings (sums of coarser codes, see
-`MultiScaleQuantizer.teacher_forcing_inputs`) and a condition, such as a class label, to logits.
+`ResidualQuantizer.teacher_forcing_inputs`) and a condition, such as a class label, to logits.
 """
 
 import math

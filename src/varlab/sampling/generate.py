@@ -12,7 +12,7 @@ from torch import Tensor
 from varlab.models import scales
 from varlab.models.autocast import autocast_of
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Drawn, accelerate
 from varlab.sampling.token_sampling import (
@@ -98,7 +98,7 @@ def check(
 
 def scale_loop(
     var: VAR,
-    quantizer: MultiScaleQuantizer,
+    quantizer: ResidualQuantizer,
     condition: Tensor,
     settings: SamplingSettings,
     randomness: Randomness,
@@ -108,7 +108,10 @@ def scale_loop(
     nor sends anything to it, so that the loop can be captured as a CUDA graph (not with smooth codes or kept tokens).
     """
     device, lengths = condition.device, scales.lengths(var.patch_nums)
-    by_scale = settings.by_scale(len(lengths), quantizer.codebook_size)
+    by_scale = [
+        scale_settings._replace(top_k=min(scale_settings.top_k, quantizer.size_of(k)))
+        for k, scale_settings in enumerate(settings.by_scale(len(lengths), quantizer.codebook_size))
+    ]
     var.eval()
     is_guided = any(scale_settings.guidance != 0 for scale_settings in by_scale)
     rows = torch.cat([condition, var.embedder.null(condition)]) if is_guided else condition
@@ -116,12 +119,12 @@ def scale_loop(
         has_autocast = torch.is_autocast_enabled(device.type)
         cache = var.start_cache(rows, torch.get_autocast_dtype(device.type) if has_autocast else torch.float32)
 
-    def predict(step: int, inputs: Tensor | None, scale_settings: ScaleSettings) -> Tensor:
-        """Guided logits of one step; `inputs` are the same for both halves of a guided batch."""
+    def predict(step: int, inputs: Tensor | None, scale_settings: ScaleSettings, k: int) -> Tensor:
+        """Guided logits of one step, of the codes of scale k; `inputs` are the same for both halves of a guided batch."""
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
         with autocast_of(var.head.weight):
-            logits = var.predict_scale(step, inputs, cache).float()
+            logits = var.predict_scale(step, inputs, cache).float()[..., : quantizer.size_of(k)]
         if not is_guided:
             return logits
         cond, uncond = logits.chunk(2)
@@ -130,17 +133,17 @@ def scale_loop(
     def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and codes of scale k, predicted from the sum of the coarser ones."""
         inputs = None if k == 0 else quantizer.at_scale(f_hat, k)
-        logits, uniform = predict(k, inputs, by_scale[k]), randomness.uniform(k)
+        logits, uniform = predict(k, inputs, by_scale[k], k), randomness.uniform(k)
         if settings.smooth:
             tokens, logits = sample_filtered(logits, uniform, by_scale[k])
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, quantizer)
         else:
             tokens = sample_codes(logits, uniform, by_scale[k])
-            codes = quantizer.embed(tokens)
+            codes = quantizer.embed(tokens, k)
         if kept is not None:
             mask = kept.masks[k].to(device)
             tokens = torch.where(mask, kept.token_maps[k], tokens)
-            codes = torch.where(mask[:, None], quantizer.embed(tokens), codes)
+            codes = torch.where(mask[:, None], quantizer.embed(tokens, k), codes)
         return tokens, codes
 
     previous: list[Tensor | None] = [None]  # code of the previous token, in raster order
@@ -149,10 +152,10 @@ def scale_loop(
         """The same in raster order: each token from the previous one."""
         sampled = []
         for step, uniform in enumerate(randomness.uniform(k).split(1, dim=1), start=sum(lengths[:k])):
-            sampled.append(sample_codes(predict(step, previous[0], by_scale[k]), uniform, by_scale[k]))
-            previous[0] = quantizer.embed(sampled[-1])
+            sampled.append(sample_codes(predict(step, previous[0], by_scale[k], k), uniform, by_scale[k]))
+            previous[0] = quantizer.embed(sampled[-1], k)
         tokens = torch.cat(sampled, dim=1)
-        return tokens, quantizer.embed(tokens)
+        return tokens, quantizer.embed(tokens, k)
 
     def put_back(k: int, before: Tensor, after: Tensor) -> Tensor:
         """Restores the images' sums of codes where they are kept as latents."""
@@ -166,13 +169,13 @@ def scale_loop(
 
 
 def soft_codes(
-    logits: Float[Tensor, "B l V"], noise: Float[Tensor, "B l V"], k: int, quantizer: MultiScaleQuantizer
+    logits: Float[Tensor, "B l V"], noise: Float[Tensor, "B l V"], k: int, quantizer: ResidualQuantizer
 ) -> Float[Tensor, "B l C"]:
     """Means of the codes weighted by a Gumbel softmax of filtered logits (the released "smooth" option)."""
     t = scales.progress(k, quantizer.num_scales)
     weights = ((logits * (1 + t) + noise) / smooth_temperature(k, quantizer.num_scales)).softmax(dim=-1)
     with torch.autocast(logits.device.type, enabled=False):
-        return weights @ quantizer.embed(torch.arange(quantizer.codebook_size, device=logits.device))
+        return weights @ quantizer.embed(torch.arange(quantizer.size_of(k), device=logits.device), k)
 
 
 @torch.no_grad()

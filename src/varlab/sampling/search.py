@@ -8,7 +8,7 @@ from torch import Tensor
 
 from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Drawn
 from varlab.sampling.generate import draw
@@ -19,7 +19,7 @@ STRIDE = 1_000_003  # between the seeds of an image's candidates; candidate 0 ha
 
 
 def likelihoods(
-    var: VAR, quantizer: MultiScaleQuantizer, sequence: Int[Tensor, "B L"], condition: Tensor
+    var: VAR, quantizer: ResidualQuantizer, sequence: Int[Tensor, "B L"], condition: Tensor
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Log-likelihood of images given their condition, and given none, in nats per token."""
     inputs = quantizer.teacher_forcing_inputs(list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from varlab.data.images import ImageBatch
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.models.quantizer import MultiScaleQuantizer, ResidualQuantizer
 from varlab.training.ema import EMA
 
 MAX_VECTORS_PER_CODE = 64
@@ -42,6 +42,15 @@ def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
     """Vectors (N, C) that are looked up for these images, over all scales and all ranks."""
     vectors = torch.cat([z.flatten(0, 1) for z in net.quantizer.lookup_vectors(net.features(images))])
     return gathered(random_rows(vectors, min(len(vectors), MAX_VECTORS_PER_CODE * net.quantizer.codebook_size), seed))
+
+
+def learns_table(quantizer: ResidualQuantizer, callback: str) -> MultiScaleQuantizer:
+    """A quantizer that learns one table of codes. Raises ValueError for any other."""
+    codebook = getattr(quantizer, "codebook", None)
+    if not isinstance(codebook, nn.Embedding) or not codebook.weight.requires_grad:
+        raise ValueError(f"{type(quantizer).__name__} learns no table of codes: leave out callbacks.{callback}")
+    assert isinstance(quantizer, MultiScaleQuantizer)
+    return quantizer
 
 
 class ResetDeadCodes(Callback):
@@ -72,13 +81,13 @@ class ResetDeadCodes(Callback):
         self.last_step = step
         net = pl_module.net
         assert isinstance(net, MSVQVAE)
+        codebook = learns_table(net.quantizer, "reset_dead_codes").codebook.weight
         hits = net.quantizer.hits.sum(dim=0)
         dead = (hits < self.min_share * hits.mean()).nonzero().flatten()
         pl_module.log("train/codes_reset", float(len(dead)))
         if len(dead) == 0:
             return
         vectors = random_rows(lookup_vectors(net, batch.images, self.seed + step), len(dead), self.seed + step)
-        codebook = net.quantizer.codebook.weight
         codebook[dead] = vectors.to(codebook.dtype)
         net.quantizer.hits[:, dead] = net.quantizer.hits.mean(
             dim=1, keepdim=True
@@ -109,6 +118,7 @@ class KMeansInit(Callback):
             return
         net = pl_module.net
         assert isinstance(net, MSVQVAE)
+        quantizer = learns_table(net.quantizer, "kmeans")
         for round_ in range(2):
             vectors = lookup_vectors(net, batch.images, self.seed + round_)
             if len(vectors) < net.quantizer.codebook_size:
@@ -117,7 +127,7 @@ class KMeansInit(Callback):
                     len(vectors),
                     net.quantizer.codebook_size,
                 )
-            fit_codes(net.quantizer, vectors, self.num_iterations, self.seed)
+            fit_codes(quantizer, vectors, self.num_iterations, self.seed)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from varlab.checkpoints.released_layout import var_from_released
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder
 from varlab.models.custom_classes import Trust, build, describe, named_classes
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 
 CLASS_ROWS = "embedder.embedding.weight"
@@ -42,7 +43,7 @@ class Source:
         if Path(path).is_file() and "class_emb.weight" in (state := read_file(Path(path))):
             return cls(path, var_from_released(state, patch_nums), [], None)
         tokenizer, var, class_names = load(path, trust_code=trust_code)
-        return cls(path, var, class_names, tokenizer.quantizer.codebook.weight.detach())
+        return cls(path, var, class_names, codes_of(tokenizer.quantizer))
 
 
 def start_from(
@@ -94,6 +95,13 @@ def like(checkpoint: str, trust_code: bool = False, **given: Any) -> VAR:
     description = describe(var)
     changed = {name: value for name, value in given.items() if value is not None}
     return build(VAR, {**description, **changed}, Trust(classes=named_classes(description)))
+
+
+@torch.no_grad()
+def codes_of(quantizer: ResidualQuantizer) -> Float[Tensor, "V C"]:
+    """The vectors of all tokens of the finest scale."""
+    last = quantizer.num_scales - 1
+    return quantizer.embed(torch.arange(quantizer.size_of(last), device=quantizer.hits.device), last)
 
 
 def same_codes(a: Float[Tensor, "_ _"], b: Float[Tensor, "_ _"]) -> bool:

@@ -19,7 +19,7 @@ from varlab.models.custom_classes import describe
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
-from varlab.training.initial_weights import Source, freeze, start_from
+from varlab.training.initial_weights import Source, codes_of, freeze, start_from
 from varlab.training.optimizers import parameter_groups
 from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Progressive, Schedule
@@ -142,7 +142,7 @@ class VARModule(ScheduledModule):
         """Takes over the weights of `init_from`, adds what tunes them, and freezes parts."""
         if self.init_from is not None:
             source = Source.read(self.init_from, self.net.patch_nums, self.trust_code)
-            codebook = self.tokenizer.quantizer.codebook.weight
+            codebook = codes_of(self.tokenizer.quantizer)
             notes = start_from(source, self.net, self.class_names, codebook, self.reinitialized)
             if self.trainer.is_global_zero:
                 print("; ".join([f"starts from the weights of {self.init_from}", *notes]), flush=True)

@@ -1,0 +1,1 @@
+"""Codes other than the released table: members of the family of residual quantizers, chosen by `quantizer@model.quantizer`."""

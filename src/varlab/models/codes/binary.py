@@ -1,0 +1,90 @@
+"""Codes of bits: no table, no lookup, no dead codes. A code is the signs of its vector."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from varlab.models import scales
+from varlab.models.quantizer import ResidualQuantizer
+
+MOST_BITS = 16
+
+
+class BinaryQuantizer(ResidualQuantizer):
+    """Bit i of a token is the sign of dim i; the vector is +-`length`_k in each dim, learned for each scale, because the
+    residuals of fine scales are smaller.
+
+    `entropy_weight` w, `temperature`: each bit is taken as a probability p(bit = 1 | z). The regularizer is w (E[H(p)] - H(E[p])):
+    certain for each vector, even over all. Over independent bits the entropy of a code is the sum of those of its bits, so
+    nothing is summed over the 2^bits codes; H(E[p]) is then an upper bound.
+    """
+
+    def __init__(
+        self,
+        patch_nums: scales.PatchNums,
+        bits: int = 12,
+        entropy_weight: float = 0.1,
+        temperature: float = 1.0,
+        **residual: Any,
+    ) -> None:
+        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for more bits than a softmax over all codes holds."""
+        if not 1 <= bits <= MOST_BITS:
+            raise ValueError(f"bits={bits}: give 1 to {MOST_BITS}")
+        super().__init__(patch_nums, codebook_size=2**bits, codebook_dim=bits, **residual)
+        self.bits, self.entropy_weight, self.temperature = bits, entropy_weight, temperature
+        self.log_length = nn.Parameter(torch.zeros(self.num_scales))
+        self.register_buffer("place", 2 ** torch.arange(bits), persistent=False)
+
+    def init_weights(self) -> None:
+        """Lengths fall by half from the coarsest to the finest scale, at first."""
+        progress = [scales.progress(k, self.num_scales) for k in range(self.num_scales)]
+        with torch.no_grad():
+            self.log_length.copy_(-math.log(2) * torch.tensor(progress) - math.log(self.bits) / 2)
+
+    def undecayed(self) -> list[Tensor]:
+        return [self.log_length]
+
+    def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
+        return ((z > 0) * self.place).sum(dim=-1)
+
+    def embed(self, tokens: Int[Tensor, "*rows"], k: int) -> Float[Tensor, "*rows C"]:
+        signs = 2.0 * (tokens[..., None] & self.place).bool() - 1
+        return signs * self.log_length[k].exp()
+
+    def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
+        """Log-odds of each bit being 1."""
+        raise NotImplementedError
+
+    def regularizer(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, ""] | None:
+        if self.entropy_weight == 0:
+            return None
+        with torch.autocast(z.device.type, enabled=False):
+            probability = self.logits_of_bits(z.float(), k).sigmoid().flatten(0, 1)
+            certain, even = entropy(probability).sum(dim=1).mean(), entropy(probability.mean(dim=0)).sum()
+            return self.entropy_weight * (certain - even)
+
+
+class BinarySphericalQuantizer(BinaryQuantizer):
+    """Binary spherical quantization (Zhao et al. 2024, arXiv 2406.07548): vectors are projected onto the unit sphere, whose
+    codes are the corners of a cube; the probability of a corner falls with its distance there."""
+
+    def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
+        return 4 * F.normalize(z, dim=-1) / (self.bits**0.5 * self.temperature)
+
+
+class LookupFreeQuantizer(BinaryQuantizer):
+    """Lookup-free quantization (Yu et al. 2023, arXiv 2310.05737): the probability of a code falls with its squared distance to
+    the vector, in units of the scale's length."""
+
+    def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
+        return 4 * z / (self.log_length[k].exp() * self.temperature)
+
+
+def entropy(probability: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    """Entropy of a bit in nats."""
+    probability = probability.clamp(1e-6, 1 - 1e-6)
+    return -(probability * probability.log() + (1 - probability) * (1 - probability).log())

@@ -1,0 +1,51 @@
+"""Finite scalar quantization (FSQ, Mentzer et al. 2023, arXiv 2309.15505): each dim is rounded to one of a few levels."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from varlab.models import scales
+from varlab.models.quantizer import ResidualQuantizer
+
+MOST_CODES = 2**16
+
+
+class FiniteScalarQuantizer(ResidualQuantizer):
+    """`levels`: of each dim; tokens are the numbers with these digits. The levels lie evenly from -1 to 1 times
+    `length`_k, learned for each scale. Each dim is rounded to the nearest level instead of being bounded by tanh first as in the
+    paper, because a residual must find the code that is nearest. Needs neither a table nor a regularizer."""
+
+    def __init__(self, patch_nums: scales.PatchNums, levels: Sequence[int] = (8, 5, 5, 5), **residual: Any) -> None:
+        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for fewer than 2 levels, or too many codes."""
+        levels = [int(level) for level in levels]
+        if not levels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
+            raise ValueError(f"levels={levels}: give 2 or more for each dim, at most {MOST_CODES} codes in all")
+        super().__init__(patch_nums, codebook_size=math.prod(levels), codebook_dim=len(levels), **residual)
+        self.levels = levels
+        self.log_length = nn.Parameter(torch.zeros(self.num_scales))
+        self.register_buffer(
+            "base", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
+        )
+        self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)
+
+    def init_weights(self) -> None:
+        """Lengths fall by half from the coarsest to the finest scale, at first."""
+        progress = [scales.progress(k, self.num_scales) for k in range(self.num_scales)]
+        with torch.no_grad():
+            self.log_length.copy_(-math.log(2) * torch.tensor(progress))
+
+    def undecayed(self) -> list[Tensor]:
+        return [self.log_length]
+
+    def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
+        with torch.autocast(z.device.type, enabled=False):
+            place = (z.float() / self.log_length[k].exp() + 1) / 2 * self.steps
+            return (place.round().clamp(min=0).minimum(self.steps).long() * self.base).sum(dim=-1)
+
+    def embed(self, tokens: Int[Tensor, "*rows"], k: int) -> Float[Tensor, "*rows C"]:
+        digits = tokens[..., None] // self.base % (self.steps + 1)
+        return (2 * digits / self.steps - 1) * self.log_length[k].exp()

@@ -1,0 +1,172 @@
+"""What every member of the quantizer family does. A member of your own: add it to MEMBERS, and its settings to COMMANDS."""
+
+import json
+
+import pytest
+import torch
+from support.networks import CLASS_NAMES, PATCH_NUMS, make_var
+from support.runs import SHORT, TOKENIZER, VAR, command, config, draw, fit, kill_at, log_to, logged_losses, weights
+
+from varlab.checkpoints.export_folder import load_pretrained, save_pretrained, tokenizer_fingerprint
+from varlab.commands import edit as edit_command
+from varlab.commands import export, tokenize
+from varlab.models.codes.binary import BinarySphericalQuantizer, LookupFreeQuantizer
+from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
+from varlab.models.codes.simvq import SimVQQuantizer
+from varlab.models.codes.table_by_scale import TableByScaleQuantizer
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
+from varlab.sampling.editing import edit
+from varlab.sampling.generate import generate
+from varlab.training.codebook_callbacks import learns_table
+
+MEMBERS = {
+    "residual": lambda: MultiScaleQuantizer(PATCH_NUMS, 12, 6),
+    "bsq": lambda: BinarySphericalQuantizer(PATCH_NUMS, bits=4),
+    "lfq": lambda: LookupFreeQuantizer(PATCH_NUMS, bits=4),
+    "fsq": lambda: FiniteScalarQuantizer(PATCH_NUMS, levels=[4, 3, 2]),
+    "simvq": lambda: SimVQQuantizer(PATCH_NUMS, 12, 6),
+    "by_scale": lambda: TableByScaleQuantizer(PATCH_NUMS, [3, 4, 5, 12], 6),
+}
+COMMANDS = {
+    "residual": [],
+    "bsq": ["model.quantizer.bits=4"],
+    "lfq": ["model.quantizer.bits=4"],
+    "fsq": ["model.quantizer.levels=[4,3,2]"],
+    "simvq": ["model.quantizer.codebook_size=12", "model.quantizer.codebook_dim=6"],
+    "by_scale": ["model.quantizer.codebook_sizes=[3,4,5,12]", "model.quantizer.codebook_dim=6"],
+}
+
+
+@pytest.fixture(params=MEMBERS)
+def networks(request):
+    """A tokenizer with this member, and a VAR for its codes."""
+    quantizer = MEMBERS[request.param]()
+    tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
+    with torch.no_grad():
+        for name, value in quantizer.named_parameters():
+            if "codebook" in name:
+                value.normal_(std=0.5)
+    var = make_var(codebook_size=quantizer.codebook_size, codebook_dim=quantizer.codebook_dim)
+    return tokenizer.eval(), var.eval()
+
+
+@torch.no_grad()
+def test_each_token_is_the_nearest_to_its_vector(networks):
+    quantizer = networks[0].quantizer
+    for k in range(quantizer.num_scales):
+        tokens = torch.arange(quantizer.size_of(k))[None]
+        assert torch.equal(quantizer.nearest(quantizer.embed(tokens, k), k), tokens)
+        z = torch.randn(1, 50, quantizer.codebook_dim)
+        exact = torch.cdist(z, quantizer.embed(tokens, k)).argmin(dim=2)
+        distance = (z - quantizer.embed(quantizer.nearest(z, k), k)).norm(dim=2)
+        torch.testing.assert_close(distance, (z - quantizer.embed(exact, k)).norm(dim=2))
+
+
+@torch.no_grad()
+def test_encoding_decoding_and_training_agree(networks):
+    quantizer = networks[0].quantizer
+    f = torch.randn(3, quantizer.codebook_dim, 4, 4)
+    token_maps = quantizer.encode(f)
+    sums = quantizer.partial_sums(token_maps)
+    quantized = quantizer(f)
+    assert all(torch.equal(a, b) for a, b in zip(token_maps, quantized.token_maps, strict=True))
+    torch.testing.assert_close(sums[-1], quantized.f_hat, atol=1e-5, rtol=1e-5)
+    errors = [(f - f_hat).square().mean() for f_hat in sums]
+    assert errors[-1] < f.square().mean()
+    assert all(tokens.max() < quantizer.size_of(k) for k, tokens in enumerate(token_maps))
+    inputs = quantizer.teacher_forcing_inputs(token_maps)
+    torch.testing.assert_close(inputs[:, :4], quantizer.at_scale(sums[0], 1))
+
+
+def test_what_is_trained_gets_a_gradient(networks):
+    quantizer = networks[0].quantizer.train()
+    f = torch.randn(3, quantizer.codebook_dim, 4, 4, requires_grad=True)
+    quantized = quantizer(f)
+    (quantized.vq_loss + quantized.f_hat.square().mean()).backward()
+    assert f.grad is not None and torch.isfinite(f.grad).all() and f.grad.abs().sum() > 0
+    missing = [name for name, p in quantizer.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    undecayed = {id(parameter) for parameter in quantizer.undecayed()}
+    named = {name for name, parameter in quantizer.named_parameters() if id(parameter) not in undecayed}
+    assert all(name.startswith("phis.") or name == "codebook.weight" for name in named), named
+
+
+@torch.no_grad()
+def test_sampling_sees_what_teacher_forcing_sees(networks):
+    """With top_k=1, every sampled token is the most likely one given the sequence itself."""
+    tokenizer, var = networks
+    labels = torch.tensor([0, 1, 2])
+    _, token_maps = generate(var, tokenizer, labels, cfg_scale=0.0, top_k=1, return_tokens=True)
+    logits = var(tokenizer.quantizer.teacher_forcing_inputs(token_maps), labels)
+    for k, (part, tokens) in enumerate(zip(logits.split([1, 4, 9, 16], dim=1), token_maps, strict=True)):
+        assert torch.equal(part[..., : tokenizer.quantizer.size_of(k)].argmax(dim=2), tokens)
+    for settings in ({"top_k": 5, "top_p": 0.9}, {"smooth": True}, {"cfg_scale": 2.0, "min_p": 0.1}):
+        images, token_maps = generate(var, tokenizer, labels, seed=1, return_tokens=True, **settings)
+        assert torch.isfinite(images).all()
+        assert all(tokens.max() < tokenizer.quantizer.size_of(k) for k, tokens in enumerate(token_maps))
+
+
+@torch.no_grad()
+def test_editing_keeps_what_it_is_told_to_keep(networks):
+    tokenizer, var = networks
+    images, labels = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([0, 1])
+    kept = edit(var, tokenizer, images, torch.ones(4, 4), labels)
+    torch.testing.assert_close(kept, tokenizer.decode(tokenizer.encode(images)) / 2 + 0.5, atol=1e-4, rtol=1e-4)
+    for blend in ("tokens", "latents"):
+        assert torch.isfinite(edit(var, tokenizer, images, torch.zeros(4, 4), labels, blend=blend)).all()
+
+
+@torch.no_grad()
+def test_an_export_folder_holds_it(networks, tmp_path):
+    tokenizer, var = networks
+    save_pretrained(tmp_path / "model", tokenizer, var, CLASS_NAMES, {})
+    again, transformer, _ = load_pretrained(tmp_path / "model")
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    labels = torch.tensor([0, 1])
+    assert torch.equal(generate(var, tokenizer, labels, seed=3), generate(transformer, again, labels, seed=3))
+    described = json.loads((tmp_path / "model/config.json").read_text())["tokenizer"]["quantizer"]
+    assert described["class"].startswith("varlab.models.")
+
+
+def test_remedies_for_tables_are_refused_where_no_table_is_learned(networks):
+    quantizer = networks[0].quantizer
+    if type(quantizer) is MultiScaleQuantizer:
+        assert learns_table(quantizer, "kmeans") is quantizer
+        return
+    with pytest.raises(ValueError, match=r"Quantizer learns no table of codes: leave out callbacks.kmeans"):
+        learns_table(quantizer, "kmeans")
+
+
+@pytest.mark.parametrize(
+    "name", ["bsq", "by_scale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lfq", "fsq", "simvq"))]
+)
+def test_the_whole_way_from_images_to_samples(name, tmp_path, digits_folder):
+    """Tokenizer, killed and continued bit by bit; tokens; transformer; samples, an edit, an export."""
+    chosen = [f"quantizer@model.quantizer={name}", *COMMANDS[name]]
+    plain = [setting for setting in TOKENIZER if not setting.startswith("model.quantizer.")]
+    settings = [*plain, *chosen, *SHORT, f"data.path={digits_folder}", "ckpt_path=last"]
+    fit(tmp_path / "whole", *settings, *log_to(tmp_path / "whole.log"))
+    command(tmp_path / "killed", *settings, *log_to(tmp_path / "killed.log"), *kill_at(5))
+    fit(tmp_path / "killed", *settings, *log_to(tmp_path / "killed.log"))
+    assert logged_losses(tmp_path / "killed.log") == logged_losses(tmp_path / "whole.log")
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(value, killed[key]) for key, value in whole.items())
+    tokenizer, tokens = tmp_path / "whole/checkpoints/last.ckpt", tmp_path / "tokens"
+    made = [f"tokenizer={tokenizer}", f"shards={digits_folder}", f"out={tokens}", "resize_ratio=1.0"]
+    tokenize.run(config(tmp_path, *made, verb="tokenize"))
+    fit(tmp_path / "var", *VAR, *SHORT, f"data.path={tokens}", f"tokenizer={tokenizer}")
+    checkpoint = tmp_path / "var/checkpoints/last.ckpt"
+    images = draw(checkpoint, tmp_path / "samples")
+    export.run(config(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'model'}", verb="export"))
+    again = draw(tmp_path / "model", tmp_path / "again")
+    assert len(images) == 7 and all((images[file] == again[file]).all() for file in images)
+    photo = next((tmp_path / "samples/images").glob("*.png"))
+    edited = [
+        f"checkpoint={checkpoint}",
+        f"image={photo}",
+        "box=[0.2,0.2,0.8,0.8]",
+        "label=3",
+        f"out={tmp_path / 'edited'}",
+    ]
+    edit_command.run(config(tmp_path, *edited, verb="edit"))
