@@ -71,7 +71,7 @@ CODES = ["model.quantizer.codebook_size=12", "model.quantizer.codebook_dim=6"]
 NETWORK = ["model.depth=2", "model.width=32", "model.num_heads=2"]
 ADDED = [  # to commands that match, unless they set it already
     ("train .*experiment=tokenizer", TOKENIZER),
-    ("train (?!.*quantizer=custom).*experiment=tokenizer", CODES),
+    ("train (?!.*quantizer=(custom|bsq|fsq)).*experiment=tokenizer", CODES),
     ("train .*experiment=(var_d[0-9]|depth_scaling)", NETWORK),
     ("(train|tune) (?!.*plan=true)", [*SHORT, "steps=2"]),
     ("train (?!.*plan=true).*experiment=depth_scaling", ["name=small"]),

@@ -11,7 +11,7 @@ def test_each_scale_looks_up_its_own_table():
     quantizer.init_weights()
     assert [quantizer.size_of(k) for k in range(3)] == [2, 16, 4] and quantizer.codebook_size == 16
     for k in range(3):
-        assert torch.equal(quantizer.embed(torch.tensor([1]), k)[0], quantizer.codebook[k].weight[1])
+        assert torch.equal(quantizer.embed(torch.tensor([1]), k)[0], quantizer.codebook[k][1])
         assert quantizer.nearest(torch.randn(1, 100, 3), k).max() < quantizer.size_of(k)
 
 

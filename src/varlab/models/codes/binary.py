@@ -23,6 +23,8 @@ class BinaryQuantizer(ResidualQuantizer):
     nothing is summed over the 2^bits codes; H(E[p]) is then an upper bound.
     """
 
+    place: Tensor
+
     def __init__(
         self,
         patch_nums: scales.PatchNums,

@@ -19,6 +19,9 @@ class FiniteScalarQuantizer(ResidualQuantizer):
     `length`_k, learned for each scale. Each dim is rounded to the nearest level instead of being bounded by tanh first as in the
     paper, because a residual must find the code that is nearest. Needs neither a table nor a regularizer."""
 
+    base: Tensor
+    steps: Tensor
+
     def __init__(self, patch_nums: scales.PatchNums, levels: Sequence[int] = (8, 5, 5, 5), **residual: Any) -> None:
         """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for fewer than 2 levels, or too many codes."""
         levels = [int(level) for level in levels]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from varlab.models.quantizer import MultiScaleQuantizer
 class TableByScaleQuantizer(MultiScaleQuantizer):
     """`codebook_sizes`: of the table of each scale, coarse to fine."""
 
+    codebook: nn.ParameterList  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self, patch_nums: scales.PatchNums, codebook_sizes: Sequence[int], codebook_dim: int = 32, **table: Any
     ) -> None:
@@ -22,18 +25,18 @@ class TableByScaleQuantizer(MultiScaleQuantizer):
             raise ValueError(f"codebook_sizes={sizes}: give a positive size for each of {len(patch_nums)} scales")
         super().__init__(patch_nums, max(sizes), codebook_dim, **table)
         self.codebook_sizes = sizes
-        self.codebook = nn.ModuleList(nn.Embedding(size, codebook_dim) for size in sizes)
+        self.codebook = nn.ParameterList(torch.empty(size, codebook_dim) for size in sizes)  # pyright: ignore[reportAttributeAccessIssue]
 
     def init_weights(self) -> None:
         bound = 1 / (36 * self.codebook_dim**0.5)
         for codes in self.codebook:
-            nn.init.uniform_(codes.weight, -bound, bound)
+            nn.init.uniform_(codes, -bound, bound)
 
     def undecayed(self) -> list[Tensor]:
-        return [codes.weight for codes in self.codebook]
+        return list(self.codebook)
 
     def table(self, k: int) -> Float[Tensor, "_ C"]:
-        return self.codebook[k].weight
+        return self.codebook[k]
 
     def size_of(self, k: int) -> int:
         return self.codebook_sizes[k]
