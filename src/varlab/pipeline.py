@@ -39,7 +39,7 @@ class VARPipeline:
         """`dtype`: torch.bfloat16 keeps the weights of transformer and decoder in bf16 from now on. `compiled`: see
         `generate`."""
         self.tokenizer, self.var, self.class_names = tokenizer.eval(), var.eval(), list(class_names or [])
-        self.compiled = compiled
+        self.compiled, self.dtype = compiled, dtype
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype}: choose torch.float32 or torch.bfloat16")
         if dtype == torch.bfloat16:
@@ -67,7 +67,12 @@ class VARPipeline:
         return cls(tokenizer, var, class_names, dtype, compiled).to(device)
 
     def save_pretrained(self, folder: str | Path, name: str | None = None) -> None:
-        """Writes an export folder, which must not exist. `name`: by which its model card loads it; None is the folder's."""
+        """Writes an export folder, which must not exist. `name`: by which its model card loads it; None is the folder's. Raises
+        ValueError for a pipeline in bf16, whose weights are no longer those of the tokenizer that data were encoded with."""
+        if self.dtype != torch.float32:
+            raise ValueError(
+                "the weights were rounded to bf16 when they were loaded: load with dtype=torch.float32 to save"
+            )
         save_pretrained(Path(folder), self.tokenizer, self.var, self.class_names, {}, name=name)
 
     def push_to_hub(self, name: str, private: bool | None = None, commit_message: str | None = None) -> str:

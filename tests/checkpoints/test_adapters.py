@@ -1,9 +1,11 @@
 """Adapters apart from the model that they were trained on."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.networks import CLASS_NAMES, make_tokenizer, make_var
 
 from varlab.checkpoints.adapters import merged, save_adapter
@@ -28,9 +30,10 @@ def tuned(tmp_path):
     return tmp_path, net, whole
 
 
-def saved(folder, net, whole, base="base"):
-    tokenizer, var, _ = load_pretrained(folder / "base")
-    save_adapter(folder / "adapter", str(folder / base), (tokenizer, var), net.state_dict(), whole, CLASS_NAMES[::-1])
+def saved(folder, net, whole, tokenizer=None):
+    base = load_pretrained(folder / "base")[:2]
+    networks = (tokenizer or base[0], whole)
+    save_adapter(folder / "adapter", str(folder / "base"), base, net.state_dict(), networks, CLASS_NAMES[::-1])
     return folder / "adapter"
 
 
@@ -50,18 +53,36 @@ def test_an_adapter_and_its_base_are_the_merged_network(tuned):
 def test_another_base_is_refused(tuned):
     folder, net, whole = tuned
     adapter = saved(folder, net, whole)
+    tokenizer, var, _ = load_pretrained(folder / "base")
     shutil.rmtree(folder / "base")
     with pytest.raises(ValueError, match=r"base does not exist"):
         load(adapter)
-    save_pretrained(folder / "base", make_tokenizer(), make_var(width=64, depth=3), CLASS_NAMES, {})
-    with pytest.raises(ValueError, match=r"adapter adapts another model than .*base is now"):
-        load(adapter)
+    others = {"tokenizer": (make_tokenizer(), var), "base": (tokenizer, make_var(width=64, depth=3))}
+    for name, networks in others.items():
+        save_pretrained(folder / "base", *networks, CLASS_NAMES, {})
+        with pytest.raises(
+            ValueError, match=rf"adapts another model than .*base is now: its {name}_fingerprint differs"
+        ):
+            load(adapter)
+        shutil.rmtree(folder / "base")
+
+
+def test_an_adapter_moves_together_with_its_base(tuned, tmp_path_factory, monkeypatch):
+    folder, net, whole = tuned
+    saved(folder, net, whole)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("adapter", "base"):
+        shutil.move(folder / name, elsewhere / name)
+    monkeypatch.chdir(folder)
+    assert load(elsewhere / "adapter")[2] == CLASS_NAMES[::-1]
 
 
 def test_what_is_no_adapter_of_the_base_is_not_written(tuned):
     folder, net, whole = tuned
     with pytest.raises(ValueError, match=r"no low-rank adapters"):
         saved(folder, whole, whole)
+    with pytest.raises(ValueError, match=r"has another tokenizer than the tuned model"):
+        saved(folder, net, whole, make_tokenizer())
     with torch.no_grad():
         net.blocks[0].attention.qkv.parametrizations.weight.original += 1
     with pytest.raises(ValueError, match=r"its blocks.0.attention.qkv.weight is not what the adapter was trained on"):
@@ -75,3 +96,17 @@ def test_a_damaged_adapter_is_named(tuned):
     (adapter / "adapter.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"adapter.safetensors is not a safetensors file"):
         load(adapter)
+    key = "blocks.0.attention.qkv.parametrizations.weight.0."
+    thin = {f"{key}{part}": torch.ones(2, 3) for part in ("up", "down", "scale")}
+    save_file(thin, adapter / "adapter.safetensors")
+    with pytest.raises(ValueError, match=r"adapter.safetensors does not fit its base"):
+        load(adapter)
+    config = json.loads((adapter / "config.json").read_text())
+    for changed, message in (
+        ({"var": None}, "describes no adapter"),
+        ({"base": "."}, "describes no adapter"),
+        ({"base": 5}, "base"),
+    ):
+        (adapter / "config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(ValueError, match=message):
+            load(adapter)

@@ -63,8 +63,10 @@ def test_a_cached_model_loads_without_a_network(models, export_folder, monkeypat
         load("me/other")
 
 
-def test_files_that_no_export_has_are_not_downloaded(models, export_folder):
+def test_files_that_no_export_has_are_neither_uploaded_nor_downloaded(models, export_folder):
+    (export_folder / "notes.txt").write_text("private")
     hub.upload(export_folder, "me/animals")
+    assert "notes.txt" not in models.files["me/animals"]
     models.files["me/animals"] |= {
         "pytorch_model.bin": b"x",
         "modeling.py": b"raise SystemExit",
@@ -91,14 +93,21 @@ def test_private_models_need_the_token(models, export_folder, monkeypatch):
 def test_paths_are_not_looked_for_on_the_hub(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for missing in ("runs/var", "a/b/c", "/tmp/none", "../x/y", "runs/var.ckpt"):
+    for missing in ("runs/var", "a/b/c", "/tmp/none", "../x/y", "runs/var.ckpt", "models/x.safetensors"):
         with pytest.raises(ValueError, match=r"does not exist; pretrained models are"):
             load(missing)
     with pytest.raises(ValueError, match="give user/name"):
         hub.upload(tmp_path, "glyphs")
 
 
-def test_export_uploads_when_asked(models, export_folder, tmp_path, capsys):
+def test_rounded_weights_are_not_pushed(models, export_folder):
+    pipeline = VARPipeline.from_pretrained(export_folder, device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"load with dtype=torch.float32 to save"):
+        pipeline.push_to_hub("me/animals")
+    assert models.files == {}
+
+
+def test_export_uploads_when_asked(models, export_folder, tmp_path, capsys, monkeypatch):
     from support.runs import config
 
     export.run(
@@ -106,6 +115,13 @@ def test_export_uploads_when_asked(models, export_folder, tmp_path, capsys):
     )
     assert f"{models.url}/me/mine" in capsys.readouterr().out
     assert load("me/mine")[2] == load(export_folder)[2]
+    settings = [f"checkpoint={export_folder}", f"out={tmp_path / 'other'}"]
+    with pytest.raises(ValueError, match="give user/name"):
+        export.run(config(tmp_path, *settings, "hub=mine", verb="export"))
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(ValueError, match=r"other is complete: `hf upload me/other .*other` tries again"):
+        export.run(config(tmp_path, *settings, "hub=me/other", verb="export"))
     card = models.files["me/mine"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: varlab\n") and 'from_pretrained("me/mine")' in card
 

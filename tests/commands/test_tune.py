@@ -43,5 +43,8 @@ def test_a_model_is_tuned_with_one_command_and_continues_after_a_kill(method, tm
         with pytest.raises(ValueError, match=r"to=adapter needs base="):
             export.run(config(tmp_path, *out, verb="export"))
         export.run(config(tmp_path, *out, f"base={source}", verb="export"))
+        folder = [f"checkpoint={tmp_path / 'adapter'}", "to=adapter", f"base={source}", f"out={tmp_path / 'again'}"]
+        with pytest.raises(ValueError, match=r"to=adapter needs a training checkpoint"):
+            export.run(config(tmp_path, *folder, verb="export"))
         apart = load(tmp_path / "adapter")[1].state_dict()
         assert all(torch.allclose(value, apart[name], atol=1e-6) for name, value in var.state_dict().items())

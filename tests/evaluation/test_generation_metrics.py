@@ -1,5 +1,7 @@
 """Scores of generated images: the mathematics against independent references; names and protocols that cannot mislead."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from varlab.evaluation.generation_metrics import (
     precision_recall,
     resampled_distances,
     scores,
+    squared_mmd,
 )
 
 
@@ -70,7 +73,7 @@ def test_density_and_coverage_against_plain_loops():
 
 
 def point_scores(made, real):
-    found = {"kernel_distance": kernel_distance(made.pooled, real.pooled, 1000, num_subsets=1)[0]}
+    found = {"kernel_distance": squared_mmd(made.pooled, real.pooled)}
     found |= zip(("precision", "recall"), precision_recall(real.pooled, made.pooled), strict=True)
     found |= zip(("density", "coverage"), density_coverage(real.pooled, made.pooled), strict=True)
     return {**found, "inception_score": inception_score(made.probabilities)[0]}
@@ -152,6 +155,34 @@ def test_intervals_contain_the_expected_scores_as_often_as_they_say():
     assert all(hit >= 33 for hit in hits.values()), hits
     spread = {name: widths[name] for name in ("precision", "recall", "coverage")}
     assert all(0.02 < width < 0.4 for width in spread.values()), spread
+
+
+def test_intervals_of_unequal_sets_are_as_wide_as_the_scores_vary():
+    random = np.random.default_rng(0)
+
+    def draw():
+        return Features(0.3 + random.standard_normal((40, 4))), Features(random.standard_normal((400, 4)))
+
+    sets = [draw() for _ in range(60)]
+    true = np.std([squared_mmd(made.pooled, real.pooled) for made, real in sets])
+    ends = [
+        half_sample_intervals(made, real, defaultdict(float), 20, seed=i) for i, (made, real) in enumerate(sets[:15])
+    ]
+    estimated = np.mean([found["kernel_distance/high"] - found["kernel_distance/low"] for found in ends]) / (2 * 1.96)
+    assert 0.75 < estimated / true < 1.3, estimated / true
+
+
+def test_half_samples_have_no_image_twice(monkeypatch):
+    """An image and its copy are nearest neighbors at distance 0, which would shrink every radius."""
+    seen = []
+    monkeypatch.setattr("varlab.evaluation.generation_metrics.squared_mmd", lambda a, b: seen.append((a, b)) or 0.0)
+    half_sample_intervals(Features(MADE), Features(REAL), defaultdict(float), 3)
+    assert len(seen) == 3
+    for a, b in seen:
+        assert (
+            len(np.unique(a, axis=0)) == len(a) == len(MADE) // 2
+            and len(np.unique(b, axis=0)) == len(b) == len(REAL) // 2
+        )
 
 
 def test_intervals_stay_in_the_range_of_their_scores_and_are_left_out_for_many_images(monkeypatch):

@@ -92,6 +92,13 @@ def test_classes_in_the_proportions_of_the_data(digits_folder, token_cache):
         labels_like(str(digits_folder), "train", 20, 5)
 
 
+def test_one_resampling_is_refused(tmp_path, digits_folder):
+    settings = ["samples=none", f"reference={digits_folder}", "features={_target_: support.features.Corner}"]
+    for bootstraps in (1, -1):
+        with pytest.raises(ValueError, match=f"bootstraps={bootstraps}: give 2 or more, or 0"):
+            score(tmp_path, *settings, f"bootstraps={bootstraps}")
+
+
 def test_a_grid_of_sampling_settings_is_one_command(tmp_path, model, digits_folder, monkeypatch):
     monkeypatch.setenv("VARLAB_CACHE", str(tmp_path / "cache"))
     grid = ["grid.cfg_scale=[0.0,2.0]", "grid.top_k=[0,4]", "grid.num=6"]

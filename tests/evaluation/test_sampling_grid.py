@@ -1,7 +1,6 @@
 """Which point of a grid is best, how sure that is, and which points are on the front."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -49,10 +48,11 @@ def test_the_best_point_is_told_with_how_sure_it_is(tmp_path):
     def sample(folder, point):
         folder.mkdir()
         sampled.append(point)
-        (folder / "generation.json").write_text(json.dumps(found[f"{point['cfg_scale']:g}"]))
+        made[folder] = found[f"{point['cfg_scale']:g}"]
 
+    made = {}
     points = {"cfg_scale": [0.0, 1.0, 2.0], "top_k": [0], "top_p": [0.0]}
-    text = evaluate_grid(points, sample, lambda folder: None, tmp_path)
+    text = evaluate_grid(points, sample, made.get, tmp_path)
     assert text.startswith("lowest frechet_distance/net 6 at cfg_scale=1, top_k=0, top_p=0, in ")
     assert text.endswith("% of resamplings; not clearly worse: cfg_scale=2, top_k=0, top_p=0")
     rows = list(csv.DictReader((tmp_path / "grid.csv").open()))
@@ -60,6 +60,29 @@ def test_the_best_point_is_told_with_how_sure_it_is(tmp_path):
     assert [row["not_worse"] for row in rows] == ["False", "True", "True"]
     assert sum(float(row["lowest"]) for row in rows) == pytest.approx(1) and float(rows[0]["lowest"]) == 0
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG" and len(sampled) == 3
+
+
+def test_ranks_but_the_first_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    points = {"cfg_scale": [0.0], "top_k": [0], "top_p": [0.0]}
+    assert evaluate_grid(points, lambda *_: None, lambda _: None, tmp_path) == "" and not list(tmp_path.iterdir())
+
+
+def test_a_grid_without_points_or_distances_is_refused(tmp_path):
+    points = {"cfg_scale": [0.0], "top_k": [0], "top_p": [0.0]}
+    with pytest.raises(ValueError, match="give at least one value"):
+        evaluate_grid({**points, "top_k": []}, lambda *_: None, lambda _: {}, tmp_path)
+    with pytest.raises(ValueError, match="need at least 2 images"):
+        evaluate_grid(points, lambda *_: None, lambda _: {"density/net": 1.0}, tmp_path)
+
+
+def test_stability_uses_the_measured_distances_not_the_biased_ones():
+    """Resampling raises distances; a point whose distance is raised more is not worse for that."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 100))
+    resampled = np.array([[10.0], [12.0]]) + noise
+    assert stability(np.array([10.0, 10.0 + 1e-6]), resampled)[1][1]
+    assert not stability(np.array([10.0, 12.0]), resampled)[1][1]
 
 
 def test_without_resamplings_nothing_is_said_about_how_sure_it_is(tmp_path):

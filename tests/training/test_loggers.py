@@ -76,6 +76,8 @@ def test_a_run_that_continues_is_one_run_of_mlflow(tmp_path, digits_folder, monk
     history = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "train/loss")}
     logged = {int(row["step"]): float(row["train/loss"]) for row in rows(tmp_path / "run") if row["train/loss"]}
     assert len(history) == 6 and history == pytest.approx(logged)
+    with pytest.raises(ValueError, match=r"has no run .*: give the tracking_uri that the run began with"):
+        MLflowLog(str(tmp_path / "run"), "varlab", f"sqlite:///{tmp_path / 'other.db'}")
 
 
 def test_without_mlflow_a_sentence_says_what_to_install(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ A folder of an adapter holds config.json, which names its base, and adapter.safe
 tensors that differ from the base's, such as embeddings of new classes.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from varlab import __version__
 from varlab.checkpoints.export_folder import build_with, fingerprint, read_safetensors, tokenizer_fingerprint
 from varlab.checkpoints.formats import EXPORT_FORMAT
-from varlab.files import atomic_folder, save_json
+from varlab.files import atomic_folder, reason_of, save_json
 from varlab.models.custom_classes import Trust, describe
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
@@ -58,16 +59,19 @@ def save_adapter(
     base: str,
     base_networks: tuple[MSVQVAE, VAR],
     state: dict[str, Tensor],
-    var: VAR,
+    networks: tuple[MSVQVAE, VAR],
     class_names: list[str],
 ) -> None:
-    """Writes the folder of an adapter atomically. `state`: weights with the adapters apart; `var`: the merged network. `base`: a
-    folder, checkpoint or name, as every command takes it."""
-    tokenizer, base_var = base_networks
+    """Writes the folder of an adapter atomically. `state`: weights with the adapters apart; `networks`: the merged ones. `base`: a
+    folder, checkpoint or name, as every command takes it; a path is recorded relative to the adapter's folder. Raises
+    ValueError if `base` is not what was tuned."""
+    (tokenizer, base_var), var = base_networks, networks[1]
+    if tokenizer_fingerprint(networks[0]) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"base={base} has another tokenizer than the tuned model: an adapter does not hold one")
     config = {
         "format": EXPORT_FORMAT,
         "varlab": __version__,
-        "base": base,
+        "base": os.path.relpath(base, folder) if Path(base).exists() else base,
         "base_fingerprint": fingerprint(base_var),
         "tokenizer": describe(tokenizer),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -94,5 +98,9 @@ def with_adapter(
         name, _, rest = key.partition(ADAPTED)
         if rest and f"{name}.weight" in state:
             state[f"{name}{ADAPTED}original"] = state.pop(f"{name}.weight")
-    var = build_with(VAR, config["var"], merged({**state, **parts}), Trust(str(folder), trust_code), file)
+    try:
+        whole = merged({**state, **parts})
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit its base: {reason_of(error)}") from None
+    var = build_with(VAR, config["var"], whole, Trust(str(folder), trust_code), file)
     return tokenizer.eval(), var.eval(), config["class_names"]

@@ -20,6 +20,7 @@ class NetworksEntry(Schema):
     tokenizer_fingerprint: str
     var: dict[str, Any] | None
     class_names: list[str] | None
+    base: str | None = None  # of an adapter
 
 
 def checked_entry(entry: Any, newest: int, path: str | Path) -> dict[str, Any]:

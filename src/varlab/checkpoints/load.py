@@ -120,7 +120,10 @@ def load_any(
         config = read_config(path)
         if (base := config.get("base")) is None:
             return load_pretrained(path, trust_code)
-        tokenizer, var, _ = load(base, trust_code=trust_code)
+        beside = path / base
+        if config["var"] is None or beside.resolve() == path.resolve():
+            raise ValueError(f"{path}/config.json describes no adapter: its base={base}, var={config['var']}")
+        tokenizer, var, _ = load(beside if beside.exists() else base, trust_code=trust_code)
         return with_adapter(path, config, tokenizer, var, trust_code)
     checkpoint = read_checkpoint(path)
     if is_released_tokenizer(checkpoint):

@@ -78,6 +78,8 @@ def samples_or_grid(cfg: DictConfig) -> None:
         raise ValueError(
             "features=... is missing: inception (for FID, sFID, IS) or efficientnet_lite0 (under its own name)"
         )
+    if cfg.bootstraps is not None and (cfg.bootstraps < 0 or cfg.bootstraps == 1):
+        raise ValueError(f"bootstraps={cfg.bootstraps}: give 2 or more, or 0 for no intervals")
     device = default_device(cfg.device)
     further = {name: instantiate(features) for name, features in cfg.also.items()}
 
@@ -120,7 +122,8 @@ def samples_or_grid(cfg: DictConfig) -> None:
 
     points = {name: list(cfg.grid[name]) for name in ("cfg_scale", "top_k", "top_p")}
     best = evaluate_grid(points, sample, lambda folder: evaluate(folder, folder), Path(cfg.out))
-    print(f"{cfg.out}: grid.csv, grid.png; {best}")
+    if best:
+        print(f"{cfg.out}: grid.csv, grid.png; {best}")
 
 
 def print_scores(result: dict[str, Any], footer: str) -> None:

@@ -29,19 +29,21 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"precision={cfg.precision!r}: choose fp32, or bf16 with to=safetensors")
     if cfg.hub is not None and cfg.to != "safetensors":
         raise ValueError("hub=... uploads an export folder: leave out to=...")
+    if cfg.hub is not None:
+        hub.check_name(cfg.hub)
     out = Path(cfg.out)
     if cfg.to == "checkpoint":
         with atomic_write(out) as partial:
-            torch.save(read_checkpoint(cfg.checkpoint), partial)
+            torch.save(read_checkpoint(training_checkpoint(cfg)), partial)
         print(f"{out}: one file, for any number of devices (ckpt_path={out})")
         return
     if cfg.to == "adapter":
         if cfg.base is None:
             raise ValueError("to=adapter needs base=... : the model that was tuned (folder, checkpoint or name)")
-        state = weights(read_checkpoint(cfg.checkpoint), "net.", cfg.ema)
-        _, var, class_names = load(cfg.checkpoint, cfg.ema, cfg.trust_code)
+        state = weights(read_checkpoint(training_checkpoint(cfg)), "net.", cfg.ema)
+        tokenizer, var, class_names = load(cfg.checkpoint, cfg.ema, cfg.trust_code)
         base = load(cfg.base, trust_code=cfg.trust_code)[:2]
-        save_adapter(out, str(cfg.base), base, state, var, class_names)
+        save_adapter(out, str(cfg.base), base, state, (tokenizer, var), class_names)
         print(f"{out}: config.json, adapter.safetensors; it needs {cfg.base}")
         return
     tokenizer, var, class_names = load_any(cfg.checkpoint, cfg.ema, cfg.patch_nums, trust_code=cfg.trust_code)
@@ -50,7 +52,10 @@ def run(cfg: DictConfig) -> None:
         save_pretrained(out, tokenizer, var, class_names, facts_of(Path(cfg.checkpoint)), dtype, cfg.hub)
         print(f"{out}: config.json, tokenizer.safetensors, {'var.safetensors, ' if var else ''}README.md")
         if cfg.hub is not None:
-            print(hub.upload(out, cfg.hub))
+            try:
+                print(hub.upload(out, cfg.hub))
+            except ValueError as error:
+                raise ValueError(f"{error}; {out} is complete: `hf upload {cfg.hub} {out}` tries again") from None
     elif cfg.to == "released":
         for name, network in [("tokenizer", tokenizer), ("var", var)]:
             if network is not None:
@@ -61,6 +66,17 @@ def run(cfg: DictConfig) -> None:
         from varlab.checkpoints import programs
 
         print(programs.write(out, tokenizer, var, is_onnx=cfg.to == "onnx"))
+
+
+def training_checkpoint(cfg: DictConfig) -> Path:
+    """The checkpoint, unless it is an export folder. Raises ValueError for one."""
+    from varlab.checkpoints.export_folder import is_pretrained
+    from varlab.checkpoints.load import located
+
+    path = located(cfg.checkpoint)
+    if is_pretrained(path):
+        raise ValueError(f"to={cfg.to} needs a training checkpoint; {cfg.checkpoint} is an export folder")
+    return path
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:

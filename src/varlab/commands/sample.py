@@ -22,8 +22,10 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.num < 1 or cfg.batch_size < 1:
         raise ValueError(f"num={cfg.num} and batch_size={cfg.batch_size} must be positive")
-    if cfg.best_of < 1:
+    if not isinstance(cfg.best_of, int) or cfg.best_of < 1:
         raise ValueError(f"best_of={cfg.best_of}: give the number of candidates per image, 1 or more")
+    if cfg.scorer is not None and cfg.best_of == 1:
+        raise ValueError("scorer=... chooses among candidates: give best_of=2 or more, too")
     if cfg.precision not in (None, "fp32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r}: choose fp32 or bf16")
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
@@ -52,6 +54,7 @@ def run(cfg: DictConfig) -> None:
             **{name: cfg[name] for name in ("seed", "batch_size", "precision", "compiled", "npz", "grid", "film_rows")},
             best_of=cfg.best_of,
             scorer=instantiate(cfg.scorer),
+            scorer_settings=given["scorer"],
         )
     if work.rank == 0:
         if cfg.condition is None:

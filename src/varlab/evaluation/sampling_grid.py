@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from varlab.files import atomic_write, load_json
+from varlab.distributed import WorkSplit
+from varlab.files import atomic_write
 
 PARTS = ("/low", "/high", "/std", "/real_against_real")  # of names of scores
 
@@ -25,8 +26,11 @@ def evaluate_grid(
     """Samples and scores a VAR at each point of a grid of sampling settings; writes grid.csv and grid.png into `out`.
     Existing images and features are reused. Returns the best point, and how sure that is, as text.
 
-    `sample(folder, point)` writes the samples of a point, `evaluate(folder)` scores them. In grid.csv, `on_front` says that no
-    other point has both more precision and more recall; `lowest` and `not_worse`: see `stability`.
+    `sample(folder, point)` writes the samples of a point, `evaluate(folder)` scores them, or returns None in all processes of
+    torchrun but the first, which do nothing more. Raises ValueError if there is no point, or too few samples for a distance.
+
+    In grid.csv, `on_front` says that no other point has both more precision and more recall; `lowest` and `not_worse`: see
+    `stability`.
     """
     rows: list[dict[str, Any]] = []
     resampled: list[list[float]] = []
@@ -34,16 +38,24 @@ def evaluate_grid(
         point = dict(zip(points, values, strict=True))
         folder = out / "-".join(f"{key}{value:g}" for key, value in point.items())
         sample(folder, point)
-        found = evaluate(folder) or load_json(folder / "generation.json", "varlab evaluate")
+        if (found := evaluate(folder)) is None:
+            continue
         rows.append({**point, **{key: value for key, value in found.items() if isinstance(value, float)}})
         resampled.append(found.get("resampled_distances", []))
         write_rows(rows, out / "grid.csv")
-    score = next(key for key in rows[0] if key.startswith(("fid", "frechet_distance")))
+    if WorkSplit.of_environment().rank > 0:
+        return ""
+    if not rows:
+        raise ValueError("the grid has no point: give at least one value of cfg_scale, top_k and top_p")
+    score = next((key for key in rows[0] if key.startswith(("fid", "frechet_distance"))), None)
+    if score is None:
+        raise ValueError("a grid is compared by its distances, which need at least 2 images: give more (grid.num)")
     measured = np.array([row[score] for row in rows])
     best = int(measured.argmin())
     text = f"lowest {score} {measured[best]:.4g} at {named(rows[best], points)}"
     common = [key for key in rows[0] if not key.endswith(PARTS) and all(key in row for row in rows)]
-    axes = [key for name in ("recall", "precision") for key in common if key.split("/")[0] == name]
+    axes = [[key for key in common if key.split("/")[0] == name][:1] for name in ("recall", "precision")]
+    axes = [*axes[0], *axes[1]]
     if len(axes) == 2:
         for row, is_on_front in zip(rows, front(np.array([[row[key] for key in axes] for row in rows])), strict=True):
             row["on_front"] = bool(is_on_front)

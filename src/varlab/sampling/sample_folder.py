@@ -26,10 +26,10 @@ from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Precision, default_precision, use_bf16
-from varlab.sampling.generate import generate_tokens
-from varlab.sampling.search import Scorer, draw_best, name_of
+from varlab.sampling.search import Scorer, draw_best
 from varlab.sampling.token_sampling import SamplingSettings
 
+ADDED = {"best_of": 1, "scorer": None}  # settings that older records lack
 NUM_WRITERS = 8  # threads that encode PNG files
 
 
@@ -92,14 +92,15 @@ def write_samples(
     film_rows: int = 8,
     best_of: int = 1,
     scorer: Scorer | None = None,
+    scorer_settings: dict[str, Any] | None = None,
 ) -> None:
     """Writes one image per condition (class labels, or rows of an array) into `out`; the images are split over the
     processes of torchrun.
 
     `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. `best_of` and
-    `scorer`: see `draw_best`. Images are written by threads while the next batch is generated: as PNG, or with `npz` as
-    arrays of their pixels, which are removed once samples.npz holds them. Raises ValueError for a setting out of range, and
-    if `out` holds images made with other settings.
+    `scorer`: see `draw_best`; `scorer_settings` are recorded. Images are written by threads while the next batch is
+    generated: as PNG, or with `npz` as arrays of their pixels, which are removed once samples.npz holds them. Raises
+    ValueError for a setting out of range, and if `out` holds images made with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
     identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
@@ -112,8 +113,7 @@ def write_samples(
     is_labels = not isinstance(conditions, np.ndarray)
     rows = torch.as_tensor(np.asarray(conditions))
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
-    if best_of > 1:
-        protocol |= {"best_of": best_of, "scorer": name_of(scorer)}
+    protocol |= {"best_of": best_of, "scorer": scorer_settings}
     named = [int(label) for label in conditions] if is_labels else rows.tolist()
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
 
@@ -133,8 +133,8 @@ def write_samples(
             padding = 0 if compiled == "none" else batch_size - len(chunk)  # a smaller batch would be compiled anew
             padded = chunk + chunk[-1:] * padding
             condition, seeds = rows[padded].to(device), [seed + i for i in padded]
-            images = draw_best(var, tokenizer, condition, settings, seeds, compiled, best_of, scorer)
-            pixels = image_grid.to_uint8(images[: len(chunk)])
+            drawn = draw_best(var, tokenizer, condition, settings, seeds, compiled, best_of, scorer)
+            pixels = image_grid.to_uint8(drawn.images[: len(chunk)])
             for write in writes:  # of the batch before
                 write.result()
             writes = [
@@ -150,9 +150,11 @@ def write_samples(
     elif record.is_file() and (seconds := load_json(record, "varlab sample").get("seconds_per_image")) is not None:
         protocol["seconds_per_image"] = seconds
     wait_for_files(files)
-    write_figures(
-        out, tokenizer, var, rows[:film_rows].to(device), settings, seed, files[:grid], named if is_labels else None
-    )
+    shown = rows[:film_rows].to(device)
+    unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
+    seeds = [seed + i for i in range(len(shown))]
+    film = draw_best(var, tokenizer, shown, unsmoothed, seeds, "none", best_of, scorer).token_maps
+    write_figures(out, tokenizer, film, files[:grid], named if is_labels else None)
     if npz:
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
@@ -185,19 +187,11 @@ def plain(settings: SamplingSettings) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_figures(
-    out: Path,
-    tokenizer: MSVQVAE,
-    var: VAR,
-    conditions: Tensor,
-    settings: SamplingSettings,
-    seed: int,
-    files: Sequence[Path],
-    labels: Sequence[int] | None,
+    out: Path, tokenizer: MSVQVAE, film: Sequence[Tensor], files: Sequence[Path], labels: Sequence[int] | None
 ) -> None:
-    """Writes filmstrip.png, the first images after each scale, and grid.png, one column per class (ten at most)."""
-    unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
-    _, token_maps = generate_tokens(var, tokenizer, conditions, unsmoothed, seed=seed)
-    strip = tokenizer.filmstrip(token_maps) / 2 + 0.5
+    """Writes filmstrip.png, images after each scale of the token maps `film`, and grid.png, one column per class (ten at
+    most)."""
+    strip = tokenizer.filmstrip(film) / 2 + 0.5
     image_grid.save(image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
     shown = torch.stack([image_grid.read(file) for file in files])
     num_classes = len(set(labels)) if labels else 10
@@ -211,7 +205,7 @@ def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
         before = load_json(file, "varlab sample")
         count = min(len(before["labels"]), len(protocol["labels"]))
         cut = [{**one, "labels": one["labels"][:count]} for one in (before, protocol)]
-        changed = [key for key in protocol if cut[0].get(key) != cut[1][key]]
+        changed = [key for key in protocol if cut[0].get(key, ADDED.get(key)) != cut[1][key]]
         if changed:
             raise ValueError(
                 f"{out} holds images made with other settings ({', '.join(changed)}): choose another out=..."

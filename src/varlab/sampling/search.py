@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from varlab.models import losses, scales
+from varlab.models.autocast import autocast_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
@@ -23,10 +24,11 @@ def likelihoods(
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Log-likelihood of images given their condition, and given none, in nats per token."""
     inputs = quantizer.teacher_forcing_inputs(list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order)
-    with_condition, without = (
-        -losses.over_tokens(losses.token_scores(var(inputs, c), sequence, var.patch_nums).loss, var.patch_nums)
-        for c in (condition, var.embedder.null(condition))
-    )
+    with autocast_of(var.head.weight):
+        with_condition, without = (
+            -losses.over_tokens(losses.token_scores(var(inputs, c), sequence, var.patch_nums).loss, var.patch_nums)
+            for c in (condition, var.embedder.null(condition))
+        )
     return with_condition, without
 
 
@@ -44,12 +46,6 @@ class ConditionGain:
         return with_condition - without
 
 
-def name_of(scorer: Scorer | None) -> str:
-    """The name of a scorer's class or function, for records."""
-    function = getattr(scorer or ConditionGain, "func", scorer or ConditionGain)  # inside a partial
-    return getattr(function, "__name__", type(function).__name__)
-
-
 @torch.no_grad()
 def draw_best(
     var: VAR,
@@ -60,22 +56,33 @@ def draw_best(
     compiled: str,
     best_of: int,
     scorer: Scorer | None,
-) -> Float[Tensor, "B 3 H W"]:
-    """For each condition, the image of `best_of` candidates with the largest score; see `generate`. `scorer`: None is
-    `ConditionGain`. Raises ValueError for scores of another shape than (B)."""
+) -> Drawn:
+    """For each condition, the one of `best_of` candidates with the largest score; see `generate`. `scorer`: None is
+    `ConditionGain`. A score that is no number counts as the smallest. Raises ValueError for scores of another shape than (B)."""
+    best = draw(var, tokenizer, condition, settings, seeds, compiled)
     if best_of == 1:
-        return draw(var, tokenizer, condition, settings, seeds, compiled).images
+        return best
     scorer = scorer or ConditionGain(var, tokenizer)
-    best, images = torch.full((len(condition),), -torch.inf, device=condition.device), torch.empty(0)
-    for candidate in range(best_of):
-        drawn = draw(var, tokenizer, condition, settings, [seed + candidate * STRIDE for seed in seeds], compiled)
-        scores = scorer(drawn, condition)
-        if scores.shape != best.shape:
-            raise ValueError(
-                f"the scorer returned shape {tuple(scores.shape)}, not one score per image: ({len(best)},)"
-            )
-        is_better = scores.float() > best
-        best = torch.where(is_better, scores.float(), best)
-        shown = is_better[:, None, None, None]
-        images = drawn.images.clone() if candidate == 0 else torch.where(shown, drawn.images, images)
-    return images
+    highest = score(scorer, best, condition)
+    best = Drawn(best.f_hat.clone(), best.images.clone(), [tokens.clone() for tokens in best.token_maps])
+    for number in range(1, best_of):
+        candidate = draw(var, tokenizer, condition, settings, [seed + number * STRIDE for seed in seeds], compiled)
+        found = score(scorer, candidate, condition)
+        wins = found > highest
+        highest = torch.where(wins, found, highest)
+        best = Drawn(
+            torch.where(wins[:, None, None, None], candidate.f_hat, best.f_hat),
+            torch.where(wins[:, None, None, None], candidate.images, best.images),
+            [torch.where(wins[:, None], a, b) for a, b in zip(candidate.token_maps, best.token_maps, strict=True)],
+        )
+    return best
+
+
+def score(scorer: Scorer, drawn: Drawn, condition: Tensor) -> Float[Tensor, " B"]:
+    """Scores of candidates."""
+    scores = torch.as_tensor(scorer(drawn, condition), device=condition.device).float()
+    if scores.shape != (len(condition),):
+        raise ValueError(
+            f"the scorer returned shape {tuple(scores.shape)}, not one score per image: ({len(condition)},)"
+        )
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

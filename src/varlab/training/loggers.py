@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from varlab.files import atomic_write
+from varlab.files import atomic_write, reason_of
 
 
 def run_id(folder: str | Path) -> str:
@@ -64,6 +64,14 @@ class MLflowLog(MLFlowLogger):
             super().__init__(experiment, run_name=Path(folder).name, tracking_uri=tracking_uri, run_id=known)
         except ModuleNotFoundError:
             raise ValueError("logger=mlflow needs: pip install 'varlab[mlflow]'") from None
+        if known is not None:
+            try:
+                self._mlflow_client.get_run(known)
+            except Exception as error:  # MlflowException, which can be imported only where MLflow is
+                raise ValueError(
+                    f"{file}: MLflow at {tracking_uri} has no run {known} ({reason_of(error)}): give the tracking_uri that the run"
+                    " began with, or remove the file to log to a new run"
+                ) from None
         if known is None and not rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
             with atomic_write(file) as partial:
                 partial.write_text(str(self.run_id), encoding="utf-8")
