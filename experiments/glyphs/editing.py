@@ -1,7 +1,7 @@
 """Zero-shot editing of held-out faces: is the inserted letter the asked one, does it keep the style of its face, how wide is
 the seam?
 
-    python experiments/glyphs/editing.py          (needs data/glyphs32 and its classifier; not run yet)
+    python experiments/glyphs/editing.py          (needs data/glyphs32 and its classifier)
 
 - Inpainting: the right half of a glyph is drawn anew, given its class or no class.
 - Class editing: a glyph is redrawn as another character while its coarse scales are kept (`strength`).

@@ -1,7 +1,7 @@
 """Next-scale against next-token prediction on glyphs: the same blocks, tokens, images, steps and learning rate, three seeds.
 Likelihood and samples; the judge is a classifier of the same data. Finished steps are skipped; an interrupted run continues.
 
-    python experiments/glyphs/order.py    (after experiments/depth_scaling/run.py glyphs; not run yet)
+    python experiments/glyphs/order.py    (after experiments/depth_scaling/run.py glyphs)
 
 The runs of that study are the next-scale side.
 Writes order.csv (one row per run and guidance), order.md (means and 95 % intervals over seeds) and order.png beside this file.

@@ -1,7 +1,7 @@
 """How much faster is next-scale than next-token prediction, by the number of tokens? The same blocks with random weights:
 maps of 1 to s pixels in as many forward passes as there are maps, against the s * s tokens of the last map one by one.
 
-    python experiments/performance/sampling_order.py          (two CPU cores, alone; not run yet)
+    python experiments/performance/sampling_order.py          (two CPU cores, alone)
     python experiments/performance/sampling_order.py --device cuda
 
 Writes sampling_order.csv and sampling_order.png beside this file. Times include the token maps, not the decoder, which is the

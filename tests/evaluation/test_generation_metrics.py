@@ -191,3 +191,20 @@ def test_intervals_stay_in_the_range_of_their_scores_and_are_left_out_for_many_i
     assert found["precision/high"] == 1.0 and found["precision/low"] < 1.0 and found["density/low"] >= 0
     monkeypatch.setattr("varlab.evaluation.generation_metrics.MOST_IMAGES", 79)
     assert not any("/low" in key for key in scores(same, same, half_samples=20)[0])
+
+
+def test_radii_of_a_set_are_computed_once(monkeypatch):
+    monkeypatch.setattr("varlab.evaluation.generation_metrics.RADII", {})
+    calls, real = [], torch.cdist
+    monkeypatch.setattr("torch.cdist", lambda a, b, **how: calls.append(len(b)) or real(a, b, **how))
+    a, b = Features(MADE), Features(REAL)
+    first = scores(a, b)[0]
+    assert calls.count(len(REAL)) == 3  # radii of the real images, and both sets against each other
+    again = scores(a, b, half_samples=2)[0]
+    assert {key: again[key] for key in first} == first
+    assert (
+        scores(b, b)[0]["precision"] == 1.0 and scores(Features(MADE + 1), b)[0]["precision"] < first["precision"] + 1
+    )
+    before = len(calls)
+    scores(a, b)
+    assert len(calls) - before == 3, "neither set's own radii are computed again"

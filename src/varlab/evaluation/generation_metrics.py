@@ -3,6 +3,7 @@ distance, precision, recall, density and coverage. Pure math: the caller reports
 with each score.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from jaxtyping import Float
 
 from varlab.evaluation.frechet import FeatureStatistics, frechet_distance, statistics
 
+NEIGHBORS, MOST_RADII = 5, 20
+RADII: dict[tuple[str, int], torch.Tensor] = {}  # by content of the set and number of the neighbor
 MOST_IMAGES = 20_000  # whose distances are computed again for an interval
 
 
@@ -90,9 +93,22 @@ def density_coverage(
 
 
 def radii(x: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
-    """Distance of each row to its k-th nearest other row (N)."""
-    parts = [torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist") for rows in x.split(chunk)]
-    return torch.cat([part.topk(k + 1, dim=1, largest=False).values[:, -1] for part in parts])  # the nearest is itself
+    """Distance of each row to its k-th nearest other row (N). Kept for the last few sets: of real images they are needed again
+    for each score, for the floor, and for each point of a grid."""
+    key = (hashlib.sha256(x.numpy().tobytes()).hexdigest(), k)
+    if key not in RADII:
+        most = min(max(k, NEIGHBORS), len(x) - 1)
+        parts = [
+            torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist")
+            .topk(most + 1, dim=1, largest=False)
+            .values
+            for rows in x.split(chunk)
+        ]
+        found = torch.cat(parts)
+        while len(RADII) >= MOST_RADII:
+            RADII.pop(next(iter(RADII)))
+        RADII.update({(key[0], n): found[:, n].clone() for n in range(1, most + 1)})  # number 0 is the row itself
+    return RADII[key]
 
 
 def share_within(x: torch.Tensor, centers: torch.Tensor, reach: torch.Tensor, chunk: int) -> float:
@@ -163,6 +179,7 @@ def half_sample_intervals(
 
     ranges = {"kernel_distance": (-np.inf, np.inf), "inception_score": (1.0, np.inf), "density": (0.0, np.inf)}
     drawn: dict[str, list[float]] = {}
+    kept = dict(RADII)
     for _ in range(repeats):
         a, b = half(made), half(real)
         found = {
@@ -174,6 +191,8 @@ def half_sample_intervals(
             found["inception_score"] = inception_score(a.probabilities)[0]
         for name, value in found.items():
             drawn.setdefault(name, []).append(value)
+    RADII.clear()
+    RADII.update(kept)  # those of the halves are not needed again
     ends: dict[str, float] = {}
     for name, values in drawn.items():
         (lowest, highest), half_width = ranges.get(name, (0.0, 1.0)), 1.96 * float(np.std(values, ddof=1))
