@@ -25,7 +25,7 @@ def test_a_training_checkpoint_goes_out_and_is_read_by_all(tmp_path, var_overrid
     assert load(tmp_path / "raw")[2] == [str(digit) for digit in range(10)]
     with pytest.raises(ValueError, match="raw already exists: remove it, or choose another out="):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'raw'}")
-    with pytest.raises(ValueError, match="to='zip': choose one of safetensors, released"):
+    with pytest.raises(ValueError, match="to='zip': choose one of safetensors, adapter, released"):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'zip'}", "to=zip")
     with pytest.raises(ValueError, match="precision='bf16': choose fp32, or bf16 with to=safetensors"):
         export_to(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'half'}", "to=released", "precision=bf16")
