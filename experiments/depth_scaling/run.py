@@ -1,18 +1,15 @@
-"""Does the loss of a VAR follow a power law in size, data and compute, and does next-scale beat next-token prediction?
-Glyphs of free fonts (study `glyphs`), newly generated scenes (`scenes`), and emoji64, a small data set (`emoji`). Finished
-steps are skipped; an interrupted run continues.
+"""Does the loss of a VAR follow a power law in size, data and compute? Glyphs of free fonts (study `glyphs`), and emoji64, a small
+data set (`emoji`). Finished steps are skipped; an interrupted run continues.
 
     python experiments/depth_scaling/run.py glyphs          (needs data/glyphs32; two CPU cores: two hours)
-    python experiments/depth_scaling/run.py scenes          (two CPU cores: about half an hour)
     python experiments/depth_scaling/run.py emoji           (400 images, 19 passes: seven minutes; needs data/emoji64)
-    python experiments/depth_scaling/run.py scenes --refit  (fits the committed tables again: seconds)
-    python experiments/depth_scaling/run.py scenes --plan   (prints FLOP and time of all jobs, starts none)
-    python experiments/depth_scaling/run.py scenes --full --device gpu    (one GPU: 3 million scenes, depths 2 to 10)
+    python experiments/depth_scaling/run.py glyphs --refit  (fits the committed tables again: seconds)
+    python experiments/depth_scaling/run.py glyphs --plan   (prints FLOP and time of all jobs, starts none)
+    python experiments/depth_scaling/run.py glyphs --full --device gpu    (one GPU: depths 2 to 10; not run yet)
 """
 
 import argparse
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -95,44 +92,33 @@ def glyphs(is_full: bool = False, device: str = "cpu") -> Study:
     return Study(name, Path("data/glyphs32/shards"), "glyphs32", depths, steps, settings)
 
 
+def emoji(is_full: bool = False, device: str = "cpu") -> Study:
+    """The study of few images, each seen many times."""
+    settings = [
+        *shared_settings(device),
+        "module.base_lr=8.0e-3",
+        "data.global_batch_size=64",
+        "log_every=5",
+        "save_every=60",
+    ]
+    depths, steps = ("2,3,4,6,8,10", 20_000) if is_full else ("1,2,3", 120)
+    settings += [f"val_every={steps // 8}"]
+    name = "emoji-full" if is_full else "emoji"
+    return Study(name, Path("data/emoji64/shards"), ["experiment=tokenizer_emoji64"], depths, steps, settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("study", choices=["glyphs", "scenes", "emoji"])
+    parser.add_argument("study", choices=["glyphs", "emoji"])
     parser.add_argument("--full", action="store_true", help="the size for a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--refit", action="store_true", help="fit the committed tables again, train nothing")
     parser.add_argument("--plan", action="store_true", help="print the cost of the sweep, start nothing")
     given = parser.parse_args()
-    shared = shared_settings(given.device)
-    name = f"{given.study}-full" if given.full else given.study
+    study = {"glyphs": glyphs, "emoji": emoji}[given.study](given.full, given.device)
     if given.refit:
-        Study(name, Path(), [], "", 0, []).fit("var", HERE / f"{name}-var/runs.csv")
+        study.fit("var", HERE / f"{study.name}-var/runs.csv")
         return
-    if given.study == "scenes":
-        images, shards = (3_000_000 if given.full else 60_000), Path(f"data/{name}/shards")
-        if not (shards / "manifest.json").is_file():
-            subprocess.run([sys.executable, str(HERE / "scenes.py"), str(shards), "--train", str(images)], check=True)
-        batch, depths = (256, "2,3,4,6,8,10") if given.full else (64, "1,2,3,4,5,6")
-        steps = images // batch // 8 * 8
-        settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
-        tokenizer = ["experiment=tokenizer_scenes", *(["steps=20000"] if given.full else [])]
-        study = Study(name, shards, tokenizer, depths, steps, [*settings, "log_every=28", "save_every=224"])
-    elif given.study == "glyphs":
-        batch, depths, steps = (256, "2,3,4,6,8,10", 900) if given.full else (64, "1,2,3,4,5,6", 1000)
-        settings = [*shared, "module.base_lr=8.0e-3", f"data.global_batch_size={batch}", f"val_every={steps // 4}"]
-        own = [
-            *settings,
-            "log_every=25",
-            "save_every=250",
-            *([] if given.full else ["model.width=${mul:32,${model.depth}}"]),
-        ]
-        study = Study(name, Path("data/glyphs32/shards"), "glyphs32", depths, steps, own)
-    else:
-        tokenizer = ["experiment=tokenizer_emoji64"]
-        settings = [*shared, "module.base_lr=8.0e-3", "data.global_batch_size=64", "log_every=5", "save_every=60"]
-        depths, steps = ("2,3,4,6,8,10", 20_000) if given.full else ("1,2,3", 120)
-        settings += [f"val_every={steps // 8}"]
-        study = Study(name, Path("data/emoji64/shards"), tokenizer, depths, steps, settings)
     tokens = study.tokens()
     if given.study == "emoji" and not given.full:  # few enough for many epochs on two cores
         tokens[1] = f"data.path={first_images(study.runs / 'tokens', 400)}"
@@ -140,11 +126,9 @@ def main() -> None:
         study.plans = ["plan=true", "planned_flops=1.5e11"]
         study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={SHARES}")
         return
-    shares = "1" if given.study == "emoji" else SHARES
-    study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={shares}")
-    if given.study != "emoji":  # the noise of a run
-        seeds = "1,2" if given.study == "glyphs" else "1"
-        study.sweep("var", tokens, "model.depth=1,2,3", f"seed={seeds}", f"branch={SHARES}")
+    study.sweep("var", tokens, f"model.depth={study.depths}", f"branch={'1' if given.study == 'emoji' else SHARES}")
+    if given.study == "glyphs":  # the noise of a run
+        study.sweep("var", tokens, "model.depth=1,2,3", "seed=1,2", f"branch={SHARES}")
     study.fit("var")
 
 
