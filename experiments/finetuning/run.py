@@ -3,7 +3,7 @@ from its weights, and from its weights with low-rank adapters; three seeds. Fini
 
     python experiments/finetuning/run.py          (needs nothing but varlab; not run yet)
 
-Writes finetuning.csv (one row per run and validation), finetuning.md and finetuning.png beside this file.
+Writes finetuning.csv (one row per run and validation) and finetuning.png beside this file, and prints a table.
 """
 
 import csv
@@ -73,7 +73,6 @@ def main() -> None:
         needed = [steps_to(loss, one) for loss, one in zip(losses[0], curves["from glyphs32"], strict=True)]
         saved = interval(needed) if min(needed) > EVERY else f"at most {EVERY}"
         lines.append(f"| {step} | {' | '.join(interval(values) for values in losses)} | {saved} |")
-    (HERE / "finetuning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()

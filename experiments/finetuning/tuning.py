@@ -4,7 +4,7 @@ Finished steps are skipped; an interrupted run continues.
 
     python experiments/finetuning/tuning.py          (after experiments/pretrained/run.py glyphs32; not run yet)
 
-Writes tuning.csv (one row per run and guidance) and tuning.md (means and 95 % intervals over seeds) beside this file.
+Writes tuning.csv (one row per run and guidance) beside this file, and prints means and 95 % intervals over seeds.
 """
 
 import json
@@ -60,7 +60,6 @@ def main() -> None:
         for arm in ARMS:
             chosen = [row for row in rows if row["arm"] == arm and row["cfg_scale"] == scale]
             lines.append(f"| {arm} | {scale:g} | {' | '.join(interval([row[k] for row in chosen]) for k in SCORES)} |")
-    (HERE / "tuning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -8,8 +8,8 @@ the seam?
 
 Style: the edited image is compared, by blocks of 4 pixels, with the asked character of its own face and of all other held-out
 faces; the score is the share of other faces that are farther away (50 % by chance, 100 %: the own face is the nearest).
-Writes editing.csv (one row per edit, pair of characters and seed of sampling), editing.md (means over pairs with 95 % intervals
-over seeds) and editing.png beside this file.
+Writes editing.csv (one row per edit, pair of characters and seed of sampling) and editing.png beside this file, and prints means
+over pairs with 95 % intervals over seeds.
 """
 
 import argparse
@@ -127,7 +127,6 @@ def main() -> None:
             ]
             found.append(interval([float(np.mean(values)) for values in seeds]) if seeds[0] else "")
         lines.append(f"| {what} | {' | '.join(found)} |")
-    (HERE / "editing.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     first = torch.cat(shown[:4])
     image_grid.save(image_grid.grid(first / 2 + 0.5, columns=4 + len(STRENGTHS)), HERE / "editing.png")

@@ -3,7 +3,7 @@ Existing samples are reused.
 
     python experiments/glyphs/guidance.py          (after experiments/data/glyphs.py; not run yet)
 
-Writes guidance.csv (one row per setting and seed), guidance.md (means and 95 % intervals) and guidance.png beside this file.
+Writes guidance.csv (one row per setting and seed) and guidance.png beside this file, and prints means and 95 % intervals.
 """
 
 import json
@@ -50,7 +50,6 @@ def main() -> None:
         lines.append(
             f"| {' | '.join([*map(str, settings), *(interval([row[key] for row in chosen]) for key in SCORES)])} |"
         )
-    (HERE / "guidance.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     plot(rows)
 

@@ -4,7 +4,7 @@ Likelihood and samples; the judge is a classifier of the same data. Finished ste
     python experiments/glyphs/order.py    (after experiments/depth_scaling/run.py glyphs)
 
 The runs of that study are the next-scale side.
-Writes order.csv (one row per run and guidance), order.md (means and 95 % intervals over seeds) and order.png beside this file.
+Writes order.csv (one row per run and guidance) and order.png beside this file, and prints means and 95 % intervals over seeds.
 """
 
 import json
@@ -72,8 +72,7 @@ def main() -> None:
             chosen = [row for row in rows if row["order"] == name and row["cfg_scale"] == scale]
             found = " | ".join(interval([row[key] for row in chosen]) for key in scores)
             lines.append(f"| {scale:g} | {name} | {found} |")
-    (HERE / "order.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print((HERE / "order.md").read_text())
+    print("\n".join(lines))
     images = [Image.open(file) for _, file in shown]
     sheet = Image.new("RGB", (sum(image.width + 10 for image in images), images[0].height + 18), "white")
     for i, (image, (name, _)) in enumerate(zip(images, shown, strict=True)):
