@@ -42,12 +42,10 @@ def test_the_last_sample_is_the_image_of_generate_and_energy_falls(page_models):
 
 
 def test_the_same_code_has_the_same_color_and_others_another():
-    picture = np.asarray(indices_picture(np.array([[3, 700], [3, 701]]), 4096))
+    picture = np.asarray(indices_picture(np.array([[3, 700], [3, 701]])))
     side = len(picture) // 2
     assert (picture[0, 0] == picture[side, 0]).all()
-    colors = {
-        tuple(color) for color in np.asarray(indices_picture(np.arange(4096).reshape(64, 64), 4096)).reshape(-1, 3)
-    }
+    colors = {tuple(color) for color in np.asarray(indices_picture(np.arange(4096).reshape(64, 64))).reshape(-1, 3)}
     assert len(colors) > 4000
 
 

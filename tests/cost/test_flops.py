@@ -41,6 +41,15 @@ def test_counted_flops_are_those_that_torch_counts():
     )  # torch leaves attention out on some devices
 
 
+@torch.no_grad()
+def test_a_head_of_digits_costs_its_logits():
+    plain, digits = (make_var(codebook_size=2**12, bases=bases) for bases in (None, [2] * 12))
+    for var in (plain, digits):
+        assert parameter_counts(var.sizes)["params_total"] == sum(p.numel() for p in var.parameters())
+    saved = training_flops(plain.sizes) - training_flops(digits.sizes)
+    assert saved == 3 * 30 * 2 * plain.width * (2**12 - 24)
+
+
 def test_published_ratios_to_6nd():
     for depth, ratio in [(2, 1.93), (4, 1.07), (8, 0.82), (16, 0.73), (30, 0.70)]:
         with torch.device("meta"):

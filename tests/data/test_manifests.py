@@ -39,7 +39,7 @@ def read_all(folder):
 def train_on(folder):
     data = TokenDataModule(str(folder), global_batch_size=8)
     data.setup()
-    return list(data.train_dataloader()), data.marginal_entropies(data.manifest["codebook_size"])
+    return list(data.train_dataloader()), data.marginal_entropies()
 
 
 @FUZZ

@@ -150,7 +150,7 @@ class Model:
             reconstructions=[to_images(decode(self.tokenizer, f_hat))[0] for f_hat in partial],
             residuals=[heatmap(residual, max(float(r.max()) for r in residuals)) for residual in residuals],
             indices=[
-                indices_picture(tokens[0].cpu().numpy().reshape(sides), quantizer.codebook_size)
+                indices_picture(tokens[0].cpu().numpy().reshape(sides))
                 for tokens, sides in zip(token_maps, quantizer.sides, strict=True)
             ],
             rows=[
@@ -177,12 +177,12 @@ def heatmap(values: np.ndarray, top: float) -> Image.Image:
     return enlarged(Image.fromarray((colours * 255).astype(np.uint8)))
 
 
-def indices_picture(indices: np.ndarray, codebook_size: int) -> Image.Image:
+def indices_picture(indices: np.ndarray) -> Image.Image:
     """Codebook indices as colors: a code has the same color at every position and scale."""
-    hue = (np.arange(codebook_size) * 0.61803398875) % 1  # neighbors in the codebook get distinct colors
-    value = 0.55 + 0.45 * ((np.arange(codebook_size) * 0.7548776662) % 1)
-    palette = hsv_to_rgb(np.stack([hue, np.full(codebook_size, 0.65), value], axis=1))
-    return enlarged(Image.fromarray((palette[indices] * 255).astype(np.uint8)))
+    hue = (indices * 0.61803398875) % 1  # neighbors in the codebook get distinct colors
+    value = 0.55 + 0.45 * ((indices * 0.7548776662) % 1)
+    colors = hsv_to_rgb(np.stack([hue, np.full(indices.shape, 0.65), value], axis=-1))
+    return enlarged(Image.fromarray((colors * 255).astype(np.uint8)))
 
 
 @dataclass(frozen=True)

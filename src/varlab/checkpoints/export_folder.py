@@ -28,6 +28,7 @@ from varlab.models.var import VAR
 
 Network = TypeVar("Network", bound=nn.Module)
 LARGEST = 2**22  # of any number among a network's arguments
+ADDED = ("bases",)  # arguments that version 0.2 did not have; left out of fingerprints where they are None
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """---
 library_name: varlab
@@ -71,7 +72,7 @@ def identity(network: RecordedModule) -> dict[str, Any]:
     fingerprints match those of version 0.1."""
     found: dict[str, Any] = {} if class_of(network) in PLAIN_CLASSES else {"class": class_path(class_of(network))}
     for name, value in {**network.arguments, **network.resolved()}.items():
-        if name in network.changeable:
+        if name in network.changeable or (name in ADDED and value is None):
             continue
         if isinstance(value, RecordedModule):
             inner = identity(value)

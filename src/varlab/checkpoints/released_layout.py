@@ -104,6 +104,8 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
         raise ValueError(f"the released code has no {type(module).__name__} like this one: export to=safetensors")
     if isinstance(module, VAR) and module.order != "scales":
         raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")
+    if isinstance(module, VAR) and len(module.bases) > 1:
+        raise ValueError("the released code predicts codes, not their digits: export to=safetensors")
     state = {}
     for key, value in module.state_dict().items():
         if key == "quantizer.num_updates":  # the released code does not store its counter

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from varlab.cost.flops import num_logits
 from varlab.models import losses, scales
 from varlab.models.custom_classes import build
 from varlab.models.transformer import COSTLY, AdaLNBlock
@@ -30,10 +31,10 @@ def linear_weights(sizes: dict[str, Any]) -> int:
 def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
     """Bytes saved per image for the backward pass.
 
-    Measured on networks of one and two blocks, widths 64 and 128, and a tenth of the codebook, then extrapolated
+    Measured on networks of one and two blocks, widths 64 and 128, and a tenth of the logits, then extrapolated
     linearly in each of the three: no term per image is quadratic in the width.
     """
-    codes = max(sizes["codebook_size"] // 10, 2)
+    codes = max(num_logits(sizes) // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
     base, coded = at(1, 1, codes), at(1, 1, 2 * codes)
     width = sizes["width"] / 64 - 1
@@ -42,13 +43,13 @@ def activation_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss
     return (
         first_block
         + block_bytes(sizes, precision, recompute, loss_chunks) * (sizes["depth"] - 1)
-        + by_code * (sizes["codebook_size"] - codes)
+        + by_code * (num_logits(sizes) - codes)
     )
 
 
 def block_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chunks: int = 1) -> float:
     """Bytes saved per image by one additional block."""
-    codes = max(sizes["codebook_size"] // 10, 2)
+    codes = max(num_logits(sizes) // 10, 2)
     at = partial(small_network_bytes, kept_sizes(sizes), precision, recompute, loss_chunks)
     narrow, wide = (at(2, heads, codes) - at(1, heads, codes) for heads in (1, 2))
     return narrow + (wide - narrow) * (sizes["width"] / 64 - 1)

@@ -18,7 +18,7 @@ Sizes = dict[str, Any]
 def parameter_counts(sizes: Sizes) -> dict[str, int]:
     """`params_total`; `params_main`: the blocks (about 18 d D^2, the N of the paper's fits); `params_token`: parameters
     that act on every token, 12 d D^2 and the head."""
-    depth, width, vocabulary = sizes["depth"], sizes["width"], sizes["codebook_size"]
+    depth, width, vocabulary = sizes["depth"], sizes["width"], num_logits(sizes)
     lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
     token_weights = 4 * width**2 + 2 * width * hidden
@@ -46,6 +46,11 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
     }
 
 
+def num_logits(sizes: Sizes) -> int:
+    """Outputs of the head per token: codes, or values of all digits."""
+    return sum(sizes.get("bases", [sizes["codebook_size"]]))
+
+
 def step_lengths(sizes: Sizes) -> list[int]:
     """Tokens predicted at each step: those of each scale, or 1 per token in raster order."""
     return [last - first for first, last in scales.step_bounds(sizes["patch_nums"], sizes.get("order", "scales"))]
@@ -56,7 +61,7 @@ def training_flops(sizes: Sizes) -> int:
     depth, width, vocabulary, codebook_dim = (
         sizes["depth"],
         sizes["width"],
-        sizes["codebook_size"],
+        num_logits(sizes),
         sizes["codebook_dim"],
     )
     lengths = step_lengths(sizes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from varlab.cost.activation_memory import activation_bytes, block_bytes, linear_weights
-from varlab.cost.flops import parameter_counts, training_flops
+from varlab.cost.flops import num_logits, parameter_counts, training_flops
 from varlab.models import scales
 
 GB = 1e9
@@ -90,7 +90,7 @@ def estimated_mfu(run: PlannedRun, gpu: GPU) -> float:
     forward, backward = TOKEN_BYTES
     flops = training_flops(sizes)
     moved = forward + backward + (0 if layout.recompute == "none" else forward)
-    bytes_moved = tokens * (sizes["depth"] * sizes["width"] * moved + sizes["codebook_size"] * LOGIT_BYTES)
+    bytes_moved = tokens * (sizes["depth"] * sizes["width"] * moved + num_logits(sizes) * LOGIT_BYTES)
     images = run.batch / layout.num_devices / layout.accumulate  # per forward pass of a device
     bytes_moved += params * (WEIGHT_BYTES / images + ADAMW_BYTES / (images * layout.accumulate))
     is_half = "bf16" in run.precision
@@ -146,7 +146,7 @@ def memory(run: PlannedRun) -> dict[str, float]:
             f"data.global_batch_size={run.batch} is less than one image for each of {layout.num_devices} devices x"
             f" {layout.accumulate} accumulated batches"
         )
-    num_logits = scales.num_tokens(sizes["patch_nums"]) * sizes["codebook_size"]
+    logits = scales.num_tokens(sizes["patch_nums"]) * num_logits(sizes)
     gradients = params * weight_bytes / shards
     parts = {
         "weights": params * weight_bytes / shards,
@@ -164,7 +164,7 @@ def memory(run: PlannedRun) -> dict[str, float]:
     at_the_loss = {
         "gradients": earlier,
         "activations": kept,
-        "logits and their gradient": images * num_logits * (8 if "bf16" in precision else 12) / layout.loss_chunks,
+        "logits and their gradient": images * logits * (8 if "bf16" in precision else 12) / layout.loss_chunks,
         "bf16 copies of weights": copies,
     }
     in_the_last_block = {

@@ -79,7 +79,7 @@ class TokensManifest(Schema):
     format: Literal[1]
     tokenizer: str
     patch_nums: PatchNums
-    codebook_size: Annotated[int, Field(ge=1, le=2**31)]
+    codebook_size: Annotated[int, Field(ge=1, le=2**40)]
     data: str
     views: Annotated[list[View], Field(min_length=1, max_length=4096)]
     class_names: ClassNames

@@ -64,7 +64,9 @@ class TokenDataset(Dataset):
     def on_device(self, device: torch.device) -> "TokenDataset":
         """The same rows in the memory of a device, in the smallest integer dtype that torch supports and that fits."""
         assert isinstance(self.tokens, np.ndarray) and isinstance(self.conditions, np.ndarray)
-        dtype = next(dtype for dtype in (np.uint8, np.int16, np.int32) if self.tokens.max() <= np.iinfo(dtype).max)
+        dtype = next(
+            dtype for dtype in (np.uint8, np.int16, np.int32, np.int64) if self.tokens.max() <= np.iinfo(dtype).max
+        )
         tokens = torch.from_numpy(self.tokens.astype(dtype)).to(device)
         return TokenDataset(tokens, as_condition(self.conditions, self.kind).to(device), self.kind)
 
@@ -125,14 +127,14 @@ class TokenDataModule(OrderedDataModule):
         self.condition_shape = tuple(self.train_set.conditions.shape[1:])
         self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
 
-    def marginal_entropies(self, codebook_size: int) -> dict[str, float]:
+    def marginal_entropies(self) -> dict[str, float]:
         """Entropy of the codes of each scale over the validation set, in nats: the loss of a model that predicts only
         the marginal frequency of each code."""
         tokens, found = self.val_set.tokens, {}  # pyright: ignore[reportAttributeAccessIssue]
         tokens = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
         for k, (first, last) in enumerate(scales.scale_bounds(self.manifest["patch_nums"])):
-            counts = np.bincount(tokens[:, 0, first:last].ravel().astype(np.int64), minlength=codebook_size)
-            shares = counts[counts > 0] / counts.sum()
+            _, counts = np.unique(tokens[:, 0, first:last], return_counts=True)
+            shares = counts / counts.sum()
             found[f"entropy_marginal_scale_{k:02d}"] = float(-(shares * np.log(shares)).sum())
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from varlab.models import losses, scales
+from varlab.models.digits import Bases, most_likely
 from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 
@@ -25,11 +26,11 @@ class Calibration:
             torch.zeros(num_scales, NUM_BINS, dtype=torch.float64, device=device) for _ in range(3)
         )
 
-    def add(self, k: int, logits: Float[Tensor, "B l V"], tokens: Int[Tensor, "B l"]) -> None:
-        """Adds the tokens of scale k."""
-        confidence, most_likely = logits.float().softmax(dim=-1).flatten(0, 1).max(dim=-1)
+    def add(self, k: int, logits: Float[Tensor, "B l S"], tokens: Int[Tensor, "B l"], bases: Bases) -> None:
+        """Adds the tokens of scale k, predicted digit by digit."""
+        found, confidence = most_likely(logits.flatten(0, 1), bases)
         bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        right = (most_likely == tokens.flatten()).double()
+        right = (found == tokens.flatten()).double()
         for total, values in [
             (self.counts, torch.ones_like(right)),
             (self.confidence, confidence.double()),
@@ -64,12 +65,12 @@ def likelihood_scores(
         token_maps = list(sequence.split(scales.lengths(patch_nums), dim=1))
         inputs = quantizer.teacher_forcing_inputs(token_maps, var.order)
         logits = var(inputs, condition)
-        found = losses.token_scores(logits, sequence, patch_nums)
-        blind = losses.token_scores(var(inputs, var.embedder.null(condition)), sequence, patch_nums)
+        found = losses.token_scores(logits, sequence, patch_nums, var.bases)
+        blind = losses.token_scores(var(inputs, var.embedder.null(condition)), sequence, patch_nums, var.bases)
         for name, values in [("loss", found.loss), ("error", found.error), ("unconditional_loss", blind.loss)]:
             sums[name] += values.double().sum(dim=0)
         for k, (first, last) in enumerate(scales.scale_bounds(patch_nums)):
-            calibration.add(k, logits[:, first:last], sequence[:, first:last])
+            calibration.add(k, logits[:, first:last], sequence[:, first:last], var.bases)
         num += len(condition)
     sums = {name: total.cpu() for name, total in sums.items()}
     by_scale = {name: (total / num).tolist() for name, total in sums.items()}

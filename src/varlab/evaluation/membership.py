@@ -42,8 +42,10 @@ def code_likelihood(
 ) -> Float[np.ndarray, " N"]:
     """Log-likelihood per token if codes were drawn independently with the frequencies of `reference`: a control that knows no
     network. Members and others that it can tell apart do not come from the same distribution."""
-    counts = np.bincount(reference.ravel(), minlength=codebook_size) + 1.0
-    return np.log(counts / counts.sum())[sequences].mean(axis=1)
+    codes, counts = np.unique(reference, return_counts=True)
+    place = np.searchsorted(codes, sequences).clip(max=len(codes) - 1)
+    hits = np.where(codes[place] == sequences, counts[place], 0)
+    return np.log((hits + 1.0) / (reference.size + codebook_size)).mean(axis=1)
 
 
 def auc(members: Float[np.ndarray, " N"], others: Float[np.ndarray, " M"]) -> float:

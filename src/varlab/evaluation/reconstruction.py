@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from varlab.evaluation.frechet import features_of, frechet_distance, statistics
 from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
-from varlab.models.quantizer import perplexity
 
 
 def ssim(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -49,14 +48,14 @@ def reconstruction_scores(
     """Scores of a tokenizer on batches of images in [-1, 1].
 
     psnr (dB), ssim and each of `metrics` (one value per image) as means over images; `by_scale`: the same after each
-    scale, over the first `num_curve` images; `usage_by_scale` (percent of the codes in use), `perplexity_by_scale`
-    (codes), and both over all scales.
+    scale, over the first `num_curve` images; `usage_by_scale` (percent of the codes, or of the values of their digits, in
+    use), `perplexity_by_scale` (codes), and both over all scales.
     """
     quantizer, seen, averages = tokenizer.quantizer, 0, Averages()
-    hits = torch.zeros(quantizer.num_scales, quantizer.codebook_size)
+    hits = torch.zeros(quantizer.hits.shape)
     for images in tqdm(batches, desc="reconstruct", unit="batch"):
         token_maps = tokenizer.encode(images)
-        hits += torch.stack([torch.bincount(t.flatten().cpu(), minlength=quantizer.codebook_size) for t in token_maps])
+        hits += quantizer.count(token_maps).cpu()
         is_in_curve = seen < num_curve
         outputs = tokenizer.filmstrip(token_maps) if is_in_curve else tokenizer.decode(token_maps)[None]
         for k, output in enumerate(outputs):
@@ -73,11 +72,11 @@ def reconstruction_scores(
     return {
         **{name: means[name] for name in names},
         "usage": 100 * float((overall > 0).float().mean()),
-        "perplexity": float(perplexity(overall)),
+        "perplexity": float(quantizer.perplexity_of(overall)),
         "by_scale": {name: [means[f"{name}@{k}"] for k in range(quantizer.num_scales)] for name in names},
         "curve_images": averages.counts["psnr@0"],
         "usage_by_scale": (100 * (hits > 0).float().mean(dim=1)).tolist(),
-        "perplexity_by_scale": perplexity(hits).tolist(),
+        "perplexity_by_scale": quantizer.perplexity_of(hits).tolist(),
         "tokens_by_scale": scales.lengths(tokenizer.patch_nums),
         "num_images": seen,
     }

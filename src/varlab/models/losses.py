@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from varlab.models import scales
+from varlab.models.digits import Bases, most_likely, over_digits
 
 AdversarialLoss = Literal["hinge", "nonsaturating"]
 
@@ -76,19 +77,26 @@ def in_chunks(
     return torch.cat(parts, dim=1)  # pyright: ignore[reportArgumentType]
 
 
-def token_errors(logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-    """100 for each token whose most likely code is wrong, else 0; the mean is a percentage."""
-    return 100 * (logits.argmax(dim=-1) != sequence).float()
+def token_errors(
+    logits: Float[Tensor, "B L S"], sequence: Int[Tensor, "B L"], bases: Bases | None = None
+) -> Float[Tensor, "B L"]:
+    """100 for each token whose most likely code is wrong, else 0; the mean is a percentage. `bases`: of the digits that the logits
+    are of; None for one logit per code."""
+    if bases is None or len(bases) == 1:
+        return 100 * (logits.argmax(dim=-1) != sequence).float()
+    return 100 * (most_likely(logits, bases)[0] != sequence).float()
 
 
 @torch.no_grad()
 def token_scores(
-    logits: Float[Tensor, "B L V"], sequence: Int[Tensor, "B L"], patch_nums: scales.PatchNums
+    logits: Float[Tensor, "B L S"],
+    sequence: Int[Tensor, "B L"],
+    patch_nums: scales.PatchNums,
+    bases: Bases | None = None,
 ) -> TokenScores:
-    """Loss and error by image and scale."""
-    return TokenScores(
-        by_scale(cross_entropy(logits, sequence), patch_nums), by_scale(token_errors(logits, sequence), patch_nums)
-    )
+    """Loss and error by image and scale. `bases`: see `token_errors`."""
+    loss = over_digits(cross_entropy, logits, sequence, bases or [logits.shape[-1]])
+    return TokenScores(by_scale(loss, patch_nums), by_scale(token_errors(logits, sequence, bases), patch_nums))
 
 
 def by_scale(by_token: Float[Tensor, "B L"], patch_nums: scales.PatchNums) -> Float[Tensor, "B K"]:

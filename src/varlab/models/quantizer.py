@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from varlab.models import scales
 from varlab.models.custom_classes import RecordedModule
+from varlab.models.digits import Bases, digits_of
 
 MIN_NORM = 1e-4  # shorter vectors have no direction
 MAX_DISTANCES = 1 << 26  # distances between codes and vectors computed at a time: 256 MB
@@ -77,7 +78,8 @@ class ResidualQuantizer(RecordedModule):
     """Encodes a feature map as K token maps, coarse to fine, each encoding the residual of the coarser ones. What a token
     stands for is up to the members of this family: `nearest` (vectors -> tokens) and `embed` (tokens -> vectors).
 
-    `codebook_size` V: tokens are 0 to V - 1. `codebook_dim` C: of the vectors. `num_phis`: smoothing convolutions shared by
+    `codebook_size` V: tokens are 0 to V - 1. `bases`: of the digits of a token that a head can predict one by one
+    (models/digits.py); None is one digit. `codebook_dim` C: of the vectors. `num_phis`: smoothing convolutions shared by
     the scales (4 in the released weights, 1 for all scales, None for one per scale). `phi_ratio` r: phi(h) = (1 - r) h +
     r conv(h); 0 is the identity, without parameters. `beta`: weight of the commitment loss. `gradient`: gradient estimator of
     the lookup. `scale_dropout`: in training mode, fraction of the images that stop at a random scale from `dropout_from` on,
@@ -99,6 +101,7 @@ class ResidualQuantizer(RecordedModule):
         gradient: Literal["straight_through", "rotation"] = "straight_through",
         scale_dropout: float = 0.0,
         dropout_from: int = 3,
+        bases: Bases | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= scale_dropout <= 1:
@@ -106,6 +109,7 @@ class ResidualQuantizer(RecordedModule):
         self.patch_nums = scales.plain(patch_nums)
         self.sides = scales.sides(patch_nums)
         self.num_scales = len(self.sides)
+        self.bases = [codebook_size] if bases is None else list(bases)
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.num_phis = num_phis
@@ -119,7 +123,7 @@ class ResidualQuantizer(RecordedModule):
             nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity()
             for _ in range(num_phis or self.num_scales)
         )
-        self.register_buffer("hits", torch.zeros(self.num_scales, codebook_size))  # moving average of hits per code
+        self.register_buffer("hits", torch.zeros(self.num_scales, sum(self.bases)))  # moving average of hits per digit
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def init_weights(self) -> None:
@@ -266,14 +270,22 @@ class ResidualQuantizer(RecordedModule):
     def update_hits(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> None:
         """Updates the moving average of hit counts; counts are summed over all ranks, so every rank must call this. The
         weight of the new counts is 1 at first, then 0.1, and 0.01 after 100 updates."""
-        counts = torch.zeros_like(self.hits)
-        for count, tokens in zip(counts, token_maps, strict=True):  # bincount would make the host wait
-            count.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten(), dtype=counts.dtype))
+        counts = self.count(token_maps)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         weight = torch.where(self.num_updates < 100, 0.1, 0.01)
         self.hits.lerp_(counts, torch.where(self.num_updates == 0, 1.0, weight))
         self.num_updates += 1
+
+    def count(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> Float[Tensor, "K S"]:
+        """How often each code, or each value of each digit, occurs at each scale."""
+        counts = torch.zeros_like(self.hits)
+        for count, tokens in zip(counts, token_maps, strict=True):  # bincount would make the host wait
+            for part, digits in zip(
+                count.split(self.bases), digits_of(tokens.flatten(), self.bases).unbind(-1), strict=True
+            ):
+                part.scatter_add_(0, digits, torch.ones_like(digits, dtype=counts.dtype))
+        return counts
 
     def lookup_vectors(self, f: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ C"]]:
         """The vectors that are looked up at each scale while encoding `f`."""
@@ -288,21 +300,29 @@ class ResidualQuantizer(RecordedModule):
         return vectors
 
     def perplexity(self) -> Float[Tensor, " K"]:
-        """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V."""
-        return perplexity(self.hits)
+        """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V. For codes of several digits
+        the entropies of the digits are added, as if they were independent: an upper bound."""
+        return self.perplexity_of(self.hits)
+
+    def perplexity_of(self, hits: Float[Tensor, "*rows S"]) -> Float[Tensor, " *rows"]:
+        """The perplexity of such hits."""
+        return torch.stack([perplexity(part) for part in hits.split(self.bases, dim=-1)]).prod(dim=0)
 
     def overall(self) -> CodebookHealth:
-        """Usage and perplexity over all scales; a code counts as used if it has at least 0.08 times the mean hits per
-        code."""
+        """Usage and perplexity over all scales; a code (or a value of a digit) counts as used if it has at least 0.08 times
+        the mean hits."""
         hits = self.hits.sum(dim=0)
-        return CodebookHealth(100 * (hits >= 0.08 * hits.mean()).float().mean() * (hits.sum() > 0), perplexity(hits))
+        means = torch.cat([part.mean().expand(len(part)) for part in hits.split(self.bases)])
+        used = (hits >= 0.08 * means).float().mean() * (hits.sum() > 0)
+        return CodebookHealth(100 * used, self.perplexity_of(hits))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
         """Percent of the codebook in use at each scale: codes with at least 0.08 times the mean hits per code of a
         full-resolution map."""
         h, w = self.sides[-1]
-        threshold = 0.08 * global_batch_size * h * w / self.codebook_size
-        return 100 * (self.hits >= threshold).float().mean(dim=1)
+        bases = torch.tensor(self.bases, device=self.hits.device)
+        thresholds = 0.08 * global_batch_size * h * w / bases.repeat_interleave(bases)
+        return 100 * (self.hits >= thresholds).float().mean(dim=1)
 
 
 class MultiScaleQuantizer(ResidualQuantizer):

@@ -6,7 +6,7 @@ The network does not depend on the tokenizer: it maps embeddings (sums of coarse
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -78,6 +78,9 @@ class VAR(RecordedModule):
     """Next-scale transformer. `depth` alone sets the size; arguments that are None are derived from it, see
     `size_defaults` (`drop_path` is the rate of the last block, rising linearly from 0).
 
+    `bases`: of the digits of a token, each of which the head predicts (models/digits.py); None is one digit, a softmax over all
+    codes.
+
     `embedder`: class of the condition embedder (models/conditioning.py), called with num_classes, width and
     dropout=`label_dropout`.
 
@@ -114,6 +117,7 @@ class VAR(RecordedModule):
         shared_adaln: bool | None = None,
         qk_norm: bool = True,
         order: scales.Order = "scales",
+        bases: Sequence[int] | None = None,
         embedder: Callable[..., nn.Module] = ClassEmbedder,
         init_head: float = 0.02,
         init_adaln: float = 0.5,
@@ -132,6 +136,9 @@ class VAR(RecordedModule):
         self.num_classes = num_classes
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
+        self.bases = [codebook_size] if bases is None else [int(base) for base in bases]
+        if math.prod(self.bases) != codebook_size or min(self.bases) < 2:
+            raise ValueError(f"bases={self.bases}: their product must be the number of codes, {codebook_size}")
         self.patch_nums = scales.plain(patch_nums)
         self.order = order
         self.step_bounds = scales.step_bounds(patch_nums, order)
@@ -149,6 +156,7 @@ class VAR(RecordedModule):
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
             "order": order,
+            "bases": self.bases,
         }
         num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
 
@@ -164,7 +172,7 @@ class VAR(RecordedModule):
         self.shared_modulation = Modulation(width, 6) if shared_adaln else None
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = Modulation(width, 2)
-        self.head = nn.Linear(width, codebook_size)
+        self.head = nn.Linear(width, sum(self.bases))
 
         self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
         self.register_buffer("mask", block_causal_mask(patch_nums, order), persistent=False)
@@ -234,18 +242,18 @@ class VAR(RecordedModule):
         place = self.scale_embedding(self.scale_of_token[first:last]) + self.position[:, first:last]
         return torch.cat([part.float() for part in parts], dim=1) + place
 
-    def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l V"]:
+    def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l S"]:
         """Logits of the last hidden states, fp32; the matrix product itself runs in the autocast dtype."""
         return self.logits(x, self.head_modulation(vector))
 
-    def logits(self, x: Float[Tensor, "B l D"], modulation: Float[Tensor, "B 2 D"]) -> Float[Tensor, "B l V"]:
+    def logits(self, x: Float[Tensor, "B l D"], modulation: Float[Tensor, "B 2 D"]) -> Float[Tensor, "B l S"]:
         """The same, given scale and shift of the head."""
         scale, shift = modulation[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
     def forward(
         self, inputs: Float[Tensor, "B l C"], condition: Tensor, returns_hidden: bool = False
-    ) -> Float[Tensor, "B m V"] | HiddenStates:
+    ) -> Float[Tensor, "B m S"] | HiddenStates:
         """Logits of the L tokens by teacher forcing, or, with `returns_hidden`, the inputs of `predict`.
 
         `inputs`: teacher-forcing inputs of steps 1..K-1, B (L - l_0) C. A shorter sequence that ends at a step boundary
@@ -288,7 +296,7 @@ class VAR(RecordedModule):
         ]
         return ScaleCache(vector, cond, self.head_modulation(vector), blocks)
 
-    def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m V"]:
+    def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m S"]:
         """Logits of step k alone, given steps 0..k-1 in `cache`, to which it adds step k. No mask is needed: step k
         attends to everything cached. `inputs` is None at step 0."""
         x = self.embed(inputs, cache.vector, k, k)

@@ -21,6 +21,7 @@ from varlab.sampling.token_sampling import (
     ScaleSettings,
     guide,
     sample_codes,
+    sample_digits,
     sample_filtered,
     smooth_temperature,
 )
@@ -79,7 +80,9 @@ def generate_scales(
     sum of soft codes, not of the codes of the returned tokens. `randomness` overrides the random numbers of the seeds.
     """
     check(var, tokenizer, condition, settings, kept)
-    randomness = randomness or Randomness(image_seeds(seed, len(condition)), scales.lengths(var.patch_nums))
+    randomness = randomness or Randomness(
+        image_seeds(seed, len(condition)), scales.lengths(var.patch_nums), len(var.bases)
+    )
     yield from scale_loop(var, tokenizer.quantizer, condition, settings, randomness.to(condition.device), kept)
 
 
@@ -90,6 +93,8 @@ def check(
     check_pair(var, tokenizer)
     var.embedder.check(condition)
     settings.by_scale(len(var.patch_nums), var.codebook_size)
+    if len(var.bases) > 1 and settings.smooth:
+        raise ValueError("smooth=true mixes the rows of a table: this network predicts its codes digit by digit")
     if var.order == "raster" and (settings.smooth or kept is not None):
         raise ValueError(
             "a network with order=raster samples token by token and supports neither smooth codes nor editing"
@@ -124,11 +129,19 @@ def scale_loop(
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
         with autocast_of(var.head.weight):
-            logits = var.predict_scale(step, inputs, cache).float()[..., : quantizer.size_of(k)]
+            logits = var.predict_scale(step, inputs, cache).float()
+        if len(var.bases) == 1:
+            logits = logits[..., : quantizer.size_of(k)]
         if not is_guided:
             return logits
         cond, uncond = logits.chunk(2)
         return guide(cond, uncond, scale_settings.guidance)
+
+    def sample(logits: Tensor, uniform: Tensor, scale_settings: ScaleSettings) -> Tensor:
+        """Tokens from logits."""
+        if len(var.bases) == 1:
+            return sample_codes(logits, uniform, scale_settings)
+        return sample_digits(logits, uniform, scale_settings, var.bases)
 
     def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and codes of scale k, predicted from the sum of the coarser ones."""
@@ -138,7 +151,7 @@ def scale_loop(
             tokens, logits = sample_filtered(logits, uniform, by_scale[k])
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, quantizer)
         else:
-            tokens = sample_codes(logits, uniform, by_scale[k])
+            tokens = sample(logits, uniform, by_scale[k])
             codes = quantizer.embed(tokens, k)
         if kept is not None:
             mask = kept.masks[k].to(device)
@@ -152,7 +165,7 @@ def scale_loop(
         """The same in raster order: each token from the previous one."""
         sampled = []
         for step, uniform in enumerate(randomness.uniform(k).split(1, dim=1), start=sum(lengths[:k])):
-            sampled.append(sample_codes(predict(step, previous[0], by_scale[k], k), uniform, by_scale[k]))
+            sampled.append(sample(predict(step, previous[0], by_scale[k], k), uniform, by_scale[k]))
             previous[0] = quantizer.embed(sampled[-1], k)
         tokens = torch.cat(sampled, dim=1)
         return tokens, quantizer.embed(tokens, k)
@@ -208,7 +221,7 @@ def draw(
 ) -> Drawn:
     """Images, their token maps and sums of codes; see `generate`."""
     check(var, tokenizer, condition, settings)
-    randomness = Randomness(seeds, scales.lengths(var.patch_nums)).to(condition.device)
+    randomness = Randomness(seeds, scales.lengths(var.patch_nums), len(var.bases)).to(condition.device)
 
     def plain(condition: Tensor, uniform: Tensor) -> Drawn:
         numbers = randomness.of(uniform)

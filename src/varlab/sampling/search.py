@@ -26,7 +26,9 @@ def likelihoods(
     inputs = quantizer.teacher_forcing_inputs(list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order)
     with autocast_of(var.head.weight):
         with_condition, without = (
-            -losses.over_tokens(losses.token_scores(var(inputs, c), sequence, var.patch_nums).loss, var.patch_nums)
+            -losses.over_tokens(
+                losses.token_scores(var(inputs, c), sequence, var.patch_nums, var.bases).loss, var.patch_nums
+            )
             for c in (condition, var.embedder.null(condition))
         )
     return with_condition, without

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from varlab.models import scales
+from varlab.models.digits import Bases, tokens_of
 
 ByScale = float | int | Sequence[float | int]
 GuidanceSchedule = Literal["linear", "cosine", "constant"]
@@ -63,10 +64,12 @@ def in_float64(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 class Randomness:
     """The random numbers of a batch: those of image i come from a CPU generator seeded with `seeds[i]`."""
 
-    def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], lengths: Sequence[int], num_digits: int = 1) -> None:
+        """`num_digits`: numbers per token, one for each digit that is sampled."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.lengths = list(lengths)
-        self.joined = torch.stack([torch.rand(sum(lengths), generator=generator) for generator in self.generators])
+        self.lengths = [num_digits * length for length in lengths]
+        self.num_digits = num_digits
+        self.joined = torch.stack([torch.rand(sum(self.lengths), generator=generator) for generator in self.generators])
         self.uniform_by_scale = self.joined.split(self.lengths, dim=1)
 
     def to(self, device: torch.device) -> "Randomness":
@@ -79,9 +82,10 @@ class Randomness:
         other.joined, other.uniform_by_scale = uniform, uniform.split(self.lengths, dim=1)
         return other
 
-    def uniform(self, k: int) -> Float[Tensor, "B l"]:
-        """Uniform numbers in [0, 1), one per token of scale k."""
-        return self.uniform_by_scale[k]
+    def uniform(self, k: int) -> Float[Tensor, "B l"] | Float[Tensor, "B l n"]:
+        """Uniform numbers in [0, 1), one per token of scale k, or one per digit of each."""
+        found = self.uniform_by_scale[k]
+        return found if self.num_digits == 1 else found.unflatten(1, (-1, self.num_digits))
 
     def gumbel(self, k: int, codebook_size: int) -> Float[Tensor, "B l V"]:
         """Gumbel noise for each code at each token of scale k. Call it once per scale, in order."""
@@ -197,6 +201,18 @@ def sample_codes(
         if is_short
         else sample_filtered(logits, uniform, scale_settings)[0]
     )
+
+
+def sample_digits(
+    logits: Float[Tensor, "B l S"], uniform: Float[Tensor, "B l n"], scale_settings: ScaleSettings, bases: Bases
+) -> Int[Tensor, "B l"]:
+    """Samples each digit of each token by itself. Temperature, `top_p` and `min_p` apply to each digit; `top_k` applies to digits
+    with more values than that, and 1 takes the most likely token."""
+    digits = []
+    for part, numbers, base in zip(logits.split(list(bases), dim=-1), uniform.unbind(-1), bases, strict=True):
+        top_k = scale_settings.top_k if scale_settings.top_k < base else 0
+        digits.append(sample_filtered(part, numbers, scale_settings._replace(top_k=top_k))[0])
+    return tokens_of(torch.stack(digits, dim=-1), bases)
 
 
 def sample_top_k(

@@ -24,6 +24,7 @@ from varlab.models.custom_classes import Trust, build, describe, named_classes
 from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.var import VAR
 
+MOST_COMPARED = 2**16  # codes
 CLASS_ROWS = "embedder.embedding.weight"
 
 
@@ -64,7 +65,9 @@ def start_from(
     """
     own, state = net.state_dict(), dict(source.var.state_dict())
     kept = matching(own, reinitialized, "module.reinitialized")
-    differing = {"num_classes", "patch_nums"} | ({"codebook_size", "codebook_dim"} if "head.weight" in kept else set())
+    differing = {"num_classes", "patch_nums"} | (
+        {"codebook_size", "codebook_dim", "bases"} if "head.weight" in kept else set()
+    )
     compare_arguments("VAR", describe(source.var), describe(net), net.changeable | differing, source.path)
     if source.codebook is not None and "head.weight" not in kept and not same_codes(source.codebook, codebook):
         raise ValueError(
@@ -99,9 +102,10 @@ def like(checkpoint: str, trust_code: bool = False, **given: Any) -> VAR:
 
 @torch.no_grad()
 def codes_of(quantizer: ResidualQuantizer) -> Float[Tensor, "V C"]:
-    """The vectors of all tokens of the finest scale."""
+    """The vectors of the first tokens of the finest scale."""
     last = quantizer.num_scales - 1
-    return quantizer.embed(torch.arange(quantizer.size_of(last), device=quantizer.hits.device), last)
+    tokens = torch.arange(min(quantizer.size_of(last), MOST_COMPARED), device=quantizer.hits.device)
+    return quantizer.embed(tokens, last)
 
 
 def same_codes(a: Float[Tensor, "_ _"], b: Float[Tensor, "_ _"]) -> bool:

@@ -63,7 +63,7 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
         "sizes": net.sizes,
         "params_trained": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         **shared,
-        **(data.marginal_entropies(net.codebook_size) if is_tokens else {}),
+        **(data.marginal_entropies() if is_tokens else {}),
     }
 
 

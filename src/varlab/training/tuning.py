@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from varlab.models.digits import over_digits
 from varlab.models.losses import cross_entropy
 from varlab.models.var import VAR
 from varlab.training.initial_weights import matching
@@ -66,8 +67,10 @@ class ConditionContrast(Objective):
         conditions, inputs, tokens = torch.cat([condition, others]), inputs.repeat(2, 1, 1), sequence.repeat(2, 1)
         logits = net(inputs, conditions)
         with torch.no_grad():
-            before = cross_entropy(self.reference(inputs, conditions), tokens).sum(dim=1)
-        own, other = (before - cross_entropy(logits, tokens).sum(dim=1)).split(num)  # log-likelihood ratios
+            before = over_digits(cross_entropy, self.reference(inputs, conditions), tokens, net.bases).sum(dim=1)
+        own, other = (before - over_digits(cross_entropy, logits, tokens, net.bases).sum(dim=1)).split(
+            num
+        )  # log-likelihood ratios
         differs = (condition != others).view(num, -1).any(dim=1).float()
         num_others = differs.sum().clamp(min=1)
         raised = -F.logsigmoid(self.beta * own).mean()

@@ -16,6 +16,7 @@ from varlab.data.images import ImageBatch
 from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
 from varlab.models.custom_classes import describe
+from varlab.models.digits import over_digits
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
@@ -30,7 +31,8 @@ class VARModule(ScheduledModule):
     """Next-scale cross entropy over all L tokens, each with weight 1/L (VAR, section 3; recipe of the released code).
 
     `net`: a partial of a VAR that lacks the arguments given by tokenizer and data. `tokenizer`: path of a tokenizer
-    checkpoint, used frozen in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l).
+    checkpoint, used frozen in fp32. `loss`: logits (B l V) and tokens (B l) -> loss of each token (B l); for tokens of
+    several digits, that of a digit, of which the sum is taken.
 
     `lr_reference_depth`: multiplies the peak learning rate by this depth divided by the network's, for sweeps, where
     width and depth grow together. `mup_lr_scaling`: applies that factor only to the matrices whose input dimension
@@ -122,6 +124,7 @@ class VARModule(ScheduledModule):
                 patch_nums=quantizer.patch_nums,
                 codebook_size=quantizer.codebook_size,
                 codebook_dim=quantizer.codebook_dim,
+                bases=quantizer.bases if len(quantizer.bases) > 1 else None,
                 num_classes=self.data.num_classes,
             )
         self.check_net()
@@ -249,7 +252,7 @@ class VARModule(ScheduledModule):
         if self.objective is not None:
             loss, logits, values = self.objective(self.net, self.inputs(token_maps), sequence, batch.condition)
             if self.is_logged:
-                found = losses.token_scores(logits.detach(), sequence, self.net.patch_nums)
+                found = losses.token_scores(logits.detach(), sequence, self.net.patch_nums, self.net.bases)
                 means = found.loss.mean(dim=0), found.error.mean(dim=0)
                 self.log_scores("train", *means, {"train/objective": loss, **values})
                 self.log("lr", self.lr)
@@ -257,16 +260,17 @@ class VARModule(ScheduledModule):
         num_scales, newest_weight = self.active_scales()
         self.trained_scales = num_scales
         num_active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
-        target, is_logged = sequence[:, :num_active], self.is_logged
+        target, is_logged, bases = sequence[:, :num_active], self.is_logged, self.net.bases
 
         def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
             """Training loss and, on logged steps, cross entropy and error (B l n)."""
             tokens = target[:, token_slice]
-            loss = self.loss(logits, tokens)
+            loss = over_digits(self.loss, logits, tokens, bases)
             if not is_logged:
                 return loss[..., None]
             with torch.no_grad():
-                scores = losses.cross_entropy(logits, tokens), losses.token_errors(logits, tokens)
+                entropy = over_digits(losses.cross_entropy, logits, tokens, bases)
+                scores = entropy, losses.token_errors(logits, tokens, bases)
             return torch.stack([loss, *scores], dim=-1)
 
         hidden = self.net(self.inputs(token_maps[:num_scales]), batch.condition, returns_hidden=True)
@@ -310,7 +314,7 @@ class VARModule(ScheduledModule):
         """Adds loss and error of a batch per scale, and the square of the loss."""
         sequence, token_maps = self.tokens(batch)
         logits = self.net(self.inputs(token_maps), batch.condition)
-        found = losses.token_scores(logits, sequence, self.net.patch_nums)
+        found = losses.token_scores(logits, sequence, self.net.patch_nums, self.net.bases)
         square = losses.over_tokens(found.loss, self.net.patch_nums).square()
         scores.update(torch.cat([found.loss, found.error, square[:, None]], dim=1), batch.weight)
 

@@ -70,6 +70,6 @@ def test_the_regularizer_makes_codes_certain_and_even():
     assert BinarySphericalQuantizer(PATCH_NUMS, bits=3, entropy_weight=0.0).regularizer(z, 0) is None
 
 
-def test_more_bits_than_a_softmax_holds_are_refused():
-    with pytest.raises(ValueError, match="bits=17: give 1 to 16"):
-        BinarySphericalQuantizer(PATCH_NUMS, bits=17)
+def test_more_bits_than_a_token_holds_are_refused():
+    with pytest.raises(ValueError, match="bits=33: give 1 to 32"):
+        BinarySphericalQuantizer(PATCH_NUMS, bits=33)

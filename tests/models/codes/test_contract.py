@@ -14,6 +14,7 @@ from varlab.models.codes.binary import BinarySphericalQuantizer, LookupFreeQuant
 from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
 from varlab.models.codes.simvq import SimVQQuantizer
 from varlab.models.codes.table_by_scale import TableByScaleQuantizer
+from varlab.models.digits import most_likely
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.sampling.editing import edit
@@ -47,7 +48,8 @@ def networks(request):
         for name, value in quantizer.named_parameters():
             if "codebook" in name:
                 value.normal_(std=0.5)
-    var = make_var(codebook_size=quantizer.codebook_size, codebook_dim=quantizer.codebook_dim)
+    bases = quantizer.bases if len(quantizer.bases) > 1 else None
+    var = make_var(codebook_size=quantizer.codebook_size, codebook_dim=quantizer.codebook_dim, bases=bases)
     return tokenizer.eval(), var.eval()
 
 
@@ -100,8 +102,14 @@ def test_sampling_sees_what_teacher_forcing_sees(networks):
     _, token_maps = generate(var, tokenizer, labels, cfg_scale=0.0, top_k=1, return_tokens=True)
     logits = var(tokenizer.quantizer.teacher_forcing_inputs(token_maps), labels)
     for k, (part, tokens) in enumerate(zip(logits.split([1, 4, 9, 16], dim=1), token_maps, strict=True)):
-        assert torch.equal(part[..., : tokenizer.quantizer.size_of(k)].argmax(dim=2), tokens)
+        if len(var.bases) == 1:
+            part = part[..., : tokenizer.quantizer.size_of(k)]
+        assert torch.equal(most_likely(part, [part.shape[2]] if len(var.bases) == 1 else var.bases)[0], tokens)
     for settings in ({"top_k": 5, "top_p": 0.9}, {"smooth": True}, {"cfg_scale": 2.0, "min_p": 0.1}):
+        if "smooth" in settings and len(var.bases) > 1:
+            with pytest.raises(ValueError, match="smooth=true mixes the rows of a table"):
+                generate(var, tokenizer, labels, smooth=True)
+            continue
         images, token_maps = generate(var, tokenizer, labels, seed=1, return_tokens=True, **settings)
         assert torch.isfinite(images).all()
         assert all(tokens.max() < tokenizer.quantizer.size_of(k) for k, tokens in enumerate(token_maps))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varlab.models import scales
 from varlab.models.quantizer import ResidualQuantizer
 
-MOST_BITS = 16
+MOST_BITS = 32
 
 
 class BinaryQuantizer(ResidualQuantizer):
@@ -33,10 +33,10 @@ class BinaryQuantizer(ResidualQuantizer):
         temperature: float = 1.0,
         **residual: Any,
     ) -> None:
-        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for more bits than a softmax over all codes holds."""
+        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for more than 32 bits."""
         if not 1 <= bits <= MOST_BITS:
             raise ValueError(f"bits={bits}: give 1 to {MOST_BITS}")
-        super().__init__(patch_nums, codebook_size=2**bits, codebook_dim=bits, **residual)
+        super().__init__(patch_nums, codebook_size=2**bits, codebook_dim=bits, bases=[2] * bits, **residual)
         self.bits, self.entropy_weight, self.temperature = bits, entropy_weight, temperature
         self.log_length = nn.Parameter(torch.zeros(self.num_scales))
         self.register_buffer("place", 2 ** torch.arange(bits), persistent=False)

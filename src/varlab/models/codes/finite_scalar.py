@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varlab.models import scales
 from varlab.models.quantizer import ResidualQuantizer
 
-MOST_CODES = 2**16
+MOST_CODES = 2**32
 
 
 class FiniteScalarQuantizer(ResidualQuantizer):
@@ -27,7 +27,9 @@ class FiniteScalarQuantizer(ResidualQuantizer):
         levels = [int(level) for level in levels]
         if not levels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
             raise ValueError(f"levels={levels}: give 2 or more for each dim, at most {MOST_CODES} codes in all")
-        super().__init__(patch_nums, codebook_size=math.prod(levels), codebook_dim=len(levels), **residual)
+        super().__init__(
+            patch_nums, codebook_size=math.prod(levels), codebook_dim=len(levels), bases=levels, **residual
+        )
         self.levels = levels
         self.log_length = nn.Parameter(torch.zeros(self.num_scales))
         self.register_buffer(
