@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from support.networks import CLASS_NAMES, PATCH_NUMS, make_var
@@ -31,7 +32,7 @@ MEMBERS = {
 }
 COMMANDS = {
     "residual": [],
-    "bsq": ["model.quantizer.bits=4"],
+    "bsq": ["model.quantizer.bits=20"],  # no softmax over a million codes
     "lfq": ["model.quantizer.bits=4"],
     "fsq": ["model.quantizer.levels=[4,3,2]"],
     "simvq": ["model.quantizer.codebook_size=12", "model.quantizer.codebook_dim=6"],
@@ -165,6 +166,8 @@ def test_the_whole_way_from_images_to_samples(name, tmp_path, digits_folder):
     tokenize.run(config(tmp_path, *made, verb="tokenize"))
     fit(tmp_path / "var", *VAR, *SHORT, f"data.path={tokens}", f"tokenizer={tokenizer}")
     checkpoint = tmp_path / "var/checkpoints/last.ckpt"
+    dtype = {"bsq": np.uint32}.get(name, np.uint8)
+    assert np.load(tokens / "train.tokens.npy").dtype == dtype and checkpoint.stat().st_size < 3e6
     images = draw(checkpoint, tmp_path / "samples")
     export.run(config(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'model'}", verb="export"))
     again = draw(tmp_path / "model", tmp_path / "again")
