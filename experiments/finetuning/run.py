@@ -1,7 +1,7 @@
 """How many steps does fine-tuning save? A VAR of printed characters (glyphs32) learns 4,500 handwritten digits: from scratch,
 from its weights, and from its weights with low-rank adapters; three seeds. Finished steps are skipped; an interrupted run continues.
 
-    python experiments/finetuning/run.py          (needs nothing but varlab; not run yet)
+    python experiments/finetuning/run.py          (needs nothing but varlab)
 
 Writes finetuning.csv (one row per run and validation) and finetuning.png beside this file, and prints a table.
 """

@@ -1,7 +1,7 @@
 """Guidance, top-k and top-p on glyphs: what legibility costs in variety, with the model in the box, three seeds of sampling.
 Existing samples are reused.
 
-    python experiments/glyphs/guidance.py          (after experiments/data/glyphs.py; not run yet)
+    python experiments/glyphs/guidance.py          (after experiments/data/glyphs.py)
 
 Writes guidance.csv (one row per setting and seed) and guidance.png beside this file, and prints means and 95 % intervals.
 """
