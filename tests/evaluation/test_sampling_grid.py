@@ -4,8 +4,9 @@ import csv
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from varlab.evaluation.sampling_grid import evaluate_grid, front, stability
+from varlab.evaluation.sampling_grid import evaluate_grid, front, plot, stability
 
 
 def test_the_front_are_the_points_that_no_other_beats_in_both():
@@ -92,3 +93,31 @@ def test_without_resamplings_nothing_is_said_about_how_sure_it_is(tmp_path):
     )
     assert text == "lowest fid 3 at cfg_scale=1, top_k=0, top_p=0"
     assert [row["on_front"] for row in csv.DictReader((tmp_path / "grid.csv").open())] == ["True", "True"]
+
+
+def test_the_figure_shows_the_scores(tmp_path, monkeypatch):
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **how: saved.append(self) or save(self, *a, **how))
+    rows = [
+        {
+            "top_k": k,
+            "top_p": 0.0,
+            "cfg_scale": cfg,
+            "fid": k + cfg,
+            "fid/real_against_real": 2.5,
+            "recall": 0.1 * cfg,
+            "precision": 0.5,
+        }
+        for k in (0, 9)
+        for cfg in (3.0, 1.0)
+    ]
+    rows[0] |= {"precision/low": 0.4, "precision/high": 0.7}
+    plot(rows, "fid", ["recall", "precision"], 1, tmp_path / "grid.png")
+    left, right = saved[0].axes
+    first, second, star, floor = left.lines
+    assert first.get_xydata().tolist() == [[1.0, 1.0], [3.0, 3.0]] and second.get_ydata().tolist() == [10.0, 12.0]
+    assert star.get_xydata().tolist() == [[1.0, 1.0]]
+    assert list(floor.get_ydata()) == [2.5, 2.5] and floor.get_linestyle() == "--"
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [[0.1, 0.5], [0.3, 0.5]])
+    bars = [segment for collection in right.collections for segment in collection.get_segments()]
+    assert any(len(segment) and np.allclose(segment, [[0.3, 0.4], [0.3, 0.7]]) for segment in bars)

@@ -22,7 +22,7 @@ class FiniteScalarQuantizer(ResidualQuantizer):
     base: Tensor
     steps: Tensor
 
-    def __init__(self, patch_nums: scales.PatchNums, levels: Sequence[int] = (8, 5, 5, 5), **residual: Any) -> None:
+    def __init__(self, patch_nums: scales.PatchNums, levels: Sequence[int] = (8, 8, 8, 8), **residual: Any) -> None:
         """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for fewer than 2 levels, or too many codes."""
         levels = [int(level) for level in levels]
         if not levels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
