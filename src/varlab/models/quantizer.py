@@ -126,6 +126,10 @@ class ResidualQuantizer(RecordedModule):
         self.register_buffer("hits", torch.zeros(self.num_scales, sum(self.bases)))  # moving average of hits per digit
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
+    def head_arguments(self) -> dict[str, Any]:
+        """Further arguments of a VAR that predicts these codes."""
+        return {"bases": self.bases} if len(self.bases) > 1 else {}
+
     def init_weights(self) -> None:
         """Called once by the tokenizer, which initializes the convolutions."""
 

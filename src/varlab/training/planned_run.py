@@ -39,7 +39,7 @@ def planned_run(
         tokenizer = load_tokenizer(cfg.tokenizer, trust_code=cfg.trust_code)
         params = sum(parameter.numel() for parameter in tokenizer.parameters())
         given |= {name: getattr(tokenizer.quantizer, name) for name in ("patch_nums", "codebook_size", "codebook_dim")}
-        given["bases"] = tokenizer.quantizer.bases if len(tokenizer.quantizer.bases) > 1 else None
+        given |= tokenizer.quantizer.head_arguments()
     with torch.device("meta"):
         net = make_net(**given)
         if cfg.tokenizer is None and net.shared_adaln:  # the paper's d36, at 512 px

@@ -124,8 +124,8 @@ class VARModule(ScheduledModule):
                 patch_nums=quantizer.patch_nums,
                 codebook_size=quantizer.codebook_size,
                 codebook_dim=quantizer.codebook_dim,
-                bases=quantizer.bases if len(quantizer.bases) > 1 else None,
                 num_classes=self.data.num_classes,
+                **quantizer.head_arguments(),
             )
         self.check_net()
         self.initialize()
