@@ -26,7 +26,7 @@ $(DEV): $(BASE)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-demo: $(BASE) ## the whole flow on 5,000 real digits, about ten minutes on 2 CPU cores; stops and continues
+demo: $(BASE) ## the whole flow on 5,000 real digits, about a quarter of an hour on 2 CPU cores; stops and continues
 	$(BIN)/python experiments/demo/run.py
 
 test: $(DEV) ## tests that need no GPU and take no long time

@@ -93,7 +93,7 @@ def test_private_models_need_the_token(models, export_folder, monkeypatch):
 def test_paths_are_not_looked_for_on_the_hub(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for missing in ("runs/var", "a/b/c", "/tmp/none", "../x/y", "runs/var.ckpt", "models/x.safetensors"):
+    for missing in ("runs/var", "a/b/c", "/none/model", "../x/y", "runs/var.ckpt", "models/x.safetensors"):
         with pytest.raises(ValueError, match=r"does not exist; pretrained models are"):
             load(missing)
     with pytest.raises(ValueError, match="give user/name"):

@@ -92,9 +92,9 @@ class ResidualQuantizer(RecordedModule):
 
     def __init__(
         self,
-        patch_nums: scales.PatchNums = scales.RELEASED_256,
-        codebook_size: int = 4096,
-        codebook_dim: int = 32,
+        patch_nums: scales.PatchNums,
+        codebook_size: int,
+        codebook_dim: int,
         num_phis: int | None = 4,
         phi_ratio: float = 0.5,
         beta: float = 0.25,

@@ -21,7 +21,6 @@ from varlab.sampling.token_sampling import (
     ScaleSettings,
     guide,
     sample_codes,
-    sample_digits,
     sample_filtered,
     smooth_temperature,
 )
@@ -129,19 +128,11 @@ def scale_loop(
         if inputs is not None and is_guided:
             inputs = torch.cat([inputs, inputs])
         with autocast_of(var.head.weight):
-            logits = var.predict_scale(step, inputs, cache).float()
-        if len(var.bases) == 1:
-            logits = logits[..., : quantizer.size_of(k)]
+            logits = var.predict_scale(step, inputs, cache).float()[..., : quantizer.size_of(k)]
         if not is_guided:
             return logits
         cond, uncond = logits.chunk(2)
         return guide(cond, uncond, scale_settings.guidance)
-
-    def sample(logits: Tensor, uniform: Tensor, scale_settings: ScaleSettings) -> Tensor:
-        """Tokens from logits."""
-        if len(var.bases) == 1:
-            return sample_codes(logits, uniform, scale_settings)
-        return sample_digits(logits, uniform, scale_settings, var.bases)
 
     def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and codes of scale k, predicted from the sum of the coarser ones."""
@@ -151,7 +142,7 @@ def scale_loop(
             tokens, logits = sample_filtered(logits, uniform, by_scale[k])
             codes = soft_codes(logits, randomness.gumbel(k, logits.shape[-1]).to(device), k, quantizer)
         else:
-            tokens = sample(logits, uniform, by_scale[k])
+            tokens = sample_codes(logits, uniform, by_scale[k], var.bases)
             codes = quantizer.embed(tokens, k)
         if kept is not None:
             mask = kept.masks[k].to(device)
@@ -165,7 +156,8 @@ def scale_loop(
         """The same in raster order: each token from the previous one."""
         sampled = []
         for step, uniform in enumerate(randomness.uniform(k).split(1, dim=1), start=sum(lengths[:k])):
-            sampled.append(sample(predict(step, previous[0], by_scale[k], k), uniform, by_scale[k]))
+            logits = predict(step, previous[0], by_scale[k], k)
+            sampled.append(sample_codes(logits, uniform, by_scale[k], var.bases))
             previous[0] = quantizer.embed(sampled[-1], k)
         tokens = torch.cat(sampled, dim=1)
         return tokens, quantizer.embed(tokens, k)

@@ -192,15 +192,15 @@ def sample_filtered(
 
 
 def sample_codes(
-    logits: Float[Tensor, "B l V"], uniform: Float[Tensor, "B l"], scale_settings: ScaleSettings
+    logits: Float[Tensor, "B l S"], uniform: Float[Tensor, "B l *n"], scale_settings: ScaleSettings, bases: Bases
 ) -> Int[Tensor, "B l"]:
-    """Samples each token by the cheaper of two methods: from the `top_k` codes only, or from all."""
-    is_short = 1 < scale_settings.top_k < logits.shape[-1]
-    return (
-        sample_top_k(logits, uniform, scale_settings)
-        if is_short
-        else sample_filtered(logits, uniform, scale_settings)[0]
-    )
+    """Samples each token: digit by digit if it has several, otherwise by the cheaper of two methods, from the `top_k` codes only
+    or from all."""
+    if len(bases) > 1:
+        return sample_digits(logits, uniform, scale_settings, bases)
+    if 1 < scale_settings.top_k < logits.shape[-1]:
+        return sample_top_k(logits, uniform, scale_settings)
+    return sample_filtered(logits, uniform, scale_settings)[0]
 
 
 def sample_digits(

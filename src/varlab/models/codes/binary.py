@@ -1,20 +1,19 @@
 """Codes of bits: no table, no lookup, no dead codes. A code is the signs of its vector."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from varlab.models import scales
-from varlab.models.quantizer import ResidualQuantizer
+from varlab.models.codes.lengths import LengthByScaleQuantizer
 
 MOST_BITS = 32
 
 
-class BinaryQuantizer(ResidualQuantizer):
+class BinaryQuantizer(LengthByScaleQuantizer):
     """Bit i of a token is the sign of dim i; the vector is +-`length`_k in each dim, learned for each scale, because the
     residuals of fine scales are smaller.
 
@@ -38,24 +37,15 @@ class BinaryQuantizer(ResidualQuantizer):
             raise ValueError(f"bits={bits}: give 1 to {MOST_BITS}")
         super().__init__(patch_nums, codebook_size=2**bits, codebook_dim=bits, bases=[2] * bits, **residual)
         self.bits, self.entropy_weight, self.temperature = bits, entropy_weight, temperature
-        self.log_length = nn.Parameter(torch.zeros(self.num_scales))
+        self.first_length = bits**-0.5  # on the unit sphere
         self.register_buffer("place", 2 ** torch.arange(bits), persistent=False)
-
-    def init_weights(self) -> None:
-        """Lengths fall by half from the coarsest to the finest scale, at first."""
-        progress = [scales.progress(k, self.num_scales) for k in range(self.num_scales)]
-        with torch.no_grad():
-            self.log_length.copy_(-math.log(2) * torch.tensor(progress) - math.log(self.bits) / 2)
-
-    def undecayed(self) -> list[Tensor]:
-        return [self.log_length]
 
     def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
         return ((z > 0) * self.place).sum(dim=-1)
 
     def embed(self, tokens: Int[Tensor, "*rows"], k: int) -> Float[Tensor, "*rows C"]:
         signs = 2.0 * (tokens[..., None] & self.place).bool() - 1
-        return signs * self.log_length[k].exp()
+        return signs * self.length(k)
 
     def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
         """Log-odds of each bit being 1."""
@@ -83,7 +73,7 @@ class LookupFreeQuantizer(BinaryQuantizer):
     the vector, in units of the scale's length."""
 
     def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
-        return 4 * z / (self.log_length[k].exp() * self.temperature)
+        return 4 * z / (self.length(k) * self.temperature)
 
 
 def entropy(probability: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:

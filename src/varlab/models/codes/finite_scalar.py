@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from varlab.models import scales
-from varlab.models.quantizer import ResidualQuantizer
+from varlab.models.codes.lengths import LengthByScaleQuantizer
 
 MOST_CODES = 2**32
 
 
-class FiniteScalarQuantizer(ResidualQuantizer):
+class FiniteScalarQuantizer(LengthByScaleQuantizer):
     """`levels`: of each dim; tokens are the numbers with these digits. The levels lie evenly from -1 to 1 times
     `length`_k, learned for each scale. Each dim is rounded to the nearest level instead of being bounded by tanh first as in the
     paper, because a residual must find the code that is nearest. Needs neither a table nor a regularizer."""
@@ -31,26 +31,16 @@ class FiniteScalarQuantizer(ResidualQuantizer):
             patch_nums, codebook_size=math.prod(levels), codebook_dim=len(levels), bases=levels, **residual
         )
         self.levels = levels
-        self.log_length = nn.Parameter(torch.zeros(self.num_scales))
         self.register_buffer(
             "base", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
         )
         self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)
 
-    def init_weights(self) -> None:
-        """Lengths fall by half from the coarsest to the finest scale, at first."""
-        progress = [scales.progress(k, self.num_scales) for k in range(self.num_scales)]
-        with torch.no_grad():
-            self.log_length.copy_(-math.log(2) * torch.tensor(progress))
-
-    def undecayed(self) -> list[Tensor]:
-        return [self.log_length]
-
     def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
         with torch.autocast(z.device.type, enabled=False):
-            place = (z.float() / self.log_length[k].exp() + 1) / 2 * self.steps
+            place = (z.float() / self.length(k) + 1) / 2 * self.steps
             return (place.round().clamp(min=0).minimum(self.steps).long() * self.base).sum(dim=-1)
 
     def embed(self, tokens: Int[Tensor, "*rows"], k: int) -> Float[Tensor, "*rows C"]:
         digits = tokens[..., None] // self.base % (self.steps + 1)
-        return (2 * digits / self.steps - 1) * self.log_length[k].exp()
+        return (2 * digits / self.steps - 1) * self.length(k)
