@@ -73,3 +73,19 @@ def test_the_regularizer_makes_codes_certain_and_even():
 def test_more_bits_than_a_token_holds_are_refused():
     with pytest.raises(ValueError, match="bits=33: give 1 to 32"):
         BinarySphericalQuantizer(PATCH_NUMS, bits=33)
+
+
+def test_the_regularizer_is_part_of_the_loss_while_training():
+    quantizer = LookupFreeQuantizer(PATCH_NUMS, bits=3, entropy_weight=0.5)
+    quantizer.init_weights()
+    f = torch.randn(2, 3, 3, 3, requires_grad=True)
+    quantized, penalties, f_hat = quantizer.train()(f), [], torch.zeros_like(f)
+    for k, after in enumerate(quantizer.partial_sums(quantized.token_maps)):
+        penalties.append(quantizer.regularizer(quantizer.at_scale(f - f_hat, k), k))
+        f_hat = after.detach()
+    expected = quantized.vq_losses.mean() + torch.stack(penalties).mean()
+    torch.testing.assert_close(quantized.vq_loss, expected)
+    gradients = [torch.autograd.grad(loss, f, retain_graph=True)[0] for loss in (quantized.vq_loss, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    validated = quantizer.eval()(f)
+    torch.testing.assert_close(validated.vq_loss, validated.vq_losses.mean())
