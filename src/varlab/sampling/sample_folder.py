@@ -6,7 +6,7 @@ Image i has seed `seed + i`, so the set does not depend on batch size, devices o
 import contextlib
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Precision, default_precision, use_bf16
+from varlab.sampling.generate import check
 from varlab.sampling.search import Scorer, draw_best
 from varlab.sampling.token_sampling import SamplingSettings
 
@@ -109,9 +110,9 @@ def write_samples(
         tokenizer, var = copy.deepcopy((tokenizer, var))
         use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
-    settings.by_scale(len(var.patch_nums), var.codebook_size)  # raises before anything is written
     is_labels = not isinstance(conditions, np.ndarray)
-    rows = torch.as_tensor(np.asarray(conditions))
+    rows = torch.as_tensor(np.asarray(conditions)).to(device)
+    check(var, tokenizer, rows, settings)  # before anything is written
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
     protocol |= {"best_of": best_of, "scorer": scorer_settings}
     named = [int(label) for label in conditions] if is_labels else rows.tolist()
@@ -125,23 +126,16 @@ def write_samples(
         return
     own = range(num)[work.rank :: work.num_ranks]  # by number, regardless of what the other ranks have written so far
     missing = [i for i in own if not files[i].is_file()]
-    batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
+
+    def draw(numbers: list[int]) -> np.ndarray:
+        padding = 0 if compiled == "none" else batch_size - len(numbers)  # a smaller batch would be compiled anew
+        padded = numbers + numbers[-1:] * padding
+        seeds = [seed + i for i in padded]
+        drawn = draw_best(var, tokenizer, rows[padded], settings, seeds, compiled, best_of, scorer)
+        return image_grid.to_uint8(drawn.images[: len(numbers)])
+
     begun = time.perf_counter()
-    with ThreadPoolExecutor(NUM_WRITERS) as pool:
-        writes: list[Future[None]] = []
-        for chunk in tqdm(batches, desc="sample", unit="batch", disable=work.rank > 0):
-            padding = 0 if compiled == "none" else batch_size - len(chunk)  # a smaller batch would be compiled anew
-            padded = chunk + chunk[-1:] * padding
-            condition, seeds = rows[padded].to(device), [seed + i for i in padded]
-            drawn = draw_best(var, tokenizer, condition, settings, seeds, compiled, best_of, scorer)
-            pixels = image_grid.to_uint8(drawn.images[: len(chunk)])
-            for write in writes:  # of the batch before
-                write.result()
-            writes = [
-                pool.submit(image_grid.save_pixels, image, files[i]) for i, image in zip(chunk, pixels, strict=True)
-            ]
-        for write in writes:
-            write.result()
+    write_images(files, missing, draw, batch_size, is_quiet=work.rank > 0)
     if work.rank > 0:
         return
     record = out / "samples.json"
@@ -150,7 +144,7 @@ def write_samples(
     elif record.is_file() and (seconds := load_json(record, "varlab sample").get("seconds_per_image")) is not None:
         protocol["seconds_per_image"] = seconds
     wait_for_files(files)
-    shown = rows[:film_rows].to(device)
+    shown = rows[:film_rows]
     unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
     seeds = [seed + i for i in range(len(shown))]
     film = draw_best(var, tokenizer, shown, unsmoothed, seeds, "none", best_of, scorer).token_maps
@@ -162,6 +156,29 @@ def write_samples(
     save_json(record, {**protocol, "num": num, "images": place, **classes, "labels": named})
     if npz:
         remove_arrays(out)
+
+
+def write_images(
+    files: Sequence[Path],
+    missing: list[int],
+    draw: Callable[[list[int]], np.ndarray],
+    batch_size: int,
+    is_quiet: bool,
+) -> None:
+    """Writes the missing files; each batch is written by threads while the next one is drawn. `draw`: the pixels of images by
+    number."""
+    batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        writes: list[Future[None]] = []
+        for numbers in tqdm(batches, desc="sample", unit="batch", disable=is_quiet):
+            pixels = draw(numbers)
+            for write in writes:  # of the batch before
+                write.result()
+            writes = [
+                pool.submit(image_grid.save_pixels, image, files[i]) for i, image in zip(numbers, pixels, strict=True)
+            ]
+        for write in writes:
+            write.result()
 
 
 def is_complete(out: Path, num: int) -> bool:

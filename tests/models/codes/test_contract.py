@@ -20,6 +20,8 @@ from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.sampling.editing import edit
 from varlab.sampling.generate import generate
+from varlab.sampling.sample_folder import write_samples
+from varlab.sampling.token_sampling import SamplingSettings
 from varlab.training.codebook_callbacks import learns_table
 
 MEMBERS = {
@@ -96,7 +98,7 @@ def test_what_is_trained_gets_a_gradient(networks):
 
 
 @torch.no_grad()
-def test_sampling_sees_what_teacher_forcing_sees(networks):
+def test_sampling_sees_what_teacher_forcing_sees(networks, tmp_path):
     """With top_k=1, every sampled token is the most likely one given the sequence itself."""
     tokenizer, var = networks
     labels = torch.tensor([0, 1, 2])
@@ -110,6 +112,9 @@ def test_sampling_sees_what_teacher_forcing_sees(networks):
         if "smooth" in settings and len(var.bases) > 1:
             with pytest.raises(ValueError, match="smooth=true mixes the rows of a table"):
                 generate(var, tokenizer, labels, smooth=True)
+            with pytest.raises(ValueError, match="smooth=true mixes the rows of a table"):
+                write_samples(tmp_path / "out", tokenizer, var, [0, 1], SamplingSettings(smooth=True))
+            assert not (tmp_path / "out").exists()
             continue
         images, token_maps = generate(var, tokenizer, labels, seed=1, return_tokens=True, **settings)
         assert torch.isfinite(images).all()
