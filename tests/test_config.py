@@ -1,5 +1,6 @@
 """Every yaml composes, and builds what it names."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from support.runs import config
 
-from varlab.config import check_names, check_types, conf_dir, is_user_error, one_sentence, quoted
+from varlab.config import check_names, check_types, conf_dir, one_sentence, quoted, report_user_errors, reported_error
 from varlab.models import scales
 
 CONF = Path(conf_dir())
@@ -132,9 +133,28 @@ def test_full_memory_and_lost_processes_are_told_in_a_sentence():
     lost = RuntimeError("Read error [127.0.0.1]:6845: Connection reset by peer. This is typically caused by")
     hanging = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0.")
     waited = RuntimeError("Application timeout caused pair closure")
-    assert all(is_user_error(error) for error in (full, lost, hanging, waited))
-    assert not is_user_error(RuntimeError("shape mismatch"))
+    assert all(reported_error(error) is error for error in (full, lost, hanging, waited))
+    assert reported_error(RuntimeError("shape mismatch")) is None
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in one_sentence(full)
     assert "accumulate=2" in one_sentence(full) and "\n" not in one_sentence(full)
     assert "died or hangs (Read error [127.0.0.1]:6845: Connection reset by peer): see" in one_sentence(lost)
     assert "ckpt_path=last" in one_sentence(hanging)
+
+
+def test_a_dead_worker_is_told_wherever_its_signal_arrives(monkeypatch):
+    death = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    class Code:
+        @property
+        def __signature__(self):
+            raise death
+
+        def __call__(self): ...
+
+    with pytest.raises(TypeError) as wrapped:  # `inspect` wraps whatever is raised in it
+        inspect.getfullargspec(Code())
+    assert reported_error(wrapped.value) is death
+    assert "a data worker died or hangs (DataLoader worker (pid 7)" in one_sentence(death)
+    with pytest.raises(SystemExit), report_user_errors("train"):
+        raise wrapped.value
+    assert reported_error(TypeError("unsupported callable")) is None

@@ -120,22 +120,38 @@ def report_user_errors(name: str) -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader closed the pipe: `varlab ... | head`
         raise SystemExit(1) from None
-    except (ValueError, OSError, RuntimeError, OmegaConfBaseException, InstantiationException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_user_error(error):
+    except Exception as error:
+        reported = reported_error(error)
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or reported is None:
             raise
-        cause = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        log.error("varlab %s: %s", name, one_sentence(cause))
+        log.error("varlab %s: %s", name, one_sentence(reported))
         if is_sweep():  # the sweep runs its other jobs and fails at the end
-            raise CompactHydraException(str(cause)) from None
+            raise CompactHydraException(str(reported)) from None
         raise SystemExit(1) from None
 
 
-def is_user_error(error: BaseException) -> bool:
-    """Whether an error is a user error. Of RuntimeErrors, only those of a dead or hanging process and of full memory are."""
-    is_ours = str(error).startswith("DataLoader") or is_out_of_memory(error) or is_lost_process(error)
-    return not isinstance(error, RuntimeError) or is_ours
+def reported_error(error: BaseException) -> BaseException | None:
+    """The error that a user is told: a user error, a dead or hanging process, or full memory; None for a fault of the code.
+
+    A DataLoader raises the death of a worker in a signal handler, that is inside any code, which may wrap it in an error of
+    its own (as `inspect` does). The errors behind the last one are searched for it.
+    """
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    for link in chain:
+        if is_lost_worker(link) or is_out_of_memory(link) or is_lost_process(link):
+            return link
+    cause = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    is_user_error = isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException))
+    return cause if is_user_error else None
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a data worker died or did not answer in time."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -154,7 +170,7 @@ def one_sentence(error: BaseException) -> str:
     """An error's message in one line: of a data worker's traceback the last, of OmegaConf's errors with the full key."""
     if str(error).startswith("Caught "):
         return str(error).rstrip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
+    if is_lost_worker(error):
         return (
             f"a data worker died or hangs ({str(error).splitlines()[0]}): out of memory, or a file system that stalls"
         )
