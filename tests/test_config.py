@@ -92,6 +92,13 @@ def test_every_verb_composes(verb):
     assert (CONF / f"{verb}.yaml").read_text().startswith(f"# varlab {verb}")
 
 
+@pytest.mark.parametrize("name", [name for name in names("experiment") if name.startswith("tokenizer_")])
+def test_every_tokenizer_takes_other_codes(name, tmp_path):
+    for codes in ("bsq", "simvq"):
+        cfg = compose_experiment(tmp_path, name, f"quantizer@model.quantizer={codes}")
+        check_types(cfg)
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [(g, n) for g in ("perceptual", "adversarial") for n in names(g) if n != "recipe"]
 )

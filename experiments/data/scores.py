@@ -56,10 +56,10 @@ class Judge:
         """PSNR, feature distance and what the classifier reads, over the validation images; draws some pairs of original and
         reconstruction into `grid`. The feature distance is relative to that of two random images."""
         tokenizer, network, reader = load_tokenizer(checkpoint), self.network, ShardReader(self.shards, "val")
-        labels, psnr, before, after, shown = torch.from_numpy(reader.labels.astype(np.int64)), [], [], [], []
+        labels, errors, before, after, shown = torch.from_numpy(reader.labels.astype(np.int64)), [], [], [], []
         for images in CenterCrops(reader, tokenizer.image_size[0], 1.0, None, 250, CPU):
             again = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
-            psnr.append(-10 * ((images - again) / 2).square().mean((1, 2, 3)).log10())
+            errors.append(((images - again) / 2).square().mean((1, 2, 3)))
             before.append(network.pooled(images))
             after.append(network.pooled(again))
             if len(shown) < 8:
@@ -69,7 +69,8 @@ class Judge:
         read = [network.net["head"](features).argmax(1) for features in (original, reconstruction)]
         unrelated = (original - original.roll(1, 0)).norm(dim=1).mean()
         return {
-            "psnr": torch.cat(psnr).mean().item(),
+            "psnr": (-10 * torch.cat(errors).log10()).mean().item(),
+            "mean_squared_error": torch.cat(errors).mean().item(),
             "feature_distance": ((original - reconstruction).norm(dim=1).mean() / unrelated).item(),
             "accuracy_original": self.agreement(labels, read[0]),
             "accuracy_reconstruction": self.agreement(labels, read[1]),

@@ -1,6 +1,7 @@
 """Six freely licensed emoji sets as a data set of 64 pixel images: download (npm), render, composite on white, split,
 pack.
 
+    pip install resvg_py
     python experiments/tokenizer/prepare.py [FOLDER]      (default data/emoji64; about two minutes, 150 MB of downloads)
 
 Labels are the nine Unicode categories. Train and val are split by codepoint: all vendors and skin tones of an emoji are

@@ -48,12 +48,12 @@ SCORES = ["psnr", "ssim", "efficientnet_lite0", "frechet_distance/efficientnet_l
 FLOOR = "frechet_distance/efficientnet_lite0/real_against_real"
 
 
-def train_and_score(arm: str) -> dict:
+def train_and_score(arm: str, settings: list[str]) -> dict:
     """Trains and evaluates an arm unless finished; returns its scores on the validation images."""
     folder = RUNS / arm
     if not finished(folder):
-        settings = [f"name=emoji64/{arm}", f"data.path={SHARDS}", "ckpt_path=last", "logger=csv"]
-        varlab("train", "experiment=tokenizer_emoji64", *settings, *ARMS[arm])
+        shared = [f"name=emoji64/{arm}", f"data.path={SHARDS}", "ckpt_path=last", "logger=csv"]
+        varlab("train", "experiment=tokenizer_emoji64", *shared, *settings)
     result = folder / "evaluation/evaluation.json"
     if not result.is_file():
         checkpoint = f"checkpoint={folder / 'checkpoints/last.ckpt'}"
@@ -100,23 +100,32 @@ def draw_reconstructions(arms: list[str]) -> Image.Image:
     return image_grid.grid(image_grid.columns_of(*columns) / 2 + 0.5, columns=len(columns))
 
 
-def main() -> None:
-    arms = sys.argv[1:] or list(ARMS)
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        sys.exit(f"no such arm: {', '.join(unknown)}; choose among {', '.join(ARMS)}")
-    if not (SHARDS / "manifest.json").is_file():
-        sys.exit(f"{SHARDS} does not exist: run experiments/tokenizer/prepare.py first")
-    found = {arm: train_and_score(arm) for arm in arms}
-    with open(HERE / "results.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+def write_scores(file: Path, found: dict[str, dict]) -> None:
+    """One row per arm; also printed."""
+    with open(file, "w", encoding="utf-8", newline="") as output:
+        writer = csv.writer(output)
         writer.writerow(["arm", *SCORES, FLOOR, "images", "perplexity_by_scale"])
         for arm, scores in found.items():
             by_scale = " ".join(f"{value:.1f}" for value in scores["perplexity_by_scale"])
             numbers = [f"{scores[name]:.4g}" for name in [*SCORES, FLOOR]]
             writer.writerow([arm, *numbers, scores["num_images"], by_scale])
+    print(file.read_text(encoding="utf-8"))
+
+
+def check_data() -> None:
+    """Ends with a sentence if the images are not there."""
+    if not (SHARDS / "manifest.json").is_file():
+        sys.exit(f"{SHARDS} does not exist: run experiments/tokenizer/prepare.py first")
+
+
+def main() -> None:
+    arms = sys.argv[1:] or list(ARMS)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        sys.exit(f"no such arm: {', '.join(unknown)}; choose among {', '.join(ARMS)}")
+    check_data()
+    write_scores(HERE / "results.csv", {arm: train_and_score(arm, ARMS[arm]) for arm in arms})
     plot_curves(arms)
     image_grid.save(draw_reconstructions(arms), HERE / "reconstructions.png")
-    print((HERE / "results.csv").read_text())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one_bit_by_bit(
         overrides = [*var_overrides, "callbacks.ema={_target_:varlab.training.ema.EMA,decay:0.9}"]
     else:
         overrides = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in var_overrides]
-        overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25"]
+        overrides += ["data=images", "resolution=16px", "data.resize_ratio=1.25", "module.self_correction=0.3"]
     overrides += ["data.window=3", "data.lanes=2"]
     if processes == 2:
         overrides += ["trainer.devices=2", "trainer.strategy=ddp"]

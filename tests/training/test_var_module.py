@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from support.networks import PATCH_NUMS
 from support.runs import (
     command,
@@ -43,7 +44,8 @@ def test_only_the_newest_scale_of_progressive_training_is_faded_in(tokenizer, va
     module = SimpleNamespace(
         net=var,
         objective=None,
-        tokens=lambda batch: (sequence, token_maps),
+        self_correction=0.0,
+        tokens=lambda batch, self_correction: (sequence, token_maps),
         inputs=lambda maps: tokenizer.quantizer.teacher_forcing_inputs(maps),
         active_scales=lambda: (2, 0.25),
         loss=lambda logits, tokens: torch.ones(tokens.shape),
@@ -110,3 +112,20 @@ def test_progressive_training_scores_fewer_tokens_at_their_old_weight(tmp_path, 
     assert killed.returncode == -9
     fit(tmp_path / "killed", *still, gradual, *log_to(tmp_path / "killed.log"), "ckpt_path=last")
     assert logged_losses(tmp_path / "gradual.log") == logged_losses(tmp_path / "killed.log")
+
+
+def test_self_correction_needs_images_and_leaves_validation_as_it_is(tmp_path, digits_folder, var_overrides):
+    with pytest.raises(ValueError, match=r"self_correction=0.2 encodes images anew in each step, but .* holds tokens"):
+        fit(tmp_path / "tokens", *var_overrides, "module.self_correction=0.2")
+    with pytest.raises(InstantiationException, match=r"self_correction=1.5: give a share of the digits from 0 to 1"):
+        fit(tmp_path / "wrong", *var_overrides, "module.self_correction=1.5")
+    images = [f"data.path={digits_folder}" if o.startswith("data.path") else o for o in var_overrides]
+    images += ["data=images", "resolution=16px", "module.base_lr=0.0", "module.weight_decay=0.0"]
+    losses = {}
+    for strength in (0.0, 1.0):
+        log = tmp_path / f"{strength}.log"
+        fit(tmp_path / f"{strength}", *images, f"module.self_correction={strength}", *log_to(log))
+        row = json.loads((tmp_path / f"{strength}/run.json").read_text())
+        losses[strength] = row["val_loss"], logged_losses(log)
+    assert losses[0.0][0] == losses[1.0][0]
+    assert losses[0.0][1] != losses[1.0][1]

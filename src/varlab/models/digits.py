@@ -27,6 +27,16 @@ def tokens_of(digits: Int[Tensor, "*rows n"], bases: Bases) -> Int[Tensor, "*row
     )
 
 
+def with_errors(tokens: Int[Tensor, "B l"], bases: Bases, rates: Float[Tensor, " B"]) -> Int[Tensor, "B l"]:
+    """Tokens of which each digit is replaced by another of its values, all equally likely, with a probability of its image's
+    `rates`."""
+    digits = digits_of(tokens, bases)
+    steps = [torch.randint(1, max(base, 2), tokens.shape, device=tokens.device) for base in bases]
+    others = torch.stack([(digits[..., i] + steps[i]) % base for i, base in enumerate(bases)], dim=-1)
+    is_wrong = torch.rand(digits.shape, device=tokens.device) < rates[:, None, None]
+    return tokens_of(torch.where(is_wrong, others, digits), bases)
+
+
 def over_digits(
     score: Callable[[Tensor, Tensor], Tensor], logits: Float[Tensor, "B l S"], tokens: Int[Tensor, "B l"], bases: Bases
 ) -> Float[Tensor, "B l"]:

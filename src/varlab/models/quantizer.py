@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from varlab.models import scales
 from varlab.models.custom_classes import RecordedModule
-from varlab.models.digits import Bases, digits_of
+from varlab.models.digits import Bases, digits_of, with_errors
 
 MIN_NORM = 1e-4  # shorter vectors have no direction
 MAX_DISTANCES = 1 << 26  # distances between codes and vectors computed at a time: 256 MB
@@ -199,13 +199,25 @@ class ResidualQuantizer(RecordedModule):
 
     def encode(self, f: Float[Tensor, "B C H W"]) -> list[Int[Tensor, "B _"]]:
         """Token maps of `f`, coarse to fine (VAR, algorithm 1)."""
-        f = f.float()
+        return self.encode_with_errors(f, None)[0]
+
+    def encode_with_errors(
+        self, f: Float[Tensor, "B C H W"], rates: Float[Tensor, " B"] | None
+    ) -> tuple[list[Int[Tensor, "B _"]], list[Int[Tensor, "B _"]]]:
+        """(token maps of `f`, the same with errors that the finer ones correct): after each scale a share of digits, `rates` for
+        each image, is replaced at random, and the next scale encodes what is then left over (Infinity, section 3.4: bitwise
+        self-correction). None leaves out errors: both are equal."""
+        f, found = f.float(), []
 
         def choose(k: int, f_hat: Tensor) -> tuple[Tensor, Tensor]:
             tokens = self.nearest(self.at_scale(f - f_hat, k), k)
+            found.append(tokens)
+            if rates is not None:
+                tokens = with_errors(tokens, self.bases if len(self.bases) > 1 else [self.size_of(k)], rates)
             return tokens, self.embed(tokens, k)
 
-        return [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
+        seen = [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
+        return found, seen
 
     def partial_sums(self, token_maps: Sequence[Int[Tensor, "B _"]]) -> list[Float[Tensor, "B C H W"]]:
         """`f_hat` after each scale, coarse to fine (VAR, algorithm 2); the last one is the decoder's input. One

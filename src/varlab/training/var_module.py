@@ -41,6 +41,10 @@ class VARModule(ScheduledModule):
     the warm-up in tokens per parameter of the blocks, at most 5 % of `full_steps`, the length of the whole run, of
     which this one may be a branch (Porian et al. 2024).
 
+    `self_correction`: while training, each image has a share of digits of its tokens, drawn uniformly from 0 to this number,
+    replaced at random in what the network sees, and the next scales are encoded anew (see
+    `ResidualQuantizer.encode_with_errors`), so that a sample's own errors are corrected by finer scales. Needs images.
+
     `init_from`: a trained VAR whose weights the run starts from (see `start_from`).
     `reinitialized`: patterns of parameters that are not taken over. `frozen`: patterns of parameters that are not trained.
     `objective` and `adapter`: see training/tuning.py.
@@ -73,6 +77,7 @@ class VARModule(ScheduledModule):
         loss_chunks: int = 1,
         is_compiled: bool | None = None,
         progressive: Progressive | None = None,
+        self_correction: float = 0.0,
         init_from: str | None = None,
         reinitialized: Sequence[str] = (),
         frozen: Sequence[str] = (),
@@ -82,6 +87,8 @@ class VARModule(ScheduledModule):
     ) -> None:
         if loss_chunks < 1:
             raise ValueError(f"module.loss_chunks={loss_chunks}: give 1 or more")
+        if not 0 <= self_correction <= 1:
+            raise ValueError(f"module.self_correction={self_correction}: give a share of the digits from 0 to 1")
         tokenizer_net = load_tokenizer(tokenizer, trust_code=trust_code).requires_grad_(False)
         super().__init__(
             optimizer,
@@ -105,6 +112,7 @@ class VARModule(ScheduledModule):
         self.loss_chunks = loss_chunks
         self.is_compiled = is_compiled
         self.progressive = progressive
+        self.self_correction = self_correction
         self.init_from = init_from
         self.reinitialized = reinitialized
         self.frozen = frozen
@@ -213,6 +221,11 @@ class VARModule(ScheduledModule):
                     f"{data.path} was made by tokenizer {data.manifest['tokenizer']}, but this one is {self.tokenizer_fingerprint}:"
                     " run `varlab tokenize` with it into another folder"
                 )
+            if self.self_correction:
+                raise ValueError(
+                    f"module.self_correction={self.self_correction} encodes images anew in each step, but {data.path} holds"
+                    " tokens: set data=images and data.path to shards of images, or module.self_correction=0"
+                )
         elif (data.resolution, data.resolution) != self.tokenizer.image_size:
             raise ValueError(
                 f"data.resolution={data.resolution}, but the tokenizer encodes images of {self.tokenizer.image_size} pixels"
@@ -231,16 +244,17 @@ class VARModule(ScheduledModule):
         return parameter_groups(self.net, self.depth_ratio if self.mup_lr_scaling else 1.0)
 
     @torch.no_grad()
-    def tokens(self, batch: ImageBatch | TokenBatch) -> tuple[Tensor, list[Tensor]]:
-        """The batch's sequence (B L) and token maps."""
-        if isinstance(batch, ImageBatch):
-            with torch.autocast(self.device.type, enabled=False):
-                features = self.tokenizer.features(batch.images.float())
-                token_maps = self.tokenizer.quantizer.encode(
-                    features
-                )  # `tokenizer.encode` waits for a check of the values
-            return torch.cat(token_maps, dim=1), token_maps
-        return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
+    def tokens(self, batch: ImageBatch | TokenBatch, self_correction: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+        """The batch's sequence (B L), and the token maps that the network sees: those of the sequence, unless there is
+        `self_correction`."""
+        if isinstance(batch, TokenBatch):
+            return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
+        images = batch.images.float()
+        rates = self_correction * torch.rand(len(images), device=images.device) if self_correction else None
+        with torch.autocast(self.device.type, enabled=False):
+            features = self.tokenizer.features(images)  # `tokenizer.encode` waits for a check of the values
+            token_maps, seen = self.tokenizer.quantizer.encode_with_errors(features, rates)
+        return torch.cat(token_maps, dim=1), seen
 
     @torch.no_grad()
     def inputs(self, token_maps: list[Tensor]) -> Tensor:
@@ -248,7 +262,7 @@ class VARModule(ScheduledModule):
         return self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
-        sequence, token_maps = self.tokens(batch)
+        sequence, token_maps = self.tokens(batch, self.self_correction)
         if self.objective is not None:
             loss, logits, values = self.objective(self.net, self.inputs(token_maps), sequence, batch.condition)
             if self.is_logged:

@@ -8,6 +8,7 @@ import torch
 from support.networks import CLASS_NAMES, PATCH_NUMS, make_var
 from support.runs import SHORT, TOKENIZER, VAR, command, config, draw, fit, kill_at, log_to, logged_losses, weights
 
+from varlab.checkpoints import programs
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained, tokenizer_fingerprint
 from varlab.commands import edit as edit_command
 from varlab.commands import export, tokenize
@@ -15,7 +16,7 @@ from varlab.models.codes.binary import BinarySphericalQuantizer, LookupFreeQuant
 from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
 from varlab.models.codes.simvq import SimVQQuantizer
 from varlab.models.codes.table_by_scale import TableByScaleQuantizer
-from varlab.models.digits import most_likely
+from varlab.models.digits import digits_of, most_likely, with_errors
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.sampling.editing import edit
@@ -143,6 +144,49 @@ def test_an_export_folder_holds_it(networks, tmp_path):
     assert described["class"].startswith("varlab.models.")
 
 
+@torch.no_grad()
+def test_finer_scales_correct_errors(networks):
+    quantizer = networks[0].quantizer
+    f = torch.randn(64, quantizer.codebook_dim, 4, 4)
+    plain = quantizer.encode(f)
+    for rates in (None, torch.zeros(64)):
+        found, seen = quantizer.encode_with_errors(f, rates)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, found, seen, strict=True))
+    rates = torch.tensor([0.0, 1.0]).repeat(32)
+    found, seen = quantizer.encode_with_errors(f, rates)
+    for k, (a, b, c) in enumerate(zip(plain, found, seen, strict=True)):
+        assert torch.equal(a[::2], b[::2]) and torch.equal(a[::2], c[::2])  # without errors
+        bases = quantizer.bases if len(quantizer.bases) > 1 else [quantizer.size_of(k)]
+        assert (digits_of(b[1::2], bases) != digits_of(c[1::2], bases)).all()  # every digit is wrong
+        assert c.min() >= 0 and c.max() < quantizer.size_of(k)
+    f_hat = torch.zeros_like(f)
+    for k, sums in enumerate(quantizer.partial_sums(seen)):  # what is to be predicted is what the errors left over
+        assert torch.equal(found[k], quantizer.nearest(quantizer.at_scale(f - f_hat, k), k))
+        f_hat = sums
+    _, seen = quantizer.encode_with_errors(f, torch.full((64,), 0.1))
+    share = torch.cat([(a != b).flatten() for a, b in zip(seen, found, strict=True)]).float().mean()
+    assert share > 0.05
+    uncorrected = [
+        with_errors(a, quantizer.bases, torch.full((64,), 0.1)) % quantizer.size_of(k) for k, a in enumerate(plain)
+    ]
+    errors = [(f - quantizer.partial_sums(maps)[-1]).square().mean() for maps in (plain, seen, uncorrected)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@torch.no_grad()
+def test_exported_programs_hold_it(networks, tmp_path):
+    tokenizer, var = networks
+    programs.write(tmp_path / "programs", tokenizer, var, is_onnx=False)
+    decoder = torch.export.load(tmp_path / "programs/decoder.pt2").module()
+    f_hat = tokenizer.quantizer.partial_sums(tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1))[-1]
+    torch.testing.assert_close(decoder(f_hat), tokenizer.decode_features(f_hat) / 2 + 0.5, atol=1e-5, rtol=1e-5)
+    step = torch.export.load(tmp_path / "programs/step_03.pt2").module()
+    example = [torch.randn_like(x) if x.is_floating_point() else x for x in programs.step_example(var, 3)]
+    logits = programs.StepProgram(var, 3)(*example)[0]
+    assert logits.shape == (2, 16, sum(var.bases))
+    torch.testing.assert_close(step(*example)[0], logits, atol=1e-5, rtol=1e-5)
+
+
 def test_remedies_for_tables_are_refused_where_no_table_is_learned(networks):
     quantizer = networks[0].quantizer
     if type(quantizer) is MultiScaleQuantizer:
@@ -186,3 +230,17 @@ def test_the_whole_way_from_images_to_samples(name, tmp_path, digits_folder):
         f"out={tmp_path / 'edited'}",
     ]
     edit_command.run(config(tmp_path, *edited, verb="edit"))
+
+
+@pytest.mark.parametrize("name", ["bsq", *(pytest.param(n, marks=pytest.mark.slow) for n in MEMBERS if n != "bsq")])
+def test_two_processes_equal_one_with_the_same_global_batch(name, tmp_path, digits_folder):
+    """Also where a loss looks at the whole batch, as the entropy of bits does."""
+    plain = [setting for setting in TOKENIZER if not setting.startswith("model.quantizer.")]
+    settings = [*plain, f"quantizer@model.quantizer={name}", *COMMANDS[name], *SHORT, f"data.path={digits_folder}"]
+    fit(tmp_path / "one", *settings, *log_to(tmp_path / "one.log"))
+    two = ["trainer.devices=2", "trainer.strategy=ddp", *log_to(tmp_path / "two.log")]
+    finished = command(tmp_path / "two", *settings, *two, processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    one = [float.fromhex(loss) for loss in logged_losses(tmp_path / "one.log").values()]
+    ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "two.log", rank).values()] for rank in (0, 1)]
+    assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-4)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,8 +19,8 @@ class BinaryQuantizer(LengthByScaleQuantizer):
     residuals of fine scales are smaller.
 
     `entropy_weight` w, `temperature`: each bit is taken as a probability p(bit = 1 | z). The regularizer is w (E[H(p)] - H(E[p])):
-    certain for each vector, even over all. Over independent bits the entropy of a code is the sum of those of its bits, so
-    nothing is summed over the 2^bits codes; H(E[p]) is then an upper bound.
+    certain for each vector, even over those of a batch (of all ranks). Over independent bits the entropy of a code is the sum
+    of those of its bits, so nothing is summed over the 2^bits codes; H(E[p]) is then an upper bound.
     """
 
     place: Tensor
@@ -56,7 +57,7 @@ class BinaryQuantizer(LengthByScaleQuantizer):
             return None
         with torch.autocast(z.device.type, enabled=False):
             probability = self.logits_of_bits(z.float(), k).sigmoid().flatten(0, 1)
-            certain, even = entropy(probability).sum(dim=1).mean(), entropy(probability.mean(dim=0)).sum()
+            certain, even = entropy(probability).sum(dim=1).mean(), entropy(mean_of_ranks(probability)).sum()
             return self.entropy_weight * (certain - even)
 
 
@@ -74,6 +75,17 @@ class LookupFreeQuantizer(BinaryQuantizer):
 
     def logits_of_bits(self, z: Float[Tensor, "B l C"], k: int) -> Float[Tensor, "B l C"]:
         return 4 * z / (self.length(k) * self.temperature)
+
+
+def mean_of_ranks(x: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """Mean over the rows of all ranks, of which each has as many. The gradient is that of this rank's rows; averaged over ranks, as
+    in DDP, it is that of the mean."""
+    mean = x.mean(dim=0)
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean
+    of_all = mean.detach().clone()
+    dist.all_reduce(of_all)
+    return mean + (of_all / dist.get_world_size() - mean.detach())
 
 
 def entropy(probability: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:

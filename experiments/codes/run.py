@@ -1,0 +1,137 @@
+"""Which code would you take? Members of the quantizer family with the same encoder, decoder, token maps and training on glyphs32, and
+VARs of three sizes on the tokens of each, three seeds. Finished steps are skipped; an interrupted run continues.
+
+    python experiments/data/glyphs.py && python experiments/codes/run.py     (two CPU cores: about three hours)
+    python experiments/codes/run.py bsq fsq                                   (trains these only, beside another process)
+
+Losses per token cannot be compared across codes: a code with more bits has more to predict, and holds more. Two numbers can:
+the nats of a whole image at the PSNR that they buy, and the code length of the pixels in bits per dim: the tokens by the VAR, and
+what they leave over by a Gaussian with the mean squared error of held-out reconstructions as its variance. Samples are judged by a
+classifier of the same data.
+
+Writes tokenizers.csv, var.csv and samples.csv beside this file and, for `varlab scaling compare`, runs/codes/<code>.csv; prints
+means and 95 % intervals over seeds.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent / "depth_scaling")]
+from run import Study, shared_settings  # noqa: E402
+from scores import Judge  # noqa: E402
+from steps import interval, write_table  # noqa: E402
+
+CODES = {
+    "residual": ["model.quantizer.codebook_size=1024"],
+    "simvq": ["model.quantizer.codebook_size=1024"],
+    "fsq": ["model.quantizer.levels=[4,4,4,4,4]"],
+    "bsq": ["model.quantizer.bits=10"],
+    "lfq": ["model.quantizer.bits=10"],
+    "bsq-20": ["model.quantizer.bits=20"],
+}
+DEPTHS, SEEDS, PER_CLASS, LENGTH, DIMS = (1, 2, 3), (0, 1, 2), 10, 130, 3 * 32 * 32
+RUNS, DATA = Path("runs/codes"), Path("data/glyphs32")
+
+
+def study_of(code: str) -> Study:
+    """Tokenizer and sweep of one code; only the quantizer differs."""
+    tokenizer = ["experiment=tokenizer_glyphs32", f"quantizer@model.quantizer={code.split('-')[0]}", *CODES[code]]
+    tokenizer += ["steps=1000", "val_every=500", "trainer=cpu"]
+    if code != "residual":  # no table is learned
+        tokenizer += ["callbacks.kmeans=null", "callbacks.reset_dead_codes=null"]
+    steps = 400
+    settings = [
+        *shared_settings("cpu"),
+        "data.global_batch_size=64",
+        f"val_every={steps}",
+        "log_every=25",
+        "save_every=200",
+    ]
+    settings += [
+        "module.base_lr=2.0e-2",
+        "model.width=${mul:32,${model.depth}}",
+        "callbacks.branches=null",
+        "trunk=null",
+    ]
+    return Study(f"codes/{code}", DATA / "shards", tokenizer, ",".join(map(str, DEPTHS)), steps, settings)
+
+
+def bits_per_dim(nats: float, mean_squared_error: float) -> float:
+    """Code length of an image in two parts, tokens and a Gaussian residual, in bits per dim of 8-bit images."""
+    residual = 0.5 * math.log2(2 * math.pi * math.e * mean_squared_error * 255**2)
+    return nats / math.log(2) / DIMS + residual
+
+
+def run_code(code: str, judge: Judge) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(row of the tokenizer, rows of the VARs, rows of samples)."""
+    study = study_of(code)
+    tokens = study.tokens()
+    tokenizer = study.runs / "tokens-tokenizer/checkpoints/last.ckpt"
+    file = study.runs / "reconstructions.json"
+    if not file.is_file():
+        file.write_text(json.dumps(judge.of_reconstructions(tokenizer, study.runs / "reconstructions.png")))
+    scores = json.loads(file.read_text())
+    trained = json.loads((study.runs / "tokens-tokenizer/run.json").read_text())
+    row = {"code": code, **scores, "seconds": trained["device_seconds"]}
+    study.sweep("var", tokens, f"model.depth={study.depths}", f"seed={','.join(map(str, SEEDS))}")
+    rows, samples = [], []
+    for depth in DEPTHS:
+        for seed in SEEDS:
+            run = study.runs / "var" / f"d{depth}-seed{seed}-share1"
+            facts = json.loads((run / "run.json").read_text())
+            nats = facts["val_loss"] * LENGTH
+            about = {key: facts[key] for key in ("params_main", "params_total", "flops_exact", "device_seconds")}
+            found = {"nats_per_image": nats, "bits_per_dim": bits_per_dim(nats, scores["mean_squared_error"])}
+            rows.append({"code": code, "depth": depth, "seed": seed, **about, **found})
+        if depth == max(DEPTHS):
+            for seed in SEEDS:
+                run = study.runs / "var" / f"d{depth}-seed{seed}-share1"
+                settings = {"cfg_scale": 0.5, "cfg_schedule": "constant", "top_p": 0.97, "seed": 10_000 * seed}
+                found = judge.of_samples(run / "checkpoints/last.ckpt", run / "samples", PER_CLASS, **settings)
+                found = {key.split("/")[0]: value for key, value in found.items() if "real_against_real" not in key}
+                samples.append({"code": code, "training_seed": seed, **found})
+                print(json.dumps(samples[-1]), flush=True)
+    table = [
+        {
+            "name": f"d{r['depth']}",
+            "N": r["params_main"],
+            "C": r["flops_exact"],
+            "seed": r["seed"],
+            "loss": r["bits_per_dim"],
+        }
+        for r in rows
+    ]
+    write_table(RUNS / f"{code}.csv", table)
+    return row, rows, samples
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(CODES)
+    if unknown := [code for code in chosen if code not in CODES]:
+        sys.exit(f"no such code: {', '.join(unknown)}; choose among {', '.join(CODES)}")
+    judge = Judge(DATA)
+    found = [run_code(code, judge) for code in chosen]
+    if chosen != list(CODES):
+        return
+    rows, samples = [row for _, part, _ in found for row in part], [row for _, _, part in found for row in part]
+    write_table(HERE / "tokenizers.csv", [row for row, _, _ in found])
+    write_table(HERE / "var.csv", rows)
+    write_table(HERE / "samples.csv", samples)
+    print(
+        "| code | PSNR dB | read right % | nats per image, d1 | d2 | d3 | bits per dim, d3 | legible % | Frechet distance |"
+    )
+    print("|---" * 9 + "|")
+    for row, part, drawn in found:
+        nats = [interval([r["nats_per_image"] for r in part if r["depth"] == depth]) for depth in DEPTHS]
+        bits = interval([r["bits_per_dim"] for r in part if r["depth"] == max(DEPTHS)])
+        legible, distance = (interval([r[key] for r in drawn]) for key in ("class_agreement", "frechet_distance"))
+        first = f"| {row['code']} | {row['psnr']:.2f} | {row['accuracy_reconstruction']:.1f} |"
+        print(first, " | ".join([*nats, bits, legible, distance]), "|")
+
+
+if __name__ == "__main__":
+    main()
