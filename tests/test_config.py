@@ -9,7 +9,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from support.runs import config
 
-from varlab.config import check_names, check_types, conf_dir, one_sentence, quoted, report_user_errors, reported_error
+from varlab.config import (
+    check_names,
+    check_types,
+    conf_dir,
+    one_sentence,
+    override_of,
+    report_user_errors,
+    reported_error,
+)
 from varlab.models import scales
 
 CONF = Path(conf_dir())
@@ -121,10 +129,13 @@ def test_every_choice_of_losses_composes_with_the_right_types(group, name, tmp_p
         ("+a.b={_target_: x.y}", "+a.b={_target_: x.y}"),
         ("--multirun", "--multirun"),
         ("word", "word"),
+        ("resolution=32px", "resolution=32px"),
+        ("resolution=48", "data.resolution=48"),
+        ("resolution=[16, 24]", "data.resolution=[16, 24]"),
     ],
 )
-def test_values_that_hydra_cannot_parse_are_quoted(given, expected):
-    assert quoted(given) == expected
+def test_values_that_hydra_cannot_parse_are_quoted_and_sizes_go_to_the_data(given, expected):
+    assert override_of(given) == expected
 
 
 def test_a_name_too_long_for_a_file_system_is_told():

@@ -31,7 +31,7 @@ SMALLER = [  # what the test runs in place of an argument as printed
     (r"(perceptual|features)\.weights=download", ""),
     ("features=inception", "features=efficientnet_lite0"),
     (r"resolution=\w+px", "resolution=16px"),
-    (r"patch_nums=\[.*\]", "patch_nums=[1,2,3,4]"),
+    (r"patch_nums=\[[\d,]*\]", "patch_nums=[1,2,3,4]"),
     ("top_k=900", "top_k=9"),
     (r"(grid\.)?num=\d+", r"\g<1>num=12"),
     (r"\+sources\.spirals=.*", "+sources.spirals={_target_: spirals.spirals, count: 40}"),

@@ -56,7 +56,7 @@ def hydra_command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable
                 if {"-h", "--help"} & set(sys.argv[1:]):
                     print(examples(name))
                 check_names(sys.argv[1:])
-                sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+                sys.argv[1:] = [override_of(argument) for argument in sys.argv[1:]]
                 app()
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,10 +78,12 @@ def check_names(arguments: list[str]) -> None:
             sys.exit(f"varlab: {key}={value[:20]}... has {longest} bytes in one file name: give a name of at most 240")
 
 
-def quoted(argument: str) -> str:
-    """An override whose value Hydra cannot parse, such as a path with spaces or umlauts, with its value in quotes; any other
-    argument as it is."""
+def override_of(argument: str) -> str:
+    """An override whose value Hydra cannot parse, such as a path with spaces or umlauts, with its value in quotes; a resolution
+    given as numbers as a setting of the data, because a word names a file of conf/resolution; any other argument as it is."""
     name, sign, value = argument.partition("=")
+    if name == "resolution" and re.fullmatch(r"\d+|\[.*\]", value):
+        return f"data.{argument}"
     if not sign or argument.startswith("-"):
         return argument
     for candidate in (argument, name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"):

@@ -28,7 +28,7 @@ def run(place, *settings):
 
 def test_an_image_of_any_size_is_edited_and_told_how(place):
     told = run(place, "box=[0.25,0.25,0.75,0.75]", "label=two")
-    assert told["fitted"] == "center crop of 40 pixels, resized to 16" and told["label"] == 1
+    assert told["fitted"] == "center crop of 40 x 40 pixels, resized to 16 x 16" and told["label"] == 1
     assert told["errors_in_levels"]["result"]["outside"] == 0 < told["errors_in_levels"]["network"]["outside"]
     results = [np.asarray(Image.open(place / f"out/edit-00{i}.png")).astype(int) for i in (0, 1)]
     assert (results[0] != results[1])[4:12, 4:12].any() and (results[0] == results[1])[:4].all()

@@ -8,7 +8,7 @@ from support.shards import digits
 from varlab.data import images as image_data
 from varlab.data import shards as format
 from varlab.data import write_shards as packing
-from varlab.data.images import Crop, ImageDataModule, ImageDataset, preprocess
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, preprocess, resolution_of, size_of
 from varlab.data.order import SampleRequest
 from varlab.data.sources.items import Item
 
@@ -55,6 +55,33 @@ def test_preprocessing_is_flip_resize_crop(size, crop, has_kernel, monkeypatch):
     difference = np.abs(ours - whole[top : top + 16, left : left + 16])
     assert difference[3:-3, 3:-3].max() <= (2 if has_kernel else 1)
     assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("given", [(40, 20), (20, 40), (24, 16), (300, 10)])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_rectangle_is_covered_and_cut_in_its_middle(given, has_kernel, monkeypatch):
+    if has_kernel and not image_data.HAS_LANCZOS:
+        pytest.skip("this torch has no Lanczos kernel")
+    monkeypatch.setattr(image_data, "HAS_LANCZOS", has_kernel)
+    width, height = given
+    ramp = np.linspace(0, 255, width)[None, :, None].repeat(height, 0).repeat(3, 2).astype(np.uint8)
+    cut = preprocess(Image.fromarray(ramp), (16, 24), 1.0, Crop()).astype(int)
+    assert cut.shape == (16, 24, 3)
+    shown = min(1.0, 24 / (width * max(16 / height, 24 / width)))  # share of the width
+    assert cut[8, 12, 0] == pytest.approx(127.5, abs=8)
+    assert cut[8, 20, 0] - cut[8, 4, 0] == pytest.approx(255 * shown * 16 / 24, abs=12)
+    mirrored = preprocess(Image.fromarray(ramp), (16, 24), 1.0, Crop(is_flipped=True))
+    assert np.abs(mirrored[:, ::-1].astype(int) - cut).max() <= 255 * shown / 24 + 3
+    corner = preprocess(Image.fromarray(ramp), [16, 24], 1.25, Crop(0.0, 0.0))
+    assert corner.shape == (16, 24, 3) and corner[8, 0, 0] < 12
+
+
+def test_a_size_is_a_side_or_a_pair():
+    assert size_of(16) == (16, 16) and size_of([16, 24]) == (16, 24)
+    assert resolution_of((16, 16)) == 16 and resolution_of((16, 24)) == [16, 24]
+    for wrong in ([16], [16, 24, 3], [0, 16], 0):
+        with pytest.raises(ValueError, match=r"give the side of a square, or \[height, width\], in pixels"):
+            size_of(wrong)
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(digits_folder):

@@ -38,6 +38,15 @@ def test_dino_weights_are_asked_for_by_name():
         DINODiscriminator()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_images_too_small_for_patches_are_refused(num_layers):
+    net = PatchDiscriminator(channels=8, num_layers=num_layers)
+    smallest = 3 * 2**num_layers
+    assert net(torch.rand(1, 3, smallest, smallest + 8)).shape[1] >= 1
+    with pytest.raises(ValueError, match=f"needs {smallest}: set adversarial.discriminator.num_layers to less"):
+        net(torch.rand(1, 3, smallest - 1, 64))
+
+
 @pytest.mark.parametrize("policy", [["color"], ["translation"], ["cutout"], ["color", "translation", "cutout"]])
 def test_augmentations_change_images_and_pass_gradients(policy):
     images = torch.rand(4, 3, 16, 16, requires_grad=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from varlab import image_grid
 from varlab.checkpoints.load import load
 from varlab.data.decoding import open_image
-from varlab.data.images import Crop, preprocess, to_tensor
+from varlab.data.images import Crop, Resolution, preprocess, to_tensor
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
@@ -46,8 +46,8 @@ def to_images(batch: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
 
 
-def read_upload(path: str | Path, side: int) -> Image.Image:
-    """An image file resized and center-cropped to `side` x `side` pixels, the input of the model.
+def read_upload(path: str | Path, resolution: Resolution) -> Image.Image:
+    """An image file resized and center-cropped to the resolution of the model.
 
     Raises ValueError, without the file's path, for a file that is not an image or is too large.
     """
@@ -55,7 +55,7 @@ def read_upload(path: str | Path, side: int) -> Image.Image:
         image = open_image(path, "this file", MAX_PIXELS)
     except ValueError as error:
         raise ValueError(f"{error}: upload a PNG, JPEG or WebP of at most 50 million pixels") from None
-    return Image.fromarray(np.asarray(preprocess(image, side, 1.0, Crop())))
+    return Image.fromarray(np.asarray(preprocess(image, resolution, 1.0, Crop())))
 
 
 class Model:
@@ -70,7 +70,7 @@ class Model:
             use_bf16(self.tokenizer, self.var)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
         self.class_names = names or [str(number) for number in range(self.var.num_classes)]
-        self.side = self.tokenizer.image_size[0]
+        self.size = self.tokenizer.image_size
 
     @property
     def scales(self) -> list[str]:
@@ -112,13 +112,12 @@ class Model:
         is_inverted: bool,
         **settings: Any,
     ) -> tuple[list[Image.Image], str]:
-        """(`num` edits of the square `image`, summary as text). The region where `region` (H W, of any size) is above 0
+        """(`num` edits of `image`, summary as text). The region where `region` (H W, of any size) is above 0
         is generated, or with `is_inverted` everything else.
 
         Raises ValueError for an empty region."""
-        mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize(
-            (self.side, self.side), Image.Resampling.NEAREST
-        )
+        height, width = self.size
+        mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize((width, height), Image.Resampling.NEAREST)
         chosen = torch.from_numpy(np.asarray(mask) > 0).float().to(self.device)
         keep = chosen if is_inverted else 1 - chosen
         if not (keep == 0).any() or not chosen.any():
@@ -137,7 +136,7 @@ class Model:
 
     @torch.no_grad()
     def dissect(self, image: Image.Image) -> "Dissection":
-        """The tokenizer's encoding of a square image, scale by scale."""
+        """The tokenizer's encoding of an image, scale by scale."""
         images = self.tensor(image)
         quantizer = self.tokenizer.quantizer
         features = self.tokenizer.features(images).float()

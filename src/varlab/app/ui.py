@@ -223,7 +223,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
         return {"background": np.asarray(large), "layers": [], "composite": np.asarray(large)}, image
 
     def bring(path: str | None) -> tuple[Any, Any]:
-        return (None, None) if path is None else show(read_upload(path, model.side))
+        return (None, None) if path is None else show(read_upload(path, model.size))
 
     def take_sample(made: list[Image.Image]) -> tuple[Any, Image.Image]:
         if not made:
@@ -275,7 +275,7 @@ def tokenizer_tab(model: Model) -> None:
     def dissect(path: str | None) -> tuple[Any, ...]:
         if path is None:
             return [], [], [], []
-        seen = read_upload(path, model.side)
+        seen = read_upload(path, model.size)
         found = model.dissect(seen)
         named = zip(found.reconstructions, model.scales, strict=True)
         return (
@@ -344,7 +344,9 @@ def build(model: Model, other: Model | None, sweep: Sweep | None, max_batch: int
     """The page."""
     with Page(title="varlab", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         sides = ", ".join(model.scales)
-        gr.Markdown(f"# varlab\n`{model.name}`: VAR of depth {model.var.depth}, {model.side} px, token maps {sides}.")
+        gr.Markdown(
+            f"# varlab\n`{model.name}`: VAR of depth {model.var.depth}, {model.size[0]} x {model.size[1]} px, token maps {sides}."
+        )
         with gr.Tab("Sample"):
             samples = sample_tab(model, max_batch)
         with gr.Tab("Edit"):

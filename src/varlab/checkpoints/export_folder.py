@@ -37,7 +37,7 @@ library_name: varlab
 
 # {title}
 
-Visual autoregression by next-scale prediction (VAR, arXiv 2404.02905) at {side} px, made with varlab {varlab}, torch {torch}.
+Visual autoregression by next-scale prediction (VAR, arXiv 2404.02905) at {size} px, made with varlab {varlab}, torch {torch}.
 
 {bullets}
 {usage}
@@ -226,7 +226,7 @@ def model_card(
     return CARD.format(
         title=name.split("/")[-1],
         license=f"license: {license.lower()}\n" if (license := facts.get("license of the weights")) else "",
-        side=tokenizer.image_size[0],
+        size="{} x {}".format(*tokenizer.image_size),
         varlab=__version__,
         torch=torch.__version__,
         bullets=listed,

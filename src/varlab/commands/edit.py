@@ -33,10 +33,10 @@ def run(cfg: DictConfig) -> None:
     if precision == "bf16":
         use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
-    side = tokenizer.image_size[0]
+    height, width = size = tokenizer.image_size
     image = open_image(cfg.image, f"image={cfg.image}")
-    original = to_tensor([preprocess(image, side, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
-    keep = mask_of(cfg, image.size, side).to(device)
+    original = to_tensor([preprocess(image, size, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
+    keep = mask_of(cfg, image.size, size).to(device)
     label = var.null_label if cfg.label is None else label_of(str(cfg.label), names, var.num_classes)
     settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
     edited = edit(
@@ -65,7 +65,8 @@ def run(cfg: DictConfig) -> None:
         "precision": precision,
         **settings,
     }
-    fitted = f"center crop of {min(image.size)} pixels, resized to {side}"
+    scale = min(image.size[0] / width, image.size[1] / height)
+    fitted = f"center crop of {round(height * scale)} x {round(width * scale)} pixels, resized to {height} x {width}"
     save_json(out / "edit.json", {**protocol, "fitted": fitted, "errors_in_levels": errors})
     print(f"{out}: {cfg.num} edits, edit.png (original | mask | results), edit.json; image: {fitted}")
     print(
@@ -74,8 +75,8 @@ def run(cfg: DictConfig) -> None:
     )
 
 
-def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
-    """Mask (side, side), 1 where the image is kept, from `mask` (an image of the same size, white where to edit) or
+def mask_of(cfg: DictConfig, given: tuple[int, int], size: tuple[int, int]):
+    """Mask of `size` (H W), 1 where the image is kept, from `mask` (an image as large as the `given` one, white where to edit) or
     `box`."""
     import numpy as np
     import torch
@@ -96,12 +97,12 @@ def mask_of(cfg: DictConfig, size: tuple[int, int], side: int):
         ):
             raise ValueError(f"box={list(cfg.box)}: give y0, x0, y1, x1 between 0 and 1, y0 < y1, x0 < x1")
         y0, x0, y1, x1 = (float(share) for share in cfg.box)
-        region = box_mask((y0, x0, y1, x1), (side, side))
+        region = box_mask((y0, x0, y1, x1), size)
     else:
         mask = Image.fromarray(255 * open_mask(cfg.mask).astype(np.uint8))
-        if mask.size != size:
-            raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, but the image is {size}")
-        array = preprocess(mask.convert("RGB"), side, 1.0, Crop())
+        if mask.size != given:
+            raise ValueError(f"mask={cfg.mask} is {mask.size} pixels, but the image is {given}")
+        array = preprocess(mask.convert("RGB"), size, 1.0, Crop())
         region = torch.from_numpy((np.asarray(array)[..., 0] > 127).astype(np.float32))
     if not region.any():
         raise ValueError("the mask is empty: nothing would be edited")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from varlab.data.shards import ConditionKind, ShardReader, fingerprint, load_man
 from varlab.data.storage import Storage, is_remote
 
 LANCZOS_RADIUS = 3
+Resolution = int | Sequence[int]
 HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 log = logging.getLogger(__name__)
 
@@ -42,26 +43,40 @@ class Crop(NamedTuple):
     is_flipped: bool = False
 
 
-def preprocess(image: Image.Image, resolution: int, resize_ratio: float, crop: Crop) -> np.ndarray:
-    """An RGB image: flip, resize the shorter side to round(resize_ratio * resolution) with Lanczos, crop; uint8 (H, W,
-    3).
+def size_of(resolution: Resolution) -> tuple[int, int]:
+    """(height, width) in pixels: of a square given its side, or of a pair. Raises ValueError for anything else."""
+    pair = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"resolution={resolution}: give the side of a square, or [height, width], in pixels")
+    return pair
+
+
+def resolution_of(size: tuple[int, int]) -> int | list[int]:
+    """The shortest form of a size: the side of a square, or [height, width]."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def preprocess(image: Image.Image, resolution: Resolution, resize_ratio: float, crop: Crop) -> np.ndarray:
+    """An RGB image: flip, resize with Lanczos to the smallest size of its aspect ratio that covers resize_ratio * resolution (for a
+    square: its shorter side), crop; uint8 (H, W, 3).
 
     torch's kernel (2.13 and later) takes a fifth of Pillow's time; they differ by at most two levels. Pillow resizes
     only the region of the crop; it is used for older versions, and for images so elongated that resizing all of one
     would exhaust memory.
     """
-    shorter = round(resize_ratio * resolution)
-    scale = shorter / min(image.size)
-    width, height = (max(shorter, round(side * scale)) for side in image.size)
-    top, left = round(crop.top * (height - resolution)), round(crop.left * (width - resolution))
+    out_height, out_width = size_of(resolution)
+    covered = round(resize_ratio * out_width), round(resize_ratio * out_height)
+    scale = max(new / old for new, old in zip(covered, image.size, strict=True))
+    width, height = (max(new, round(old * scale)) for new, old in zip(covered, image.size, strict=True))
+    top, left = round(crop.top * (height - out_height)), round(crop.left * (width - out_width))
     if crop.is_flipped:
-        left = width - resolution - left
-    if HAS_LANCZOS and max(width, height) <= 8 * shorter:
+        left = width - out_width - left
+    if HAS_LANCZOS and max(width, height) <= 8 * min(covered):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         resized = F.interpolate(pixels, size=(height, width), mode="lanczos", antialias=True)[0].permute(1, 2, 0)
-        cut = resized[top : top + resolution, left : left + resolution].numpy()
+        cut = resized[top : top + out_height, left : left + out_width].numpy()
     else:
-        cut = np.asarray(resize_part(image, (width, height), (left, top, left + resolution, top + resolution)))
+        cut = np.asarray(resize_part(image, (width, height), (left, top, left + out_width, top + out_height)))
     return cut[:, ::-1] if crop.is_flipped else cut
 
 
@@ -101,7 +116,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         reader: ShardReader,
-        resolution: int,
+        resolution: Resolution,
         resize_ratio: float,
         random_crop: bool,
         random_flip: bool,
@@ -110,7 +125,7 @@ class ImageDataset(Dataset):
     ) -> None:
         if resize_ratio < 1:
             raise ValueError(
-                f"resize_ratio={resize_ratio}: must be at least 1, so that the shorter side is not smaller than the crop"
+                f"resize_ratio={resize_ratio}: must be at least 1, so that the resized image is not smaller than the crop"
             )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
         self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
@@ -161,7 +176,7 @@ class CenterCrops:
     def __init__(
         self,
         reader: ShardReader,
-        resolution: int,
+        resolution: Resolution,
         resize_ratio: float,
         num_images: int | None,
         batch_size: int,
@@ -192,7 +207,7 @@ class CenterCrops:
 class ImageDataModule(OrderedDataModule):
     """Images of any packed set (`varlab pack`), preprocessed as in the VAR recipe.
 
-    `resolution`: side of the square images in pixels. `resize_ratio`: shorter side before the crop divided by the
+    `resolution`: side of the square images in pixels, or [height, width]. `resize_ratio`: size before the crop divided by the
     resolution (1.125 in the recipe). Validation uses the center crop. `path` may be a URL, see Storage. `condition`:
     `label`, or `vector` if the set holds a vector per image.
     """
@@ -200,7 +215,7 @@ class ImageDataModule(OrderedDataModule):
     def __init__(
         self,
         path: str,
-        resolution: int,
+        resolution: Resolution,
         global_batch_size: int,
         num_workers: int = 8,
         resize_ratio: float = 1.125,

@@ -86,11 +86,11 @@ def write_cache(
     begun = path / "parts/manifest.json"
     check_same_cache(begun, manifest)
     save_json(begun, {**manifest, "part_images": part_images})
-    tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
+    tokenizer = tokenizer.to(device).eval()
     files: dict[str, list[Path]] = {}
     for split in shard_manifest["splits"]:
         reader = ShardReader(shards, split, storage)
-        images = ImageDataset(reader, side, resize_ratio, random_crop=False, random_flip=False)
+        images = ImageDataset(reader, tokenizer.image_size, resize_ratio, random_crop=False, random_flip=False)
         starts = range(0, len(images), part_images)
         files[split] = [path / f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
         own = list(zip(files[split], starts, strict=True))[work.rank :: work.num_ranks]

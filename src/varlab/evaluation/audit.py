@@ -61,7 +61,7 @@ def audit(
         if is_cache:
             return cached_tokens(data, split, num_images, kind, tokenizer)
         reader = ShardReader(data, split, storage)
-        crops = CenterCrops(reader, tokenizer.image_size[0], resize_ratio, num_images, batch_size, device)
+        crops = CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
         conditions = as_condition(reader.conditions(kind)[crops.samples], kind)
         return torch.cat([torch.cat(tokenizer.encode(images), dim=1).cpu() for images in crops]), conditions
 
@@ -133,7 +133,7 @@ def compare_samples(
         return F.adaptive_avg_pool2d(images, SIDE).flatten(1).cpu()
 
     train, val = (
-        CenterCrops(ShardReader(data, split, storage), samples.side, resize_ratio, count, batch_size, device)
+        CenterCrops(ShardReader(data, split, storage), samples.size, resize_ratio, count, batch_size, device)
         for split, count in (("train", None), ("val", num_images))
     )
     parts = np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size))

@@ -62,9 +62,10 @@ class ImageSet:
         return sum(file.suffix.lower() in LOSSY for file in self.files)
 
     @property
-    def side(self) -> int:
-        """Height in pixels."""
-        return len(self.pixels(0))
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.pixels(0).shape[:2]
+        return height, width
 
     def pixels(self, i: int) -> np.ndarray:
         """One image, uint8 (H, W, 3)."""

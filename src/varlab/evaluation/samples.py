@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from varlab import __version__
-from varlab.data.images import CenterCrops
+from varlab.data.images import CenterCrops, resolution_of
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit
@@ -85,7 +85,7 @@ def evaluate_samples(
         "features_weights": network_identity(network),
         "samples": sample_set.identity,
         "num_samples": len(sample_set),
-        "resolution": sample_set.side,
+        "resolution": resolution_of(sample_set.size),
         **real.protocol,
         "bootstraps": bootstraps,
         "sampling": load_sampling(Path(samples) / "samples.json"),
@@ -174,8 +174,8 @@ class Reference:
 
         def of_split(split: str, num_images: int | None) -> tuple[Features, ShardReader, np.ndarray]:
             reader = ShardReader(path, split, storage)
-            crops = CenterCrops(reader, samples.side, resize_ratio, num_images, batch_size, device)
-            settings = (split, samples.side, resize_ratio, num_images)
+            crops = CenterCrops(reader, samples.size, resize_ratio, num_images, batch_size, device)
+            settings = (split, resolution_of(samples.size), resize_ratio, num_images)
             cache = cache_file(network_identity(network), fingerprint(reader.manifest), *map(str, settings))
 
             def read(indices: list[int]) -> torch.Tensor:

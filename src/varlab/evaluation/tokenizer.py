@@ -9,7 +9,7 @@ from torch import nn
 
 from varlab import __version__, image_grid
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
-from varlab.data.images import CenterCrops
+from varlab.data.images import CenterCrops, resolution_of
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.evaluation.image_sets import score_name
@@ -40,11 +40,11 @@ def evaluate_tokenizer(
     `features`: feature network of the Frechet distance. `metrics`: by name, functions of reconstructions and images
     (B 3 H W, in [-1, 1]) that return one value per image.
     """
-    tokenizer, side = tokenizer.to(device).eval(), tokenizer.image_size[0]
+    tokenizer = tokenizer.to(device).eval()
 
     def crops(split: str, num_images: int | None) -> CenterCrops:
         reader = ShardReader(shards, split, storage)
-        return CenterCrops(reader, side, resize_ratio, num_images, batch_size, device)
+        return CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
 
     images = crops(split, num_images)
     moved = {
@@ -61,7 +61,7 @@ def evaluate_tokenizer(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": fingerprint(images.images.reader.manifest),
         "split": split,
-        "resolution": side,
+        "resolution": resolution_of(tokenizer.image_size),
         "resize_ratio": resize_ratio,
         "crop": "center",
         "varlab": __version__,

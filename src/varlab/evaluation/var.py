@@ -55,7 +55,7 @@ def evaluate_likelihood(
 
     def from_images() -> Batches:
         reader = ShardReader(data, split, storage)
-        crops = CenterCrops(reader, tokenizer.image_size[0], resize_ratio, num_images, batch_size, device)
+        crops = CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
         conditions = as_condition(reader.conditions(kind)[crops.samples], kind).to(device)
         for images, condition in zip(crops, conditions.split(batch_size), strict=True):
             yield torch.cat(tokenizer.encode(images), dim=1), condition

@@ -20,10 +20,12 @@ DINO_FILE = WeightFile("dino_deitsmall16_pretrain.pth")
 
 
 class PatchDiscriminator(nn.Module):
-    """Classifies overlapping patches (Isola et al. 2017; 70 pixels wide with three layers), one logit each."""
+    """Classifies overlapping patches (Isola et al. 2017; 70 pixels wide with three layers), one logit each. Images need
+    3 * 2**num_layers pixels in each direction."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
+        self.smallest = 3 * 2**num_layers
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (width_in, width) in enumerate(pairwise(widths)):
@@ -40,6 +42,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N"]:
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"images of {images.shape[2]} x {images.shape[3]} pixels are too small for a patch discriminator that needs"
+                f" {self.smallest}: set adversarial.discriminator.num_layers to less"
+            )
         return self.layers(images).flatten(1)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.load import check_same_networks, load_tokenizer, networks_entry
 from varlab.cost.flops import parameter_counts
-from varlab.data.images import ImageBatch
+from varlab.data.images import ImageBatch, size_of
 from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
 from varlab.models.custom_classes import describe
@@ -226,7 +226,7 @@ class VARModule(ScheduledModule):
                     f"module.self_correction={self.self_correction} encodes images anew in each step, but {data.path} holds"
                     " tokens: set data=images and data.path to shards of images, or module.self_correction=0"
                 )
-        elif (data.resolution, data.resolution) != self.tokenizer.image_size:
+        elif size_of(data.resolution) != self.tokenizer.image_size:
             raise ValueError(
                 f"data.resolution={data.resolution}, but the tokenizer encodes images of {self.tokenizer.image_size} pixels"
             )
