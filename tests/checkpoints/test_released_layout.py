@@ -68,3 +68,8 @@ def test_patch_nums_of_a_config_are_recorded_as_plain_numbers():
     tokenizer = make_tokenizer(channels=32, channel_mult=(1, 2, 2), num_groups=32, num_blocks=1)
     patch_nums = OmegaConf.create(list(PATCH_NUMS))
     assert describe(load_released(to_released(tokenizer), patch_nums))["quantizer"]["patch_nums"] == list(PATCH_NUMS)
+
+
+def test_a_head_of_digits_has_no_place_in_it():
+    with pytest.raises(ValueError, match="digit"):
+        to_released(make_var(codebook_size=16, bases=[2] * 4))

@@ -8,7 +8,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from varlab.cost.flops import parameter_counts, training_flops
-from varlab.cost.plan import GPUS, Layout, PlannedRun, estimated_mfu, memory, print_plan
+from varlab.cost.plan import GB, GPUS, Layout, PlannedRun, estimated_mfu, memory, print_plan
 from varlab.models import losses
 from varlab.models.var import VAR
 from varlab.training.optimizers import parameter_groups
@@ -92,3 +92,12 @@ def test_a_branch_without_steps_of_its_own_costs_nothing(capsys):
     cost = print_plan(PlannedRun("run", sizes, 1000, 0, 64, "bf16-mixed", Layout()), "h100", None)
     assert cost == {"flops": 0.0, "a100": 0.0, "h100": 0.0, "h200": 0.0}
     assert "0 GPU hours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("codes", "size"), [(256, 1), (4096, 2), (2**15, 2), (2**16, 4), (2**32, 8)])
+def test_tokens_on_the_device_take_what_torch_has(codes, size):
+    bases = None if codes < 2**15 else [2] * (codes.bit_length() - 1)
+    with torch.device("meta"):
+        sizes = VAR(depth=2, **{**SIZES, "codebook_size": codes}, bases=bases).sizes
+    run = PlannedRun("run", sizes, 1000, 10, 64, "bf16-mixed", Layout(), tokens_on_device=True)
+    assert memory(run)["token cache"] == pytest.approx(size * 255 * 1000 / GB)

@@ -8,7 +8,7 @@ from support.shards import digits
 from varlab.data import images as image_data
 from varlab.data import shards as format
 from varlab.data import write_shards as packing
-from varlab.data.images import Crop, ImageDataModule, ImageDataset, preprocess, resolution_of, size_of
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, height_and_width, preprocess, resolution_of
 from varlab.data.order import SampleRequest
 from varlab.data.sources.items import Item
 
@@ -77,11 +77,11 @@ def test_a_rectangle_is_covered_and_cut_in_its_middle(given, has_kernel, monkeyp
 
 
 def test_a_size_is_a_side_or_a_pair():
-    assert size_of(16) == (16, 16) and size_of([16, 24]) == (16, 24)
+    assert height_and_width(16) == (16, 16) and height_and_width([16, 24]) == (16, 24)
     assert resolution_of((16, 16)) == 16 and resolution_of((16, 24)) == [16, 24]
     for wrong in ([16], [16, 24, 3], [0, 16], 0):
         with pytest.raises(ValueError, match=r"give the side of a square, or \[height, width\], in pixels"):
-            size_of(wrong)
+            height_and_width(wrong)
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(digits_folder):

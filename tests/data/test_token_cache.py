@@ -8,9 +8,11 @@ from varlab.checkpoints.load import load_tokenizer
 from varlab.data import token_cache as cache
 from varlab.data.images import Crop, ImageDataset, to_tensor
 from varlab.data.shards import ShardReader
-from varlab.data.token_cache import crop_of_view, views_of
+from varlab.data.token_cache import crop_of_view, smallest_type, views_of
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.distributed import WorkSplit
+from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import MultiScaleQuantizer
 
 
 def test_the_cache_holds_the_tokens_of_each_view(token_cache, digits_folder, tokenizer_run):
@@ -87,3 +89,12 @@ def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run
     ]
     cache.write_cache(tmp_path, **arguments, part_images=10, work=WorkSplit(0, 2))
     assert (tmp_path / "train.tokens.npy").read_bytes() == (token_cache / "train.tokens.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind"), [(256, "uint8"), (257, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32"), (2**32, "uint32")]
+)
+def test_the_smallest_type_holds_the_highest_token(codes, kind):
+    with torch.device("meta"):
+        tokenizer = MSVQVAE(MultiScaleQuantizer([1, 2], codes, 2), channels=8, channel_mult=(1, 1), num_groups=4)
+    assert smallest_type(tokenizer) == kind

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.networks import make_tokenizer, make_var
+from support.networks import make_pair, make_tokenizer, make_var
 
-from varlab.evaluation.likelihood import likelihood_scores
+from varlab.evaluation.likelihood import Calibration, likelihood_scores
 from varlab.models import losses, scales
+from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
 
 
 @torch.no_grad()
@@ -46,3 +47,16 @@ def test_calibration_of_a_network_that_knows_nothing_is_right():
     found = likelihood_scores(var, tokenizer.quantizer, [(sequence, torch.zeros(20, dtype=torch.long))])
     assert found["loss"] == pytest.approx(math.log(12), rel=1e-4) and found["calibration_error"] < 0.5
     assert found["perplexity"] == pytest.approx(12, rel=1e-3) and found["class_gap"] == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_calibration_of_digits_is_that_of_whole_tokens():
+    tokenizer, var = make_pair(FiniteScalarQuantizer([1, 2, 3, 4], levels=[3, 2]))
+    sequence, labels = torch.randint(6, (10, 30)), torch.randint(3, (10,))
+    found = likelihood_scores(var, tokenizer.quantizer, [(sequence, labels)])
+    logits = var(tokenizer.quantizer.teacher_forcing_inputs(list(sequence.split([1, 4, 9, 16], dim=1))), labels)
+    one, two = (part.log_softmax(-1) for part in logits.split([3, 2], dim=-1))
+    whole = (one[..., None, :] + two[..., :, None]).flatten(2)  # token = first digit + 3 * second digit
+    expected = Calibration(1)
+    expected.add(0, whole, sequence, [6])
+    assert found["calibration_error"] == pytest.approx(expected.error(), abs=1e-4)

@@ -69,5 +69,12 @@ def test_a_head_of_digits_is_small_and_must_match_the_codes():
     var = make_var(codebook_size=2**20, codebook_dim=20, bases=[2] * 20)
     assert var.head.weight.shape[0] == 40
     for bases in ([2] * 3, [1, 12], [4, 4]):
-        with pytest.raises(ValueError, match="their product must be the number of codes, 12"):
+        with pytest.raises(ValueError, match="2 or more whose product is the number of codes, 12"):
             make_var(bases=bases)
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 1e-4}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 1}])
+def test_every_filter_works_on_digits(setting):
+    logits = torch.randn(3, 50, sum(BASES))
+    settings = ScaleSettings(0.0, 1.0, 0, 0.0, 0.0)._replace(**setting)
+    assert torch.equal(sample_digits(logits, torch.rand(3, 50, 3), settings, BASES), most_likely(logits, BASES)[0])

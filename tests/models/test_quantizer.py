@@ -1,10 +1,13 @@
 """The residual loop against plain loops, and what must hold for any pyramid."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.networks import make_tokenizer
 
+from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
 from varlab.models.quantizer import MultiScaleQuantizer, perplexity, rotated
 
 
@@ -242,3 +245,17 @@ def test_lookup_vectors_are_what_the_codes_of_each_scale_are_chosen_from():
     for chosen, tokens in zip(vectors, q.encode(f), strict=True):
         assert torch.equal(q.nearest(chosen), tokens)
     torch.testing.assert_close(vectors[0][:, 0], f.mean(dim=(2, 3)))
+
+
+def test_digits_are_counted_each_by_itself():
+    """100 tokens: 8 levels alike, and 2 levels of which one has 2 hits, fewer than 8 % of the mean of 50."""
+    q = FiniteScalarQuantizer([1, 10], levels=[8, 2])
+    rare = torch.cat([torch.ones(2), torch.zeros(98)]).long()
+    tokens = torch.arange(100) % 8 + 8 * rare
+    q.update_hits([torch.zeros(1, 1, dtype=torch.long), tokens[None]])
+    assert q.hits[1].tolist() == [13, 13, 13, 13, 12, 12, 12, 12, 98, 2]
+    assert q.codebook_usage(1)[1].item() == pytest.approx(100 * 9 / 10)
+    assert q.overall().usage.item() == pytest.approx(100 * 9 / 10)
+    of_two = math.exp(-(0.98 * math.log(0.98) + 0.02 * math.log(0.02)))
+    assert q.perplexity()[1].item() == pytest.approx(8 * of_two, rel=1e-2)
+    assert q.perplexity()[0].item() == pytest.approx(1)

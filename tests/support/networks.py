@@ -45,4 +45,15 @@ def make_var(**sizes) -> VAR:
     return VAR(**{**defaults, "init_adaln_gamma": 0.5, "init_head": 1.0, **sizes})
 
 
+def make_pair(quantizer, **sizes) -> tuple[MSVQVAE, VAR]:
+    """A tokenizer with these codes, large enough to matter, and a VAR for them."""
+    tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
+    with torch.no_grad():
+        for name, value in quantizer.named_parameters():
+            if "codebook" in name:
+                value.normal_(std=0.5)
+    given = {"codebook_size": quantizer.codebook_size, "codebook_dim": quantizer.codebook_dim}
+    return tokenizer.eval(), make_var(**given, **quantizer.head_arguments(), **sizes).eval()
+
+
 CLASS_NAMES = ["tench, Tinca tinca", "golden retriever", "tabby cat"]

@@ -3,10 +3,12 @@
 import csv
 from itertools import pairwise
 
+import pytest
 import torch
 from support.networks import make_tokenizer
-from support.runs import command, fit, images_overrides
+from support.runs import SHORT, TOKENIZER, command, fit, images_overrides
 
+from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.training import codebook_callbacks
 from varlab.training.codebook_callbacks import CollapseAlarm, KMeansInit, ResetDeadCodes, fit_codes
 
@@ -77,18 +79,19 @@ def test_remedies_choose_alike_on_all_ranks(tmp_path, digits_folder):
 
 def test_the_alarm_rings_once_for_a_scale_and_says_when_it_is_over():
     alarm, good, bad = CollapseAlarm(factor=4.0, minimum=2.0), torch.tensor([3.0, 12.0]), torch.tensor([3.0, 2.5])
-    assert alarm.check(good, 200, [1, 2]) == []
-    (message,) = alarm.check(bad, 300, [1, 2])
+    net = MultiScaleQuantizer([1, 2], 12, 4)
+    assert alarm.check(good, 200, net) == []
+    (message,) = alarm.check(bad, 300, net)
     assert message.startswith(
         "step 300: the codebook collapses at scale 1 (2): 2.5 codes in use, at most 12.0 before. Remedies: callb"
     )
-    assert alarm.check(bad, 400, [1, 2]) == []
+    assert alarm.check(bad, 400, net) == []
     again = CollapseAlarm()
     again.load_state_dict(alarm.state_dict())
-    assert again.check(bad, 500, [1, 2]) == []
-    assert again.check(good, 600, [1, 2]) == ["step 600: scale 1 (2) has recovered: 12.0 codes in use"]
+    assert again.check(bad, 500, net) == []
+    assert again.check(good, 600, net) == ["step 600: scale 1 (2) has recovered: 12.0 codes in use"]
     assert (
-        len(again.check(torch.tensor([1.5, 12.0]), 700, [1, 2])) == 1
+        len(again.check(torch.tensor([1.5, 12.0]), 700, net)) == 1
     )  # fewer than two codes, though once there were three
 
 
@@ -102,3 +105,13 @@ def test_a_run_whose_codes_collapse_says_so(tmp_path, digits_folder, caplog):
 def test_random_rows_repeat_only_where_there_are_too_few():
     rows = codebook_callbacks.random_rows(torch.arange(4.0)[:, None], 10, seed=0)
     assert rows.shape == (10, 1) and set(rows.flatten().tolist()) == {0, 1, 2, 3}
+
+
+def test_dead_codes_are_not_looked_for_where_there_is_no_table(tmp_path, digits_folder):
+    plain = [setting for setting in TOKENIZER if not setting.startswith("model.quantizer.")]
+    reset = "{_target_: varlab.training.codebook_callbacks.ResetDeadCodes, every: 500}"
+    settings = ["quantizer@model.quantizer=bsq", f"+callbacks.reset_dead_codes={reset}"]
+    with pytest.raises(
+        ValueError, match="BinarySphericalQuantizer learns no table .* set callbacks.reset_dead_codes=null"
+    ):
+        fit(tmp_path, *plain, *SHORT, *settings, f"data.path={digits_folder}")

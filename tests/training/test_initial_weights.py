@@ -5,32 +5,34 @@ import shutil
 
 import pytest
 import torch
-from support.networks import CLASS_NAMES, make_tokenizer, make_var
+from support.networks import CLASS_NAMES, PATCH_NUMS, make_pair, make_tokenizer, make_var
 from support.runs import command, config, fit, kill_at, weights
 
 from varlab.checkpoints.export_folder import save_pretrained
 from varlab.checkpoints.released_layout import to_released
 from varlab.commands import train
-from varlab.training.initial_weights import Source, class_rows, freeze, start_from
+from varlab.models.codes.binary import BinarySphericalQuantizer, LookupFreeQuantizer
+from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
+from varlab.training.initial_weights import Source, class_rows, encoding_of, freeze, start_from
 
-CODEBOOK = make_tokenizer().quantizer.codebook.weight.detach()
+ENCODING = encoding_of(make_tokenizer())
 
 
-def source(class_names=CLASS_NAMES, codebook=CODEBOOK, **sizes) -> Source:
+def source(class_names=CLASS_NAMES, encoding=ENCODING, **sizes) -> Source:
     torch.manual_seed(1)
-    return Source("trained.ckpt", make_var(**sizes).eval(), class_names, codebook)
+    return Source("trained.ckpt", make_var(**sizes).eval(), class_names, encoding)
 
 
 def test_the_same_network_is_copied_whole(token_maps, labels, tokenizer):
     given, net = source(), make_var().eval()
-    assert start_from(given, net, CLASS_NAMES, CODEBOOK) == []
+    assert start_from(given, net, CLASS_NAMES, ENCODING) == []
     inputs = tokenizer.quantizer.teacher_forcing_inputs(token_maps)
     assert torch.equal(net(inputs, labels), given.var(inputs, labels))
 
 
 def test_classes_are_matched_by_name_and_new_ones_start_from_the_mean():
     given, net = source(), make_var(num_classes=4)
-    notes = start_from(given, net, ["tabby cat", "owl", "golden retriever", "newt"], CODEBOOK)
+    notes = start_from(given, net, ["tabby cat", "owl", "golden retriever", "newt"], ENCODING)
     old, new = given.var.embedder.embedding.weight, net.embedder.embedding.weight
     assert torch.equal(new[0], old[2]) and torch.equal(new[2], old[1])
     torch.testing.assert_close(new[1], old[:3].mean(dim=0))
@@ -48,7 +50,7 @@ def test_classes_without_names_are_the_same_if_their_number_is():
 def test_positions_of_another_pyramid_are_resized():
     """Scales of the same size are copied; a new one is resized from the nearest."""
     given, net = source(), make_var(patch_nums=[1, 2, 4, 6])
-    notes = start_from(given, net, CLASS_NAMES, CODEBOOK)
+    notes = start_from(given, net, CLASS_NAMES, ENCODING)
     old, new = given.var.position[0], net.position[0]
     assert torch.equal(new[:5], old[:5])
     torch.testing.assert_close(new[5:21], old[14:30])  # the map of 4 is the last of the source, the third here
@@ -70,25 +72,41 @@ def test_positions_of_another_pyramid_are_resized():
 )
 def test_another_size_is_refused_by_name(sizes, named):
     with pytest.raises(ValueError, match=f"trained.ckpt.*{named}"):
-        start_from(source(), make_var(**sizes), CLASS_NAMES, CODEBOOK)
+        start_from(source(), make_var(**sizes), CLASS_NAMES, ENCODING)
 
 
 def test_tokens_of_another_tokenizer_are_refused_unless_their_parts_start_anew():
-    other = torch.randn_like(CODEBOOK)
-    with pytest.raises(ValueError, match="another tokenizer.*reinitialized"):
-        start_from(source(), make_var(), CLASS_NAMES, other)
-    start_from(source(), make_var(), CLASS_NAMES, CODEBOOK.bfloat16().float())
+    for changed in ("quantizer.codebook.weight", "quantizer.phis.1.weight", "encoder.conv_in.weight"):
+        other = {**ENCODING, changed: torch.randn_like(ENCODING[changed])}
+        with pytest.raises(ValueError, match="another tokenizer.*reinitialized"):
+            start_from(source(), make_var(), CLASS_NAMES, other)
+    rounded = {name: value.bfloat16().float() for name, value in ENCODING.items()}
+    start_from(source(), make_var(), CLASS_NAMES, rounded)
     given, net = source(), make_var(codebook_size=24)
     before = net.head.weight.clone()
-    notes = start_from(given, net, CLASS_NAMES, torch.randn(24, 6), ["head.*", "word_embed.*"])
+    notes = start_from(
+        given, net, CLASS_NAMES, encoding_of(make_tokenizer(codebook_size=24)), ["head.*", "word_embed.*"]
+    )
     assert torch.equal(net.head.weight, before)
     assert torch.equal(net.blocks[0].attention.qkv.weight, given.var.blocks[0].attention.qkv.weight)
     assert "4 parameters start anew" in notes[0]
 
 
+def test_codes_without_a_table_are_compared_too():
+    bits, lookup_free = (member(PATCH_NUMS, bits=4) for member in (BinarySphericalQuantizer, LookupFreeQuantizer))
+    (mine, trained), (theirs, _) = make_pair(bits), make_pair(lookup_free)
+    given = Source("trained.ckpt", trained, CLASS_NAMES, encoding_of(mine))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        start_from(given, make_pair(lookup_free)[1], CLASS_NAMES, encoding_of(theirs))
+    levels, net = make_pair(FiniteScalarQuantizer(PATCH_NUMS, levels=[4, 4]))
+    with pytest.raises(ValueError, match="codebook_dim"):
+        start_from(given, net, CLASS_NAMES, encoding_of(levels))
+    start_from(given, net, CLASS_NAMES, encoding_of(levels), ["head.*", "word_embed.*"])
+
+
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match=r"module.reinitialized.*'heads.\*'.*word_embed"):
-        start_from(source(), make_var(), CLASS_NAMES, CODEBOOK, ["heads.*"])
+        start_from(source(), make_var(), CLASS_NAMES, ENCODING, ["heads.*"])
     with pytest.raises(ValueError, match="module.frozen"):
         freeze(make_var(), ["block.*"])
     with pytest.raises(ValueError, match="nothing is left"):
@@ -99,7 +117,7 @@ def test_a_released_transformer_is_read_without_its_tokenizer(tmp_path):
     trained = make_var().eval()
     torch.save(to_released(trained), tmp_path / "var_d2.pth")
     given, net = Source.read(str(tmp_path / "var_d2.pth"), trained.patch_nums), make_var()
-    notes = start_from(given, net, CLASS_NAMES, CODEBOOK)
+    notes = start_from(given, net, CLASS_NAMES, ENCODING)
     assert torch.equal(net.head.weight, trained.head.weight)
     assert "not checked" in notes[0]
 

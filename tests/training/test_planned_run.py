@@ -1,12 +1,14 @@
 """What follows from compute and other runs before training."""
 
 import pytest
-from support.networks import make_var
+from support.networks import make_pair, make_var
 from support.runs import config, fit
 
+from varlab.checkpoints.export_folder import save_pretrained
 from varlab.checkpoints.load import load_tokenizer
 from varlab.commands import train
 from varlab.cost.flops import training_flops
+from varlab.models.codes.binary import BinarySphericalQuantizer
 
 
 def test_a_branch_that_would_not_share_its_first_steps_is_refused(tmp_path, study):
@@ -31,3 +33,10 @@ def test_compute_buys_steps(tmp_path, study):
     assert cfg.steps == round(2e9 / flops) > 2
     with pytest.raises(ValueError, match="less than one step"):
         train.set_steps(config(tmp_path, *study, "compute=1e3"))
+
+
+def test_a_plan_has_the_head_of_the_tokenizers_codes(tmp_path, study):
+    tokenizer, _ = make_pair(BinarySphericalQuantizer([1, 2, 3, 4], bits=20))
+    save_pretrained(tmp_path / "bits", tokenizer, None, None, {})
+    sizes = train.planned(config(tmp_path, *study, f"tokenizer={tmp_path / 'bits'}")).sizes
+    assert sizes["bases"] == [2] * 20 and sizes["codebook_size"] == 2**20

@@ -18,6 +18,7 @@ from support.runs import (
 )
 
 from varlab.commands import tokenize
+from varlab.data.images import ImageBatch
 from varlab.data.token_datamodule import TokenBatch
 from varlab.models import scales
 from varlab.training.schedules import Progressive
@@ -129,3 +130,23 @@ def test_self_correction_needs_images_and_leaves_validation_as_it_is(tmp_path, d
         losses[strength] = row["val_loss"], logged_losses(log)
     assert losses[0.0][0] == losses[1.0][0]
     assert losses[0.0][1] != losses[1.0][1]
+
+
+@torch.no_grad()
+def test_self_correction_predicts_what_the_errors_left_over(tokenizer):
+    """Each image has its own share of errors, from 0 to the given one; only the network sees them."""
+    images = torch.rand(64, 3, 16, 16) * 2 - 1
+    batch = ImageBatch(images, torch.zeros(64, dtype=torch.long), torch.ones(64), torch.zeros(64, dtype=torch.long))
+    module = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"))
+    sequence, seen = VARModule.tokens(module, batch, 1.0)
+    quantizer, f = tokenizer.quantizer, tokenizer.features(images)
+    found, f_hat = sequence.split([1, 4, 9, 16], dim=1), torch.zeros_like(f)
+    for k, after in enumerate(quantizer.partial_sums(seen)):
+        assert torch.equal(found[k], quantizer.nearest(quantizer.at_scale(f - f_hat, k), k))
+        f_hat = after
+    shares = (sequence != torch.cat(seen, dim=1)).float().mean(dim=1)
+    assert shares.min() < 0.2 and shares.max() > 0.8 and 0.35 < shares.mean() < 0.65
+    sequence, seen = VARModule.tokens(module, batch, 0.0)
+    assert torch.equal(sequence, torch.cat(seen, dim=1)) and torch.equal(
+        sequence, torch.cat(tokenizer.encode(images), dim=1)
+    )

@@ -27,8 +27,12 @@ from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
 Network = TypeVar("Network", bound=nn.Module)
-LARGEST = 2**22  # of any number among a network's arguments
-ADDED = ("bases",)  # arguments that version 0.2 did not have; left out of fingerprints where they are None
+LARGEST = 2**22  # of any number among a network's arguments ...
+MOST_CODES = 2**32  # ... but the number of codes, of which not all have rows or logits
+ADDED = (
+    "bases",
+    "codes_by_scale",
+)  # arguments that version 0.2 did not have; left out of fingerprints where they are None
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """---
 library_name: varlab
@@ -109,7 +113,8 @@ def build_with(
     description of another size than the weights is refused before anything is allocated."""
     if not trust.trust_code:
         for key, value in flat(description).items():
-            if isinstance(value, int | float) and abs(value) > LARGEST:
+            largest = MOST_CODES if key.split(".")[-1] == "codebook_size" else LARGEST
+            if isinstance(value, int | float) and abs(value) > largest:
                 raise ValueError(f"{path}: {key}={value} is out of range")
         with torch.device("meta"), at_most(2 * len(state) + 100, path):
             check_weights(build(base, description, trust), state, path)

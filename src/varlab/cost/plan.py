@@ -177,7 +177,11 @@ def memory(run: PlannedRun) -> dict[str, float]:
     moments = (at_the_loss, in_the_last_block, in_the_first_block)
     parts.update(max(moments, key=lambda moment: sum(moment.values())))
     if run.tokens_on_device:
-        parts["token cache"] = 2 * scales.num_tokens(sizes["patch_nums"]) * run.num_images
+        codes = sizes["codebook_size"]
+        size = next(
+            size for size, bits in ((1, 8), (2, 15), (4, 31), (8, 63)) if codes <= 2**bits
+        )  # of torch's integers
+        parts["token cache"] = size * scales.num_tokens(sizes["patch_nums"]) * run.num_images
     return {name: size / GB for name, size in parts.items() if size}
 
 

@@ -43,7 +43,7 @@ class Crop(NamedTuple):
     is_flipped: bool = False
 
 
-def size_of(resolution: Resolution) -> tuple[int, int]:
+def height_and_width(resolution: Resolution) -> tuple[int, int]:
     """(height, width) in pixels: of a square given its side, or of a pair. Raises ValueError for anything else."""
     pair = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     if len(pair) != 2 or min(pair) < 1:
@@ -64,7 +64,7 @@ def preprocess(image: Image.Image, resolution: Resolution, resize_ratio: float, 
     only the region of the crop; it is used for older versions, and for images so elongated that resizing all of one
     would exhaust memory.
     """
-    out_height, out_width = size_of(resolution)
+    out_height, out_width = height_and_width(resolution)
     covered = round(resize_ratio * out_width), round(resize_ratio * out_height)
     scale = max(new / old for new, old in zip(covered, image.size, strict=True))
     width, height = (max(new, round(old * scale)) for new, old in zip(covered, image.size, strict=True))

@@ -89,8 +89,8 @@ class TokenDataModule(OrderedDataModule):
     """Training from a token cache (`varlab tokenize`).
 
     `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
-    host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token, 1.7 GB for one view of ImageNet
-    at 256 px; batches then need no transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises
+    host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token up to 32,768 codes, 1.7 GB for one view of
+    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises
     ValueError for a cache that is missing, damaged, or of another format. The VARModule checks that it matches the tokenizer.
     """
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from varlab.evaluation.frechet import features_of, frechet_distance, statistics
 from varlab.models import losses, scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.quantizer import perplexity_of
 
 
 def ssim(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -68,18 +69,23 @@ def reconstruction_scores(
         seen += len(images)
     means = averages.means()
     names = [name for name in means if "@" not in name]
-    overall = hits.sum(dim=0)
+    by_scale = [quantizer.hits_of_scale(hits, k) for k in range(quantizer.num_scales)]
     return {
         **{name: means[name] for name in names},
-        "usage": 100 * float((overall > 0).float().mean()),
-        "perplexity": float(quantizer.perplexity_of(overall)),
+        "usage": usage_of(quantizer.hits_of_all(hits)),
+        "perplexity": float(perplexity_of(quantizer.hits_of_all(hits))),
         "by_scale": {name: [means[f"{name}@{k}"] for k in range(quantizer.num_scales)] for name in names},
         "curve_images": averages.counts["psnr@0"],
-        "usage_by_scale": (100 * (hits > 0).float().mean(dim=1)).tolist(),
-        "perplexity_by_scale": quantizer.perplexity_of(hits).tolist(),
+        "usage_by_scale": [usage_of(parts) for parts in by_scale],
+        "perplexity_by_scale": [float(perplexity_of(parts)) for parts in by_scale],
         "tokens_by_scale": scales.lengths(tokenizer.patch_nums),
         "num_images": seen,
     }
+
+
+def usage_of(digits: list[Tensor]) -> float:
+    """Percent of the values of all digits that occur."""
+    return 100 * float((torch.cat(digits) > 0).float().mean())
 
 
 def scores_of(output: Tensor, images: Tensor, metrics: dict[str, Callable]) -> dict[str, Tensor]:

@@ -57,6 +57,11 @@ def perplexity(hits: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
     return torch.exp(-(share * share.clamp(min=1e-12).log()).sum(dim=-1))
 
 
+def perplexity_of(digits: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
+    """The product of the perplexities of the hits of each digit."""
+    return torch.stack([perplexity(hits) for hits in digits]).prod(dim=0)
+
+
 def rotated(f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """`f_hat` expressed as a rotation and scaling of `f`, through which the gradient flows (the rotation trick, Fifty
     et al. 2024)."""
@@ -123,7 +128,9 @@ class ResidualQuantizer(RecordedModule):
             nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) if phi_ratio > 0 else nn.Identity()
             for _ in range(num_phis or self.num_scales)
         )
-        self.register_buffer("hits", torch.zeros(self.num_scales, sum(self.bases)))  # moving average of hits per digit
+        self.register_buffer(
+            "hits", torch.zeros(self.num_scales, sum(self.bases))
+        )  # moving average, per value of each digit
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def head_arguments(self) -> dict[str, Any]:
@@ -315,30 +322,36 @@ class ResidualQuantizer(RecordedModule):
             pass
         return vectors
 
+    def hits_of_scale(self, hits: Float[Tensor, "K S"], k: int) -> list[Float[Tensor, " _"]]:
+        """Hits of the values that each digit can have at scale k."""
+        return list(hits[k].split(self.bases)) if len(self.bases) > 1 else [hits[k, : self.size_of(k)]]
+
+    def hits_of_all(self, hits: Float[Tensor, "K S"]) -> list[Float[Tensor, " _"]]:
+        """Hits of the values of each digit, over all scales."""
+        return list(hits.sum(dim=0).split(self.bases))
+
     def perplexity(self) -> Float[Tensor, " K"]:
         """Number of codes in use at each scale as the exponential of the entropy of the hits: 1 to V. For codes of several digits
         the entropies of the digits are added, as if they were independent: an upper bound."""
-        return self.perplexity_of(self.hits)
-
-    def perplexity_of(self, hits: Float[Tensor, "*rows S"]) -> Float[Tensor, " *rows"]:
-        """The perplexity of such hits."""
-        return torch.stack([perplexity(part) for part in hits.split(self.bases, dim=-1)]).prod(dim=0)
+        return torch.stack([perplexity_of(self.hits_of_scale(self.hits, k)) for k in range(self.num_scales)])
 
     def overall(self) -> CodebookHealth:
         """Usage and perplexity over all scales; a code (or a value of a digit) counts as used if it has at least 0.08 times
         the mean hits."""
-        hits = self.hits.sum(dim=0)
-        means = torch.cat([part.mean().expand(len(part)) for part in hits.split(self.bases)])
-        used = (hits >= 0.08 * means).float().mean() * (hits.sum() > 0)
-        return CodebookHealth(100 * used, self.perplexity_of(hits))
+        parts = self.hits_of_all(self.hits)
+        used = torch.cat([part >= 0.08 * part.mean() for part in parts]).float().mean() * (self.hits.sum() > 0)
+        return CodebookHealth(100 * used, perplexity_of(parts))
 
     def codebook_usage(self, global_batch_size: int) -> Float[Tensor, " K"]:
         """Percent of the codebook in use at each scale: codes with at least 0.08 times the mean hits per code of a
         full-resolution map."""
         h, w = self.sides[-1]
-        bases = torch.tensor(self.bases, device=self.hits.device)
-        thresholds = 0.08 * global_batch_size * h * w / bases.repeat_interleave(bases)
-        return 100 * (self.hits >= thresholds).float().mean(dim=1)
+        least = 0.08 * global_batch_size * h * w
+        used = [
+            torch.cat([part >= least / len(part) for part in self.hits_of_scale(self.hits, k)])
+            for k in range(self.num_scales)
+        ]
+        return 100 * torch.stack([values.float().mean() for values in used])
 
 
 class MultiScaleQuantizer(ResidualQuantizer):

@@ -57,6 +57,9 @@ def size_defaults(depth: int) -> SizeDefaults:
     return SizeDefaults(64 * depth, depth, 0.1 * depth / 24, depth >= 36, gamma)
 
 
+LOWEST = -1e4  # a logit without probability; finite, so that guidance can subtract it
+
+
 class HiddenStates(NamedTuple):
     """The inputs of the head: the last hidden states and the conditioning vector."""
 
@@ -81,6 +84,9 @@ class VAR(RecordedModule):
     `bases`: of the digits of a token, each of which the head predicts (models/digits.py); None is one digit, a softmax over all
     codes.
 
+    `codes_by_scale`: number of codes of each scale where they differ: the first ones. The logits of all others are `LOWEST`,
+    but for those of `predict`. None: all scales have all codes.
+
     `embedder`: class of the condition embedder (models/conditioning.py), called with num_classes, width and
     dropout=`label_dropout`.
 
@@ -96,6 +102,7 @@ class VAR(RecordedModule):
 
     changeable: ClassVar = frozenset({"drop_path", "label_dropout", "init_head", "init_adaln", "init_adaln_gamma"})
     scale_of_token: Tensor
+    beyond: Tensor  # which codes the scale of a token does not have, L V
     mask: Tensor
     embedder: ConditionEmbedder
     order: scales.Order
@@ -118,6 +125,7 @@ class VAR(RecordedModule):
         qk_norm: bool = True,
         order: scales.Order = "scales",
         bases: Sequence[int] | None = None,
+        codes_by_scale: Sequence[int] | None = None,
         embedder: Callable[..., nn.Module] = ClassEmbedder,
         init_head: float = 0.02,
         init_adaln: float = 0.5,
@@ -138,7 +146,19 @@ class VAR(RecordedModule):
         self.codebook_dim = codebook_dim
         self.bases = [codebook_size] if bases is None else [int(base) for base in bases]
         if math.prod(self.bases) != codebook_size or min(self.bases) < 2:
-            raise ValueError(f"bases={self.bases}: their product must be the number of codes, {codebook_size}")
+            raise ValueError(
+                f"bases={self.bases}: give numbers of 2 or more whose product is the number of codes, {codebook_size}"
+            )
+        self.codes_by_scale = None if codes_by_scale is None else [int(size) for size in codes_by_scale]
+        if self.codes_by_scale is not None and (
+            len(self.codes_by_scale) != len(patch_nums)
+            or max(self.codes_by_scale) != codebook_size
+            or bases is not None
+        ):
+            raise ValueError(
+                f"codes_by_scale={self.codes_by_scale}: give one number for each of {len(patch_nums)} scales, the largest"
+                f" {codebook_size}, and no bases"
+            )
         self.patch_nums = scales.plain(patch_nums)
         self.order = order
         self.step_bounds = scales.step_bounds(patch_nums, order)
@@ -157,6 +177,7 @@ class VAR(RecordedModule):
             "qk_norm": qk_norm,
             "order": order,
             "bases": self.bases,
+            "codes_by_scale": self.codes_by_scale,
         }
         num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
 
@@ -176,6 +197,9 @@ class VAR(RecordedModule):
 
         self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
         self.register_buffer("mask", block_causal_mask(patch_nums, order), persistent=False)
+        if self.codes_by_scale is not None:
+            sizes = torch.tensor(self.codes_by_scale)[self.scale_of_token]
+            self.register_buffer("beyond", torch.arange(codebook_size) >= sizes[:, None], persistent=False)
         self.init_weights(init_head, init_adaln, self.init_adaln_gamma)
 
     def resolved(self) -> dict[str, Any]:
@@ -251,6 +275,12 @@ class VAR(RecordedModule):
         scale, shift = modulation[:, :, None].unbind(dim=1)  # each B 1 D
         return self.head(modulate(self.head_norm(x), scale, shift)).float()
 
+    def within_scales(self, logits: Float[Tensor, "B l S"], first: int = 0) -> Float[Tensor, "B l S"]:
+        """Logits of the tokens from `first` on, `LOWEST` for codes that their scale does not have."""
+        if self.codes_by_scale is None:
+            return logits
+        return logits.masked_fill(self.beyond[first : first + logits.shape[1]], LOWEST)
+
     def forward(
         self, inputs: Float[Tensor, "B l C"], condition: Tensor, returns_hidden: bool = False
     ) -> Float[Tensor, "B m S"] | HiddenStates:
@@ -271,7 +301,7 @@ class VAR(RecordedModule):
         visible = self.visible(length)
         for block in self.blocks:
             x = block(x, cond, visible)
-        return HiddenStates(x, vector) if returns_hidden else self.predict(x, vector)
+        return HiddenStates(x, vector) if returns_hidden else self.within_scales(self.predict(x, vector))
 
     def visible(self, length: int) -> Tensor | Split | BlockMask:
         """The attention mask of the first `length` tokens."""
@@ -302,4 +332,4 @@ class VAR(RecordedModule):
         x = self.embed(inputs, cache.vector, k, k)
         for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
             x = block(x, cache.cond, cache=block_cache)
-        return self.logits(x, cache.head)
+        return self.within_scales(self.logits(x, cache.head), self.step_bounds[k][0])

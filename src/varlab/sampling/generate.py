@@ -47,7 +47,7 @@ def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
 
 def check_pair(var: VAR, tokenizer: MSVQVAE) -> None:
     """Raises ValueError if the transformer does not match the tokenizer."""
-    for name in ("patch_nums", "codebook_size", "codebook_dim"):
+    for name in ("patch_nums", "codebook_size", "codebook_dim", "bases"):
         expected, found = getattr(var, name), getattr(tokenizer.quantizer, name)
         if expected != found:
             raise ValueError(f"the VAR has {name}={expected}, the tokenizer {found}: they do not belong together")

@@ -1,7 +1,7 @@
 """Codebook health in tokenizer training: a warning when a scale collapses, and two remedies, off by default.
 
-The other remedies are settings of the network: model.lookup=cosine (codes on the unit sphere), model.gradient=rotation,
-model.scale_dropout.
+The other remedies are settings of the network: model.quantizer.lookup=cosine (angles are compared), model.quantizer.gradient=rotation,
+model.quantizer.scale_dropout.
 """
 
 import logging
@@ -44,11 +44,16 @@ def lookup_vectors(net: MSVQVAE, images: Tensor, seed: int) -> Tensor:
     return gathered(random_rows(vectors, min(len(vectors), MAX_VECTORS_PER_CODE * net.quantizer.codebook_size), seed))
 
 
+def has_table(quantizer: ResidualQuantizer) -> bool:
+    """Whether a quantizer learns one table of codes."""
+    codebook = getattr(quantizer, "codebook", None)
+    return isinstance(codebook, nn.Embedding) and codebook.weight.requires_grad
+
+
 def learns_table(quantizer: ResidualQuantizer, callback: str) -> MultiScaleQuantizer:
     """A quantizer that learns one table of codes. Raises ValueError for any other."""
-    codebook = getattr(quantizer, "codebook", None)
-    if not isinstance(codebook, nn.Embedding) or not codebook.weight.requires_grad:
-        raise ValueError(f"{type(quantizer).__name__} learns no table of codes: leave out callbacks.{callback}")
+    if not has_table(quantizer):
+        raise ValueError(f"{type(quantizer).__name__} learns no table of codes: set callbacks.{callback}=null")
     assert isinstance(quantizer, MultiScaleQuantizer)
     return quantizer
 
@@ -70,6 +75,9 @@ class ResetDeadCodes(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_step = state_dict["last_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        learns_table(pl_module.net.quantizer, "reset_dead_codes")  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -147,7 +155,7 @@ def fit_codes(quantizer: MultiScaleQuantizer, vectors: Tensor, num_iterations: i
 
 class CollapseAlarm(Callback):
     """After `patience` steps, warns once per scale when its perplexity falls below 1/`factor` of its maximum or below
-    `minimum` codes, and logs when it has recovered."""
+    `minimum` codes (of more than two), and logs when it has recovered."""
 
     def __init__(self, factor: float = 4.0, minimum: float = 2.0, patience: int = 100) -> None:
         self.factor, self.minimum, self.patience = factor, minimum, patience
@@ -166,21 +174,27 @@ class CollapseAlarm(Callback):
         net, step = pl_module.net, trainer.global_step
         if not isinstance(net, MSVQVAE) or step < self.patience or step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        messages = self.check(net.quantizer.perplexity().cpu(), step, net.patch_nums)
+        messages = self.check(net.quantizer.perplexity().cpu(), step, net.quantizer)
         pl_module.log("train/collapsed_scales", float(len(self.collapsed)))
         if trainer.is_global_zero:
             for message in messages:
                 log.warning(message)
 
-    def check(self, perplexity: Tensor, step: int, patch_nums: list) -> list[str]:
+    def check(self, perplexity: Tensor, step: int, quantizer: ResidualQuantizer) -> list[str]:
         """Messages about the perplexities (K) of this step."""
+        patch_nums = quantizer.patch_nums
+        sizes = [quantizer.size_of(k) for k in range(quantizer.num_scales)]
+        least = torch.tensor([self.minimum if size > 2 else 1.0 for size in sizes])
+        remedies = "callbacks.reset_dead_codes, callbacks.kmeans, model.quantizer.lookup=cosine, " * has_table(
+            quantizer
+        )
         self.best = perplexity if self.best is None else torch.maximum(self.best, perplexity)
-        is_low = (perplexity < self.minimum) | (perplexity < self.best / self.factor)
+        is_low = (perplexity < least) | (perplexity < self.best / self.factor)
         low = set(is_low.nonzero().flatten().tolist())
         messages = [
             f"step {step}: the codebook collapses at scale {k} ({patch_nums[k]}): {perplexity[k]:.1f} codes in use,"
-            f" at most {self.best[k]:.1f} before. Remedies: callbacks.reset_dead_codes, callbacks.kmeans, model.gradient=rotation,"
-            " model.lookup=cosine, model.scale_dropout=0.1"
+            f" at most {self.best[k]:.1f} before. Remedies: {remedies}model.quantizer.gradient=rotation,"
+            " model.quantizer.scale_dropout=0.1"
             for k in sorted(low - self.collapsed)
         ]
         messages += [

@@ -21,21 +21,20 @@ from varlab.checkpoints.released_layout import var_from_released
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder
 from varlab.models.custom_classes import Trust, build, describe, named_classes
-from varlab.models.quantizer import ResidualQuantizer
+from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 
-MOST_COMPARED = 2**16  # codes
 CLASS_ROWS = "embedder.embedding.weight"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained VAR, its class names, and the codes that its tokens stand for; None if the file does not hold them."""
+    """A trained VAR, its class names, and what determines its tokens (see `encoding_of`); None if the file does not hold it."""
 
     path: str
     var: VAR
     class_names: list[str]
-    codebook: Float[Tensor, "V C"] | None
+    encoding: dict[str, Tensor] | None
 
     @classmethod
     def read(cls, path: str, patch_nums: scales.PatchNums, trust_code: bool = False) -> "Source":
@@ -44,21 +43,21 @@ class Source:
         if Path(path).is_file() and "class_emb.weight" in (state := read_file(Path(path))):
             return cls(path, var_from_released(state, patch_nums), [], None)
         tokenizer, var, class_names = load(path, trust_code=trust_code)
-        return cls(path, var, class_names, codes_of(tokenizer.quantizer))
+        return cls(path, var, class_names, encoding_of(tokenizer))
 
 
 def start_from(
     source: Source,
     net: VAR,
     class_names: Sequence[str],
-    codebook: Float[Tensor, "V C"],
+    encoding: dict[str, Tensor],
     reinitialized: Sequence[str] = (),
 ) -> list[str]:
     """Copies the weights of a trained VAR into `net`; returns what was not a plain copy, one sentence each.
 
     Class embeddings are matched by name; a class that the source does not know starts from the mean of the source's
     classes. Positions and scale embeddings of another pyramid are resized (bilinear) from the source's scale of the
-    nearest size. `codebook`: the codes of the run's tokenizer. `reinitialized`: patterns of parameters that keep their
+    nearest size. `encoding`: of the run's tokenizer. `reinitialized`: patterns of parameters that keep their
     new initial values.
 
     Raises ValueError for a source of another size or with other codes, or a pattern that matches nothing.
@@ -66,10 +65,10 @@ def start_from(
     own, state = net.state_dict(), dict(source.var.state_dict())
     kept = matching(own, reinitialized, "module.reinitialized")
     differing = {"num_classes", "patch_nums"} | (
-        {"codebook_size", "codebook_dim", "bases"} if "head.weight" in kept else set()
+        {"codebook_size", "codebook_dim", "bases", "codes_by_scale"} if "head.weight" in kept else set()
     )
     compare_arguments("VAR", describe(source.var), describe(net), net.changeable | differing, source.path)
-    if source.codebook is not None and "head.weight" not in kept and not same_codes(source.codebook, codebook):
+    if source.encoding is not None and "head.weight" not in kept and not same_encoding(source.encoding, encoding):
         raise ValueError(
             f"{source.path} was trained with another tokenizer, so its tokens mean something else: tokenize the data with"
             f" tokenizer={source.path}, or start these parts anew: module.reinitialized=[head.*,word_embed.*]"
@@ -84,7 +83,7 @@ def start_from(
     if net.patch_nums != source.var.patch_nums:
         state |= resized(state, source.var.patch_nums, net.patch_nums, tuple(own["start_position"].shape))
         notes.append(f"positions of {source.var.patch_nums} are resized to {net.patch_nums}")
-    if source.codebook is None:
+    if source.encoding is None:
         notes.append("it does not name its tokenizer: whether it is this one was not checked")
     if kept:
         notes.append(f"{len(kept)} parameters start anew: {', '.join(sorted(kept))}")
@@ -100,17 +99,18 @@ def like(checkpoint: str, trust_code: bool = False, **given: Any) -> VAR:
     return build(VAR, {**description, **changed}, Trust(classes=named_classes(description)))
 
 
-@torch.no_grad()
-def codes_of(quantizer: ResidualQuantizer) -> Float[Tensor, "V C"]:
-    """The vectors of the first tokens of the finest scale."""
-    last = quantizer.num_scales - 1
-    tokens = torch.arange(min(quantizer.size_of(last), MOST_COMPARED), device=quantizer.hits.device)
-    return quantizer.embed(tokens, last)
+def encoding_of(tokenizer: MSVQVAE) -> dict[str, Tensor]:
+    """All parameters that decide which tokens an image has: those of the encoder and the quantizer."""
+    parts = ("encoder.", "pre_conv.", "quantizer.")
+    return {name: value.detach() for name, value in tokenizer.named_parameters() if name.startswith(parts)}
 
 
-def same_codes(a: Float[Tensor, "_ _"], b: Float[Tensor, "_ _"]) -> bool:
-    """Whether two codebooks are equal, up to the rounding of an export in bf16."""
-    return a.shape == b.shape and bool((a - b.to(a)).norm() <= 0.01 * a.norm())
+def same_encoding(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two tokenizers give the same tokens, up to the rounding of an export in bf16."""
+    return a.keys() == b.keys() and all(
+        a[name].shape == b[name].shape and bool((a[name] - b[name].to(a[name])).norm() <= 0.01 * a[name].norm())
+        for name in a
+    )
 
 
 def class_rows(

@@ -9,7 +9,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from varlab.checkpoints.load import check_same_arguments, check_same_networks, load_tokenizer, networks_entry
-from varlab.data.images import ImageBatch, size_of
+from varlab.data.images import ImageBatch, height_and_width
 from varlab.models import losses
 from varlab.models.custom_classes import describe
 from varlab.models.msvqvae import MSVQVAE
@@ -70,7 +70,7 @@ class MSVQVAEModule(ScheduledModule):
             raise ValueError("trainer.precision=bf16-true supports a VAR only; train a tokenizer with bf16-mixed")
         if self.device_mesh is not None:
             raise ValueError("trainer=fsdp and hsdp shard the blocks of a VAR; train a tokenizer with trainer=ddp")
-        if size_of(self.data.resolution) != self.net.image_size:
+        if height_and_width(self.data.resolution) != self.net.image_size:
             raise ValueError(
                 f"data.resolution={self.data.resolution}, but the tokenizer encodes images of {self.net.image_size} pixels: its"
                 f" finest map of {self.net.patch_nums[-1]} times {self.net.downsample} (set patch_nums)"

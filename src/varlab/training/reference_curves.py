@@ -222,6 +222,9 @@ def report(folder: Path, reference: Path | None = None) -> str:
             for key, value in made["settings"].items()
             if key in mine and mine[key] != value
         ]
+        differing += [
+            f"{key} is not set (reference {value})" for key, value in made["settings"].items() if key not in mine
+        ]
         if differing:
             lines.append(f"  settings that differ, so differences are expected: {', '.join(differing)}")
     elif experiment_of(folder) in ("var_d16", "var_d20", "var_d24", "var_d30"):

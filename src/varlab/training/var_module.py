@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.load import check_same_networks, load_tokenizer, networks_entry
 from varlab.cost.flops import parameter_counts
-from varlab.data.images import ImageBatch, size_of
+from varlab.data.images import ImageBatch, height_and_width
 from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
 from varlab.models.custom_classes import describe
@@ -20,7 +20,7 @@ from varlab.models.digits import over_digits
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
-from varlab.training.initial_weights import Source, codes_of, freeze, start_from
+from varlab.training.initial_weights import Source, encoding_of, freeze, start_from
 from varlab.training.optimizers import parameter_groups
 from varlab.training.scheduled_module import FUSED_ADAMW, OptimizerFactory, ScheduledModule
 from varlab.training.schedules import Progressive, Schedule
@@ -153,8 +153,8 @@ class VARModule(ScheduledModule):
         """Takes over the weights of `init_from`, adds what tunes them, and freezes parts."""
         if self.init_from is not None:
             source = Source.read(self.init_from, self.net.patch_nums, self.trust_code)
-            codebook = codes_of(self.tokenizer.quantizer)
-            notes = start_from(source, self.net, self.class_names, codebook, self.reinitialized)
+            encoding = encoding_of(self.tokenizer)
+            notes = start_from(source, self.net, self.class_names, encoding, self.reinitialized)
             if self.trainer.is_global_zero:
                 print("; ".join([f"starts from the weights of {self.init_from}", *notes]), flush=True)
         if self.objective is not None:
@@ -171,6 +171,10 @@ class VARModule(ScheduledModule):
             raise ValueError(
                 f"data.condition={self.data.condition} gives conditions of shape {gets},"
                 f" but {type(self.net.embedder).__name__} takes {takes}"
+            )
+        if self.net.codes_by_scale is not None and getattr(self.loss, "label_smoothing", 0):
+            raise ValueError(
+                "module.loss.label_smoothing spreads over all codes, but scales have tables of their own: set 0"
             )
         if self.objective is not None and (self.progressive is not None or self.loss_chunks > 1):
             raise ValueError(
@@ -226,7 +230,7 @@ class VARModule(ScheduledModule):
                     f"module.self_correction={self.self_correction} encodes images anew in each step, but {data.path} holds"
                     " tokens: set data=images and data.path to shards of images, or module.self_correction=0"
                 )
-        elif size_of(data.resolution) != self.tokenizer.image_size:
+        elif height_and_width(data.resolution) != self.tokenizer.image_size:
             raise ValueError(
                 f"data.resolution={data.resolution}, but the tokenizer encodes images of {self.tokenizer.image_size} pixels"
             )
@@ -278,7 +282,7 @@ class VARModule(ScheduledModule):
 
         def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
             """Training loss and, on logged steps, cross entropy and error (B l n)."""
-            tokens = target[:, token_slice]
+            tokens, logits = target[:, token_slice], self.net.within_scales(logits, token_slice.start)
             loss = over_digits(self.loss, logits, tokens, bases)
             if not is_logged:
                 return loss[..., None]

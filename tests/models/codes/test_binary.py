@@ -89,3 +89,9 @@ def test_the_regularizer_is_part_of_the_loss_while_training():
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
     validated = quantizer.eval()(f)
     torch.testing.assert_close(validated.vq_loss, validated.vq_losses.mean())
+
+
+@pytest.mark.parametrize("wrong", [{"entropy_weight": -1.0}, {"temperature": 0.0}])
+def test_weights_and_temperatures_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="give a weight of at least 0 and a temperature above 0"):
+        BinarySphericalQuantizer([1, 2], bits=4, **wrong)

@@ -1,29 +1,32 @@
 """What every member of the quantizer family does. A member of your own: add it to MEMBERS, and its settings to COMMANDS."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
-from support.networks import CLASS_NAMES, PATCH_NUMS, make_var
+from support.networks import CLASS_NAMES, PATCH_NUMS, make_pair
 from support.runs import SHORT, TOKENIZER, VAR, command, config, draw, fit, kill_at, log_to, logged_losses, weights
 
 from varlab.checkpoints import programs
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained, tokenizer_fingerprint
 from varlab.commands import edit as edit_command
 from varlab.commands import export, tokenize
+from varlab.evaluation.likelihood import likelihood_scores
 from varlab.models.codes.binary import BinarySphericalQuantizer, LookupFreeQuantizer
 from varlab.models.codes.finite_scalar import FiniteScalarQuantizer
 from varlab.models.codes.simvq import SimVQQuantizer
 from varlab.models.codes.table_by_scale import TableByScaleQuantizer
 from varlab.models.digits import digits_of, most_likely, with_errors
-from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.sampling.editing import edit
 from varlab.sampling.generate import generate
 from varlab.sampling.sample_folder import write_samples
+from varlab.sampling.search import likelihoods
 from varlab.sampling.token_sampling import SamplingSettings
-from varlab.training.codebook_callbacks import learns_table
+from varlab.training.codebook_callbacks import CollapseAlarm, learns_table
+from varlab.training.tuning import ConditionContrast
 
 MEMBERS = {
     "residual": lambda: MultiScaleQuantizer(PATCH_NUMS, 12, 6),
@@ -46,15 +49,7 @@ COMMANDS = {
 @pytest.fixture(params=MEMBERS)
 def networks(request):
     """A tokenizer with this member, and a VAR for its codes."""
-    quantizer = MEMBERS[request.param]()
-    tokenizer = MSVQVAE(quantizer, channels=8, channel_mult=(1, 1, 2), num_groups=4)
-    with torch.no_grad():
-        for name, value in quantizer.named_parameters():
-            if "codebook" in name:
-                value.normal_(std=0.5)
-    bases = quantizer.bases if len(quantizer.bases) > 1 else None
-    var = make_var(codebook_size=quantizer.codebook_size, codebook_dim=quantizer.codebook_dim, bases=bases)
-    return tokenizer.eval(), var.eval()
+    return make_pair(MEMBERS[request.param]())
 
 
 @torch.no_grad()
@@ -187,13 +182,58 @@ def test_exported_programs_hold_it(networks, tmp_path):
     torch.testing.assert_close(step(*example)[0], logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_codes_that_are_all_used_count_as_100_percent(networks):
+    quantizer = networks[0].quantizer
+    for k in range(quantizer.num_scales):
+        maps = [torch.zeros(1, 0, dtype=torch.long)] * quantizer.num_scales
+        maps[k] = torch.arange(quantizer.size_of(k))[None]
+        quantizer.hits[k] = quantizer.count(maps)[k]
+    assert quantizer.codebook_usage(1).tolist() == [100] * quantizer.num_scales
+    assert quantizer.overall().usage == 100
+    sizes = [quantizer.size_of(k) for k in range(quantizer.num_scales)]
+    assert quantizer.perplexity().tolist() == pytest.approx(sizes, rel=1e-4)
+
+
+@torch.no_grad()
+def test_no_probability_is_lost_to_codes_that_a_scale_does_not_have(networks):
+    """An untrained head knows nothing, so its loss is the logarithm of the number of codes."""
+    tokenizer, var = networks
+    var.head.weight.zero_()
+    sequence = torch.cat(tokenizer.encode(torch.rand(3, 3, 16, 16) * 2 - 1), dim=1)
+    found = likelihood_scores(var, tokenizer.quantizer, [(sequence, torch.tensor([0, 1, 2]))])
+    sizes = [tokenizer.quantizer.size_of(k) for k in range(4)]
+    assert found["by_scale"]["loss"] == pytest.approx([math.log(size) for size in sizes], rel=1e-5)
+    log_p, _ = likelihoods(var, tokenizer.quantizer, sequence, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(log_p, torch.full((3,), -found["loss"]))
+
+
+def test_alignment_compares_likelihoods_of_these_codes(networks):
+    tokenizer, var = networks
+    var.embedder.dropout = 0.0
+    var.drop_path = 0.0
+    sequence = torch.cat(tokenizer.encode(torch.rand(3, 3, 16, 16) * 2 - 1), dim=1)
+    inputs = tokenizer.quantizer.teacher_forcing_inputs(list(sequence.split([1, 4, 9, 16], dim=1)))
+    objective = ConditionContrast(beta=0.3, weight=2.0)
+    objective.prepare(var)
+    labels = torch.tensor([0, 1, 2])
+    before, _ = likelihoods(var, tokenizer.quantizer, sequence, labels)
+    with torch.no_grad():
+        var.head.bias.add_(0.1 * torch.randn_like(var.head.bias))
+        _, _, values = objective(var, inputs.detach(), sequence, labels)
+    after, _ = likelihoods(var, tokenizer.quantizer, sequence, labels)
+    assert values["train/ratio_own"].item() == pytest.approx(30 * (after - before).mean().item(), rel=1e-2, abs=1e-3)
+
+
 def test_remedies_for_tables_are_refused_where_no_table_is_learned(networks):
     quantizer = networks[0].quantizer
     if type(quantizer) is MultiScaleQuantizer:
         assert learns_table(quantizer, "kmeans") is quantizer
         return
-    with pytest.raises(ValueError, match=r"Quantizer learns no table of codes: leave out callbacks.kmeans"):
+    with pytest.raises(ValueError, match=r"Quantizer learns no table of codes: set callbacks.kmeans=null"):
         learns_table(quantizer, "kmeans")
+    (message,) = CollapseAlarm().check(torch.tensor([3.0, 1.0, 3.0, 3.0]), 100, quantizer)
+    assert "callbacks" not in message and "model.quantizer.gradient=rotation" in message
 
 
 @pytest.mark.parametrize(
@@ -244,3 +284,20 @@ def test_two_processes_equal_one_with_the_same_global_batch(name, tmp_path, digi
     one = [float.fromhex(loss) for loss in logged_losses(tmp_path / "one.log").values()]
     ranks = [[float.fromhex(loss) for loss in logged_losses(tmp_path / "two.log", rank).values()] for rank in (0, 1)]
     assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(one, rel=1e-4)
+
+
+@torch.no_grad()
+def test_codes_of_32_bits_are_kept_and_loaded(tmp_path):
+    tokenizer, var = make_pair(BinarySphericalQuantizer(PATCH_NUMS, bits=32))
+    save_pretrained(tmp_path / "model", tokenizer, var, CLASS_NAMES, {})
+    again, transformer, _ = load_pretrained(tmp_path / "model")
+    images, token_maps = generate(transformer, again, torch.tensor([0, 1]), return_tokens=True)
+    assert torch.equal(images, generate(var, tokenizer, torch.tensor([0, 1])))
+    assert token_maps[-1].max() > 2**31
+
+
+def test_networks_of_other_digits_do_not_belong_together():
+    _, var = make_pair(FiniteScalarQuantizer(PATCH_NUMS, levels=[8, 4]))
+    tokenizer, _ = make_pair(FiniteScalarQuantizer(PATCH_NUMS, levels=[4, 8]))
+    with pytest.raises(ValueError, match=r"the VAR has bases=\[8, 4\], the tokenizer \[4, 8\]"):
+        generate(var, tokenizer, torch.tensor([0]))

@@ -19,7 +19,7 @@ class BinaryQuantizer(LengthByScaleQuantizer):
     residuals of fine scales are smaller.
 
     `entropy_weight` w, `temperature`: each bit is taken as a probability p(bit = 1 | z). The regularizer is w (E[H(p)] - H(E[p])):
-    certain for each vector, even over those of a batch (of all ranks). Over independent bits the entropy of a code is the sum
+    small for each vector, large over a batch (of all ranks). Over independent bits the entropy of a code is the sum
     of those of its bits, so nothing is summed over the 2^bits codes; H(E[p]) is then an upper bound.
     """
 
@@ -33,9 +33,14 @@ class BinaryQuantizer(LengthByScaleQuantizer):
         temperature: float = 1.0,
         **residual: Any,
     ) -> None:
-        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for more than 32 bits."""
+        """`residual`: arguments of `ResidualQuantizer`. Raises ValueError for more than 32 bits, a negative weight, or a temperature
+        that is not above 0."""
         if not 1 <= bits <= MOST_BITS:
             raise ValueError(f"bits={bits}: give 1 to {MOST_BITS}")
+        if entropy_weight < 0 or temperature <= 0:
+            raise ValueError(
+                f"entropy_weight={entropy_weight}, temperature={temperature}: give a weight of at least 0 and a temperature above 0"
+            )
         super().__init__(patch_nums, codebook_size=2**bits, codebook_dim=bits, bases=[2] * bits, **residual)
         self.bits, self.entropy_weight, self.temperature = bits, entropy_weight, temperature
         self.first_length = bits**-0.5  # on the unit sphere

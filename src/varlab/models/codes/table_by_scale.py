@@ -21,8 +21,10 @@ class TableByScaleQuantizer(MultiScaleQuantizer):
     ) -> None:
         """`table`: further arguments of `MultiScaleQuantizer`. Raises ValueError unless there is a size for each scale."""
         sizes = [int(size) for size in codebook_sizes]
-        if len(sizes) != len(patch_nums) or min(sizes) < 1:
-            raise ValueError(f"codebook_sizes={sizes}: give a positive size for each of {len(patch_nums)} scales")
+        if len(sizes) != len(patch_nums) or min(sizes) < 1 or max(sizes) < 2:
+            raise ValueError(
+                f"codebook_sizes={sizes}: give a positive size for each of {len(patch_nums)} scales, above 1 for one of them"
+            )
         super().__init__(patch_nums, max(sizes), codebook_dim, **table)
         self.codebook_sizes = sizes
         self.codebook = nn.ParameterList(torch.empty(size, codebook_dim) for size in sizes)  # pyright: ignore[reportAttributeAccessIssue]
@@ -40,3 +42,10 @@ class TableByScaleQuantizer(MultiScaleQuantizer):
 
     def size_of(self, k: int) -> int:
         return self.codebook_sizes[k]
+
+    def hits_of_all(self, hits: Float[Tensor, "K S"]) -> list[Float[Tensor, " _"]]:
+        """Hits of the rows of all tables."""
+        return [torch.cat([hits[k, :size] for k, size in enumerate(self.codebook_sizes)])]
+
+    def head_arguments(self) -> dict[str, Any]:
+        return {"codes_by_scale": self.codebook_sizes}
