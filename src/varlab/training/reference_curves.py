@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from varlab.files import atomic_write, flat, load_json, save_json
+from varlab.training.run_settings import SPEED
 
 COMPARED = ("train/", "val/")
 NOT_COMPARED = ("train/grad_scaler_scale", "train/num_scales", "train/steps_skipped", "train/grad_norm_spikes")
@@ -217,13 +218,11 @@ def report(folder: Path, reference: Path | None = None) -> str:
             f"{folder} compared with {reference} ({len(made['seeds'])} runs, {made['machine']}, {made['date']})"
         )
         mine = settings_of(folder)
+        expected = {key: value for key, value in made["settings"].items() if not key.startswith(SPEED)}
         differing = [
-            f"{key}={mine[key]} (reference {value})"
-            for key, value in made["settings"].items()
-            if key in mine and mine[key] != value
-        ]
-        differing += [
-            f"{key} is not set (reference {value})" for key, value in made["settings"].items() if key not in mine
+            f"{key}={mine[key]} (reference {value})" if key in mine else f"{key} is not set (reference {value})"
+            for key, value in expected.items()
+            if key not in mine or mine[key] != value
         ]
         if differing:
             lines.append(f"  settings that differ, so differences are expected: {', '.join(differing)}")

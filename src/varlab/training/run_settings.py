@@ -7,6 +7,11 @@ from typing import Any
 
 from varlab.files import flat
 
+# what changes speed and memory only
+SPEED = (
+    *("module.recompute", "module.attention", "module.loss_chunks", "module.is_compiled"),
+    *("data.num_workers", "data.keep", "data.storage"),
+)
 # what decides where and how a run is carried out and what is written, but not its result
 ELSEWHERE = (
     *(
@@ -32,9 +37,9 @@ ELSEWHERE = (
         "optimizer",
         "storage",
     ),  # they are part of `module`
-    *("data.path", "data.num_workers", "data.keep", "data.storage", "data.max_skipped_share", "data.resolution"),
+    *("data.path", "data.max_skipped_share", "data.resolution"),
     *("module.tokenizer", "module.init_from", "module.reinitialized", "module.full_steps", "module.trust_code"),
-    *("module.recompute", "module.attention", "module.loss_chunks", "module.is_compiled"),
+    *SPEED,
     *(
         f"callbacks.{name}"
         for name in ("reseed", "collapse", "record", "last", "branches", "health", "signals", "best")
