@@ -54,7 +54,7 @@ class VARPipeline:
         dtype: torch.dtype | None = None,
         compiled: str = "none",
     ) -> "VARPipeline":
-        """Loads an export folder, a training checkpoint, a pretrained model (`glyphs32`, see
+        """Loads an export folder, a training checkpoint, a pretrained model (`glyphs32` or `fashion32`, see
         `varlab.checkpoints.load.pretrained_models`) or a model on the Hugging Face Hub (`user/name`) to `device` (default:
         a GPU if there is one). `dtype`: by default bf16 on a GPU, fp32 elsewhere. `compiled`: see `generate`.
         `trust_code`: see `load`. Raises ValueError naming the file if it is missing, damaged, contains no VAR, or names

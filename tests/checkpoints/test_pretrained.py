@@ -14,7 +14,7 @@ from varlab.pipeline import VARPipeline
 
 def test_all_together_are_small():
     size = sum(file.stat().st_size for file in PRETRAINED.rglob("*") if file.is_file())
-    assert "glyphs32" in pretrained_models() and size < 15e6
+    assert {"glyphs32", "fashion32"} <= set(pretrained_models()) and size < 15e6
 
 
 @pytest.mark.parametrize("name", pretrained_models())
