@@ -1,7 +1,7 @@
 """Which code would you take? Members of the quantizer family with the same encoder, decoder, token maps and training on glyphs32, and
 VARs of three sizes on the tokens of each, three seeds. Finished steps are skipped; an interrupted run continues.
 
-    python experiments/data/glyphs.py && python experiments/codes/run.py     (two CPU cores: about three hours)
+    python experiments/data/glyphs.py && python experiments/codes/run.py     (two CPU cores: hours; not run yet)
     python experiments/codes/run.py bsq fsq                                   (trains these only, beside another process)
 
 Losses per token cannot be compared across codes: a code with more bits has more to predict, and holds more. Two numbers can:

@@ -2,7 +2,7 @@
 emoji64 for a third longer than in run.py, then for a fifth more with and without a discriminator, from the same weights.
 Finished steps are skipped; an interrupted run continues.
 
-    python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py        (an hour on 2 CPU cores)
+    python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py        (not run to the end yet)
 
 Writes late.csv and late.png beside this file.
 """

@@ -85,6 +85,12 @@ def logged_losses(file: Path, rank: int = 0) -> dict[int, str]:
     return losses
 
 
+def mean_of_ranks(file: Path) -> list[float]:
+    """Losses by batch, averaged over two processes."""
+    ranks = [[float.fromhex(loss) for loss in logged_losses(file, rank).values()] for rank in (0, 1)]
+    return [sum(pair) / 2 for pair in zip(*ranks, strict=True)]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 

@@ -22,17 +22,15 @@ from varlab import __version__
 from varlab.checkpoints.formats import EXPORT_FORMAT, checked_entry, renamed
 from varlab.files import atomic_folder, flat, load_json, save_json
 from varlab.models.custom_classes import RecordedModule, Trust, as_plain, build, class_of, class_path, describe
+from varlab.models.digits import MOST_CODES
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 
 Network = TypeVar("Network", bound=nn.Module)
-LARGEST = 2**22  # of any number among a network's arguments ...
-MOST_CODES = 2**32  # ... but the number of codes, of which not all have rows or logits
-ADDED = (
-    "bases",
-    "codes_by_scale",
-)  # arguments that version 0.2 did not have; left out of fingerprints where they are None
+LARGEST = 2**22  # of any number among a network's arguments but that of codes, which need not have rows or logits
+# arguments that version 0.2 did not have; left out of fingerprints where they are None
+ADDED = ("bases", "codes_by_scale")
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """---
 library_name: varlab

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Bases = Sequence[int]
+MOST_CODES = 2**32  # whose tokens fit the largest type of a cache, uint32
 
 
 def digits_of(tokens: Int[Tensor, "*rows"], bases: Bases) -> Int[Tensor, "*rows n"]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from varlab.models import scales
 from varlab.models.codes.lengths import LengthByScaleQuantizer
+from varlab.models.digits import MOST_CODES
 
-MOST_BITS = 32
+MOST_BITS = MOST_CODES.bit_length() - 1
 
 
 class BinaryQuantizer(LengthByScaleQuantizer):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from varlab.models import scales
 from varlab.models.codes.lengths import LengthByScaleQuantizer
-
-MOST_CODES = 2**32
+from varlab.models.digits import MOST_CODES
 
 
 class FiniteScalarQuantizer(LengthByScaleQuantizer):
