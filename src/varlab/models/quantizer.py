@@ -148,6 +148,10 @@ class ResidualQuantizer(RecordedModule):
         """Number of codes of scale k, of which tokens are the first ones."""
         return self.codebook_size
 
+    def bases_of(self, k: int) -> list[int]:
+        """`bases` of the tokens of scale k."""
+        return self.bases if len(self.bases) > 1 else [self.size_of(k)]
+
     def nearest(self, z: Float[Tensor, "B l C"], k: int) -> Int[Tensor, "B l"]:
         """The token whose vector represents each vector of scale k best. Always fp32: bf16 confuses nearby codes."""
         raise NotImplementedError
@@ -220,7 +224,7 @@ class ResidualQuantizer(RecordedModule):
             tokens = self.nearest(self.at_scale(f - f_hat, k), k)
             found.append(tokens)
             if rates is not None:
-                tokens = with_errors(tokens, self.bases if len(self.bases) > 1 else [self.size_of(k)], rates)
+                tokens = with_errors(tokens, self.bases_of(k), rates)
             return tokens, self.embed(tokens, k)
 
         seen = [tokens for tokens, _ in self.residual_loop(torch.zeros_like(f), choose)]
@@ -324,7 +328,8 @@ class ResidualQuantizer(RecordedModule):
 
     def hits_of_scale(self, hits: Float[Tensor, "K S"], k: int) -> list[Float[Tensor, " _"]]:
         """Hits of the values that each digit can have at scale k."""
-        return list(hits[k].split(self.bases)) if len(self.bases) > 1 else [hits[k, : self.size_of(k)]]
+        bases = self.bases_of(k)
+        return list(hits[k, : sum(bases)].split(bases))
 
     def hits_of_all(self, hits: Float[Tensor, "K S"]) -> list[Float[Tensor, " _"]]:
         """Hits of the values of each digit, over all scales."""
