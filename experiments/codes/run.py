@@ -1,8 +1,9 @@
 """Which code would you take? Members of the quantizer family with the same encoder, decoder, token maps and training on glyphs32, and
-VARs of three sizes on the tokens of each, three seeds. Finished steps are skipped; an interrupted run continues.
+VARs of three sizes on the tokens of each, three seeds. Finished steps are skipped; an interrupted run continues. Codes whose rows
+stand in the tables are not measured again.
 
-    python experiments/data/glyphs.py && python experiments/codes/run.py     (two CPU cores: hours; not run yet)
-    python experiments/codes/run.py bsq fsq                                   (trains these only, beside another process)
+    python experiments/data/glyphs.py && python experiments/codes/run.py     (two CPU cores: about two hours)
+    python experiments/codes/run.py bsq fsq                                   (measures these only, beside another process)
 
 Losses per token cannot be compared across codes: a code with more bits has more to predict, and holds more. Two numbers can:
 the nats of a whole image at the PSNR that they buy, and the code length of the pixels in bits per dim: the tokens by the VAR, and
@@ -13,6 +14,7 @@ Writes tokenizers.csv, var.csv and samples.csv beside this file and, for `varlab
 means and 95 % intervals over seeds.
 """
 
+import csv
 import json
 import math
 import sys
@@ -40,7 +42,7 @@ RUNS, DATA = Path("runs/codes"), Path("data/glyphs32")
 def study_of(code: str) -> Study:
     """Tokenizer and sweep of one code; only the quantizer differs."""
     tokenizer = ["experiment=tokenizer_glyphs32", f"quantizer@model.quantizer={code.split('-')[0]}", *CODES[code]]
-    tokenizer += ["steps=1000", "val_every=500", "trainer=cpu"]
+    tokenizer += ["steps=800", "val_every=400", "trainer=cpu"]
     if code != "residual":  # no table is learned
         tokenizer += ["callbacks.kmeans=null", "callbacks.reset_dead_codes=null"]
     steps = 400
@@ -95,18 +97,38 @@ def run_code(code: str, judge: Judge) -> tuple[dict[str, Any], list[dict[str, An
                 found = {key.split("/")[0]: value for key, value in found.items() if "real_against_real" not in key}
                 samples.append({"code": code, "training_seed": seed, **found})
                 print(json.dumps(samples[-1]), flush=True)
-    table = [
-        {
-            "name": f"d{r['depth']}",
-            "N": r["params_main"],
-            "C": r["flops_exact"],
-            "seed": r["seed"],
-            "loss": r["bits_per_dim"],
-        }
-        for r in rows
-    ]
-    write_table(RUNS / f"{code}.csv", table)
     return row, rows, samples
+
+
+def measured(name: str) -> list[dict[str, str]]:
+    """Rows of a table beside this file, none if there is no table yet."""
+    file = HERE / f"{name}.csv"
+    if not file.is_file():
+        return []
+    with open(file, encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a table beside this file, in the order of CODES."""
+    write_table(HERE / f"{name}.csv", sorted([*measured(name), *rows], key=lambda row: list(CODES).index(row["code"])))
+
+
+def print_table() -> None:
+    """Prints means and intervals of all codes measured, and writes a table of runs for each."""
+    print("| code | PSNR dB | read right % | nats, d1 | nats, d2 | nats, d3 | bits per dim, d3 | legible % | Frechet distance |")
+    print("|---" * 9 + "|")
+    rows, samples = measured("var"), measured("samples")
+    for tokenizer in measured("tokenizers"):
+        runs, drawn = ([row for row in table if row["code"] == tokenizer["code"]] for table in (rows, samples))
+        columns = {"N": "params_main", "C": "flops_exact", "seed": "seed", "loss": "bits_per_dim"}
+        table = [{"name": f"d{run['depth']}"} | {key: run[column] for key, column in columns.items()} for run in runs]
+        write_table(RUNS / f"{tokenizer['code']}.csv", table)
+        nats = [interval([float(r["nats_per_image"]) for r in runs if r["depth"] == str(depth)]) for depth in DEPTHS]
+        bits = interval([float(r["bits_per_dim"]) for r in runs if r["depth"] == str(max(DEPTHS))])
+        scores = [interval([float(row[key]) for row in drawn]) for key in ("class_agreement", "frechet_distance")]
+        about = [f"{float(tokenizer['psnr']):.2f}", f"{float(tokenizer['accuracy_reconstruction']):.1f}"]
+        print("|", " | ".join([tokenizer["code"], *about, *nats, bits, *scores]), "|")
 
 
 def main() -> None:
@@ -114,23 +136,13 @@ def main() -> None:
     if unknown := [code for code in chosen if code not in CODES]:
         sys.exit(f"no such code: {', '.join(unknown)}; choose among {', '.join(CODES)}")
     judge = Judge(DATA)
-    found = [run_code(code, judge) for code in chosen]
-    if chosen != list(CODES):
-        return
-    rows, samples = [row for _, part, _ in found for row in part], [row for _, _, part in found for row in part]
-    write_table(HERE / "tokenizers.csv", [row for row, _, _ in found])
-    write_table(HERE / "var.csv", rows)
-    write_table(HERE / "samples.csv", samples)
-    print(
-        "| code | PSNR dB | read right % | nats per image, d1 | d2 | d3 | bits per dim, d3 | legible % | Frechet distance |"
-    )
-    print("|---" * 9 + "|")
-    for row, part, drawn in found:
-        nats = [interval([r["nats_per_image"] for r in part if r["depth"] == depth]) for depth in DEPTHS]
-        bits = interval([r["bits_per_dim"] for r in part if r["depth"] == max(DEPTHS)])
-        legible, distance = (interval([r[key] for r in drawn]) for key in ("class_agreement", "frechet_distance"))
-        first = f"| {row['code']} | {row['psnr']:.2f} | {row['accuracy_reconstruction']:.1f} |"
-        print(first, " | ".join([*nats, bits, legible, distance]), "|")
+    for code in chosen:
+        if code not in [row["code"] for row in measured("tokenizers")]:
+            tokenizer, rows, samples = run_code(code, judge)
+            add_rows("var", rows)
+            add_rows("samples", samples)
+            add_rows("tokenizers", [tokenizer])
+    print_table()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Does a discriminator help that comes in late? A tokenizer with perceptual loss, k-means initialization and revival is trained on
-emoji64 for a third longer than in run.py, then for a fifth more with and without a discriminator, from the same weights.
+emoji64 as long as those of run.py, then for a fifth more with and without a discriminator, from the same weights.
 Finished steps are skipped; an interrupted run continues.
 
     python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py        (not run to the end yet)
@@ -21,7 +21,7 @@ from run import (
 
 from varlab import image_grid
 
-STEPS = 2000
+STEPS = 1500
 CONTINUED = [
     *PERCEPTUAL,
     f"module.init_from={RUNS / 'long/checkpoints/last.ckpt'}",
