@@ -16,6 +16,7 @@ from varlab.checkpoints.load import load
 from varlab.distributed import default_device
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.text_encoder import TextEncoder, text_encoder_of
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.generate import generate, image_seeds
@@ -26,6 +27,8 @@ class VARPipeline:
 
     pipeline = VARPipeline.from_pretrained("glyphs32")
     images = pipeline(labels=["A", "b", "7"], cfg_scale=1.5, seed=0)
+
+    A network that was trained on captions takes `text="a red heart"` in place of labels.
     """
 
     def __init__(
@@ -35,11 +38,12 @@ class VARPipeline:
         class_names: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         compiled: str = "none",
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         """`dtype`: torch.bfloat16 keeps the weights of transformer and decoder in bf16 from now on. `compiled`: see
-        `generate`."""
+        `generate`. `text_encoder`: by default the one that the checkpoint names, loaded with the first text."""
         self.tokenizer, self.var, self.class_names = tokenizer.eval(), var.eval(), list(class_names or [])
-        self.compiled, self.dtype = compiled, dtype
+        self.compiled, self.dtype, self.text_encoder = compiled, dtype, text_encoder
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype}: choose torch.float32 or torch.bfloat16")
         if dtype == torch.bfloat16:
@@ -96,20 +100,25 @@ class VARPipeline:
         self,
         labels: int | str | Sequence[int | str] | None = None,
         *,
+        text: str | Sequence[str] | None = None,
         condition: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         **settings: Any,
     ) -> list[Image.Image]:
-        """One PIL image per entry of `labels` (class numbers or names), or per row of `condition` if the network takes
-        another kind of condition.
+        """One PIL image per entry of `labels` (class numbers or names), of `text` if the network was trained on captions, or per
+        row of `condition` if it takes another kind of condition.
 
         Image i has seed `seed + i` (or `seed[i]`) and does not depend on the others. `batch_size`: images per forward
         pass. `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...).
         Raises ValueError for an unknown class, naming the nearest names, and for a setting out of range.
         """
-        if (labels is None) == (condition is None):
-            raise ValueError("give either labels or condition")
+        if (labels is None) + (condition is None) + (text is None) != 2:
+            raise ValueError("give either labels, text or condition")
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            self.text_encoder = self.text_encoder or text_encoder_of(self.var)
+            condition = self.text_encoder(texts)
         if condition is None:
             named = [labels] if isinstance(labels, int | str) else list(labels or [])
             condition = torch.tensor([label_of(label, self.class_names, self.var.num_classes) for label in named])

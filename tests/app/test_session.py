@@ -29,7 +29,7 @@ def test_a_bomb_is_refused(tmp_path):
 
 def test_the_last_sample_is_the_image_of_generate_and_energy_falls(page_models):
     model = Model(str(page_models / "first"), "cpu")
-    frames = [drawn for drawn, _ in model.sample(1, 3, 7, cfg_scale=2.0, top_k=5)]
+    frames = [drawn for drawn, _ in model.sample("1", 3, 7, cfg_scale=2.0, top_k=5)]
     assert len(frames) == 4 and all(len(frame) == 3 for frame in frames)
     images = generate(model.var, model.tokenizer, torch.tensor([1, 1, 1]), seed=7, cfg_scale=2.0, top_k=5)
     for shown, pixels in zip(frames[-1], to_uint8(images), strict=True):

@@ -37,7 +37,7 @@ def test_labels_are_dropped_in_training_only():
 
 
 def test_a_custom_embedder_is_rebuilt_and_guides(extend_page, tmp_path):
-    embedder = partial(extend_page("vectors").VectorEmbedder, dim=5)
+    embedder = partial(extend_page("deep_embedder").DeepEmbedder, dim=5)
     var = make_var(embedder=embedder).eval()
     save_pretrained(tmp_path / "saved", make_tokenizer(), var, None, {})
     tokenizer, again, _ = load_pretrained(tmp_path / "saved", trust_code=True)
@@ -46,7 +46,7 @@ def test_a_custom_embedder_is_rebuilt_and_guides(extend_page, tmp_path):
     assert torch.equal(plain, generate(var, tokenizer, condition, cfg_scale=0.0))
     assert not torch.equal(plain, generate(again, tokenizer, condition, cfg_scale=4.0))
     assert not torch.equal(plain, generate(again, tokenizer, condition + 1, cfg_scale=0.0))
-    with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), VectorEmbedder takes \(5,\)"):
+    with pytest.raises(ValueError, match=r"condition of an image has shape \(4,\), DeepEmbedder takes \(5,\)"):
         generate(again, tokenizer, torch.randn(3, 4))
 
 

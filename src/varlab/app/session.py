@@ -19,8 +19,9 @@ from varlab import image_grid
 from varlab.checkpoints.load import load
 from varlab.data.decoding import open_image
 from varlab.data.images import Crop, Resolution, preprocess, to_tensor
-from varlab.models.conditioning import label_of
+from varlab.models.conditioning import TextEmbedder, label_of
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.text_encoder import text_encoder_of
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
@@ -32,6 +33,7 @@ from varlab.scaling.report import SHOWN, shown, summary_lines
 from varlab.scaling.runs import Runs, collect
 
 MAX_PIXELS = 50_000_000  # of an uploaded image
+MAX_CHARACTERS = 1000  # of a text
 SHOWN_SIDE = 256  # pixels to which small images are enlarged by integer factors
 
 
@@ -71,6 +73,7 @@ class Model:
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device
         self.class_names = names or [str(number) for number in range(self.var.num_classes)]
         self.size = self.tokenizer.image_size
+        self.lock, self.encoder = Lock(), None
 
     @property
     def scales(self) -> list[str]:
@@ -82,6 +85,11 @@ class Model:
         """Classes as "number: name"."""
         return [f"{number}: {name}" for number, name in enumerate(self.class_names)]
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether images are described by words, not chosen by class."""
+        return isinstance(self.var.embedder, TextEmbedder)
+
     def label(self, choice: str | None) -> int:
         """The label of a selected or typed class; the null label for an empty one. Raises ValueError naming the nearest
         names."""
@@ -91,10 +99,22 @@ class Model:
             return self.choices.index(choice)
         return label_of(str(choice), self.class_names, self.var.num_classes)
 
-    def sample(self, label: int, num: int, seed: int, **drawing: Any) -> Iterator[tuple[list[Image.Image], list[str]]]:
+    def condition(self, choice: str | None, num: int) -> Tensor:
+        """The condition of `num` images of a class, or of a text of at most 1,000 characters; an empty one is none."""
+        if not self.takes_text:
+            return torch.full((num,), self.label(choice), device=self.device)
+        if len(choice or "") > MAX_CHARACTERS:
+            raise ValueError(f"this text has {len(choice or ''):,} characters: give at most {MAX_CHARACTERS:,}")
+        with self.lock:
+            self.encoder = self.encoder or text_encoder_of(self.var)
+        return self.encoder([choice or ""]).to(self.device).repeat(num, 1)
+
+    def sample(
+        self, choice: str | None, num: int, seed: int, **drawing: Any
+    ) -> Iterator[tuple[list[Image.Image], list[str]]]:
         """Yields, after each scale, the `num` images so far and the names of the finished scales."""
-        labels = torch.full((num,), label, device=self.device)
-        loop = generate_scales(self.var, self.tokenizer, labels, SamplingSettings(**drawing), seed=seed)
+        condition = self.condition(choice, num)
+        loop = generate_scales(self.var, self.tokenizer, condition, SamplingSettings(**drawing), seed=seed)
         for k, (f_hat, _) in enumerate(loop):
             yield to_images(decode(self.tokenizer, f_hat)), self.scales[: k + 1]
 
@@ -106,7 +126,7 @@ class Model:
         self,
         image: Image.Image,
         region: np.ndarray,
-        label: int,
+        choice: str | None,
         num: int,
         seed: int,
         is_inverted: bool,
@@ -123,9 +143,9 @@ class Model:
         if not (keep == 0).any() or not chosen.any():
             raise ValueError("there is nothing to generate: paint over a part of the image")
         original = self.tensor(image).repeat(num, 1, 1, 1)
-        labels = torch.full((num,), label, device=self.device)
+        condition = self.condition(choice, num)
         kept = latent_mask(keep, self.tokenizer.quantizer.sides[-1])
-        edited = edit(self.var, self.tokenizer, original, kept, labels, seed=seed, **settings)
+        edited = edit(self.var, self.tokenizer, original, kept, condition, seed=seed, **settings)
         pixels = original / 2 + 0.5
         errors = edit_errors(edited, pixels, keep)
         told = (

@@ -122,8 +122,10 @@ class Controls:
         }
 
 
-def class_choice(model: Model, label: str, value: str | None) -> gr.Dropdown:
-    """A dropdown of classes by number and name, with search."""
+def class_choice(model: Model, label: str, value: str | None) -> gr.Dropdown | gr.Textbox:
+    """A dropdown of classes by number and name, with search; or a field for words, if the model was trained on captions."""
+    if model.takes_text:
+        return gr.Textbox("", label=label.replace("class", "words"), placeholder="a red heart")
     return gr.Dropdown(model.choices, value=value, label=label, info="type to search", allow_custom_value=True)
 
 
@@ -182,7 +184,7 @@ def sample_tab(model: Model, max_batch: int) -> gr.State:
     def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
         frames: list[list[Image.Image]] = []
-        for images_so_far, scales in paced(model.sample(model.label(choice), **settings)):
+        for images_so_far, scales in paced(model.sample(choice, **settings)):
             frames.append(images_so_far)
             done = len(scales) == len(model.scales)
             text = f"**{' → '.join(scales)}**" + (f", seed {settings['seed']}" if done else " …")
@@ -244,9 +246,7 @@ def edit_tab(model: Model, max_batch: int, samples: gr.State) -> None:
         layers = painted["layers"]
         marked = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
         strong = number_within("strength", strong, 0.1, 1)
-        edited, words = model.edit(
-            image, marked, model.label(choice), is_inverted=where == "outside", strength=strong, **settings
-        )
+        edited, words = model.edit(image, marked, choice, is_inverted=where == "outside", strength=strong, **settings)
         return [enlarged(result) for result in edited], words
 
     shown = [editor, current]
@@ -328,10 +328,10 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
 
     def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
-        name = str(choice).split(": ", 1)[-1] if choice else None
-        for images_so_far, _ in paced(model.sample(model.label(choice), **settings)):
+        name = choice if model.takes_text or not choice else choice.split(": ", 1)[-1]
+        for images_so_far, _ in paced(model.sample(choice, **settings)):
             yield [enlarged(image) for image in images_so_far], gr.skip()
-        for images_so_far, _ in paced(other.sample(other.label(name), **settings)):
+        for images_so_far, _ in paced(other.sample(name, **settings)):
             yield gr.skip(), [enlarged(image) for image in images_so_far]
 
     button.click(

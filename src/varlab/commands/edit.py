@@ -21,6 +21,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.distributed import default_device, use_exact_fp32
     from varlab.files import save_json
     from varlab.models.conditioning import label_of
+    from varlab.models.text_encoder import text_encoder_of, texts_of
     from varlab.sampling.acceleration import default_precision, use_bf16
     from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 
@@ -37,14 +38,21 @@ def run(cfg: DictConfig) -> None:
     image = open_image(cfg.image, f"image={cfg.image}")
     original = to_tensor([preprocess(image, size, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
     keep = mask_of(cfg, image.size, size).to(device)
-    label = var.null_label if cfg.label is None else label_of(str(cfg.label), names, var.num_classes)
+    shape = var.embedder.condition_shape
+    condition = var.embedder.null(torch.zeros(cfg.num, *shape, dtype=torch.float32 if shape else torch.int64))
+    if cfg.text is not None:
+        condition = text_encoder_of(var, cfg.text_encoder)(texts_of(cfg.text, cfg.num))
+    elif cfg.label is not None:
+        if shape:
+            raise ValueError(f"label={cfg.label}: this network takes no class label")
+        condition.fill_(label_of(str(cfg.label), names, var.num_classes))
     settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
     edited = edit(
         var,
         tokenizer,
         original,
         latent_mask(keep, tokenizer.quantizer.sides[-1]),
-        torch.full((cfg.num,), label, device=device),
+        condition.to(device),
         seed=cfg.seed,
         **settings,
     )
@@ -60,7 +68,7 @@ def run(cfg: DictConfig) -> None:
     protocol = {
         "checkpoint": str(cfg.checkpoint),
         "image": str(cfg.image),
-        "label": label,
+        **({"text": cfg.text} if shape else {"label": int(condition[0])}),
         "seed": cfg.seed,
         "precision": precision,
         **settings,

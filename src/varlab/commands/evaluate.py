@@ -40,7 +40,13 @@ def run(cfg: DictConfig) -> None:
     if contains_var(cfg.checkpoint):
         tokenizer, var, _ = load(cfg.checkpoint, trust_code=cfg.trust_code)
         result = evaluate_likelihood(
-            tokenizer, var, str(cfg.shards), Path(cfg.out), checkpoint=str(cfg.checkpoint), **shared
+            tokenizer,
+            var,
+            str(cfg.shards),
+            Path(cfg.out),
+            checkpoint=str(cfg.checkpoint),
+            retrieval=cfg.retrieval,
+            **shared,
         )
         print_scores(result, f"{cfg.out}: likelihood.json, likelihood.png")
         return

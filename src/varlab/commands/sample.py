@@ -13,10 +13,13 @@ SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_from", "temperature", "top_k", "to
 
 def run(cfg: DictConfig) -> None:
     """Generates `num` images, split over the processes of torchrun."""
+    import numpy as np
     from hydra.utils import instantiate
 
     from varlab.checkpoints.load import load
     from varlab.distributed import WorkSplit, default_device
+    from varlab.models.conditioning import TextEmbedder
+    from varlab.models.text_encoder import text_encoder_of, texts_of
     from varlab.sampling.sample_folder import labels_like, labels_of, read_conditions, write_samples
     from varlab.sampling.token_sampling import SamplingSettings
 
@@ -31,9 +34,13 @@ def run(cfg: DictConfig) -> None:
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
     tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     shape = var.embedder.condition_shape
-    if shape and cfg.condition is None:
-        raise ValueError(f"this network takes no class label: give condition=FILE.npy with rows of shape {shape}")
-    if cfg.condition is not None:
+    texts = None if cfg.text is None else texts_of(given["text"], cfg.num)
+    if shape and cfg.condition is None and texts is None:
+        wanted = "text='...'" if isinstance(var.embedder, TextEmbedder) else "condition=FILE.npy"
+        raise ValueError(f"this network takes no class label: give {wanted}, vectors of shape {shape}")
+    if texts is not None:
+        conditions = text_encoder_of(var, cfg.text_encoder)(texts).numpy()
+    elif cfg.condition is not None:
         conditions = read_conditions(cfg.condition, cfg.num, shape)
     elif given["classes"] == "data":
         if cfg.shards is None:
@@ -55,9 +62,10 @@ def run(cfg: DictConfig) -> None:
             best_of=cfg.best_of,
             scorer=instantiate(cfg.scorer),
             scorer_settings=given["scorer"],
+            texts=texts,
         )
     if work.rank == 0:
-        if cfg.condition is None:
+        if not isinstance(conditions, np.ndarray):
             drawn = list(dict.fromkeys(int(label) for label in conditions))
             shown = [class_names[label] if label < len(class_names) else str(label) for label in drawn[:20]]
             print(f"classes: {', '.join(shown)}{', ...' if len(drawn) > 20 else ''}")

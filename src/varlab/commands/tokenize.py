@@ -15,7 +15,10 @@ def run(cfg: DictConfig) -> None:
     from varlab.checkpoints.load import load_tokenizer
     from varlab.data.token_cache import write_cache
     from varlab.distributed import WorkSplit, default_device, use_exact_fp32
+    from varlab.models.text_encoder import TextEncoder
 
+    if cfg.max_captions < 1:
+        raise ValueError(f"max_captions={cfg.max_captions}: give 1 or more")
     use_exact_fp32()
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
@@ -33,6 +36,8 @@ def run(cfg: DictConfig) -> None:
             cfg.part_images,
             share,
             instantiate(cfg.storage),
+            None if cfg.text is None else TextEncoder(cfg.text, device),
+            cfg.max_captions,
         )
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(

@@ -28,6 +28,7 @@ class OrderedDataModule(LightningDataModule):
     class_names: list[str]
     data_fingerprint: str
     condition_shape: tuple[int, ...]  # of one image: () for class labels
+    text: dict[str, Any] | None = None  # the text encoder, where conditions are vectors of captions
     pins = True  # whether batches are in host memory
 
     def __init__(

@@ -42,7 +42,14 @@ class Split(Schema):
     num_images: Annotated[int, Field(ge=0, lt=2**40)]
     index: FileEntry
     condition: FileEntry | None = None
+    captions: FileEntry | None = None
     shards: list[ShardEntry]
+
+
+class Captions(Schema):
+    """`SPLIT.captions.json` of a set of shards: the captions of each image."""
+
+    captions: list[list[str]]
 
 
 class ShardsManifest(Schema):
@@ -72,6 +79,14 @@ class TokenSplit(Schema):
     dtype: Literal["uint8", "uint16", "uint32"]
 
 
+class TextEntry(Schema):
+    """The vectors of captions in a token cache."""
+
+    encoder: str
+    fingerprint: str
+    captions: Annotated[int, Field(ge=1, le=1024)]  # per image
+
+
 class TokensManifest(Schema):
     """`manifest.json` of a token cache."""
 
@@ -83,6 +98,7 @@ class TokensManifest(Schema):
     data: str
     views: Annotated[list[View], Field(min_length=1, max_length=4096)]
     class_names: ClassNames
+    text: TextEntry | None = None
     splits: dict[str, TokenSplit]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from varlab.data.sources.items import lines_of
 from varlab.files import atomic_write, reason_of
 
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif", "avif"}
@@ -25,6 +26,7 @@ class Sample(NamedTuple):
     extension: str  # without the dot
     label: int
     condition: np.ndarray | None = None  # a vector, in addition to the label
+    captions: Sequence[str] = ()
 
     def members(self) -> list[tuple[str, bytes]]:
         """(extension, content) of each file of the sample."""
@@ -33,6 +35,8 @@ class Sample(NamedTuple):
             buffer = io.BytesIO()
             np.save(buffer, self.condition, allow_pickle=False)
             found.append(("npy", buffer.getvalue()))
+        if self.captions:
+            found.append(("txt", "\n".join(self.captions).encode()))
         return found
 
 
@@ -48,24 +52,27 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Contents of a shard: keys, index rows, labels as found, and vectors (if any) of its images, and the problems of the
-    keys that are left out. `has_dots`: whether keys contain dots."""
+    """Contents of a shard: keys, index rows, labels as found, captions, and vectors (if any) of its images, and the problems of
+    the keys that are left out. `has_dots`: whether keys contain dots."""
 
     keys: list[str]
     rows: np.ndarray
     problems: list[str]
     conditions: np.ndarray | None = None
     labels: list[Any] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
     has_dots: bool = False
 
 
 @dataclass(frozen=True)
 class Members:
-    """Which files of a key are its image and its label. `image`: an extension, such as `input.jpg`; None: the only one of a
-    known type. `label`: an extension, `json:FIELD` for a field of a `.json`, or None for images without labels."""
+    """Which files of a key are its image, its label and its captions. `image`: an extension, such as `input.jpg`; None: the only
+    one of a known type. `label`: an extension, `json:FIELD` for a field of a `.json`, or None for images without labels.
+    `captions`: the same; an image may have several (lines of a text, or a list in a `.json`), or none."""
 
     image: str | None = None
     label: str | None = "cls"
+    captions: str | None = "txt"
 
     def image_of(self, files: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
         """The image among the files of a key, by extension; None unless there is exactly one."""
@@ -76,15 +83,34 @@ class Members:
 
     def label_of(self, content: bytes) -> Any:
         """The label in a file. Raises ValueError if it holds none."""
-        text = content.decode().strip()
-        if self.label is not None and self.label.startswith("json:"):
-            try:
-                text = json.loads(text)[self.label[5:]]
-            except (KeyError, TypeError, RecursionError):
-                raise ValueError("no such field") from None
+        text = value_in(content, self.label)
         if not isinstance(text, int | float | str) or text == "":
             raise ValueError("no label")
         return text
+
+    def captions_of(self, content: bytes) -> list[str]:
+        """The captions in a file. Raises ValueError if it holds something else."""
+        found = value_in(content, self.captions)
+        texts = found if isinstance(found, list) else [found]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("no text")
+        return [line for text in texts for line in lines_of(text)]
+
+
+def value_in(content: bytes, member: str | None) -> Any:
+    """The text of a file, or the field of a `.json` that `member` names. Raises ValueError if there is none."""
+    text = content.decode().strip()
+    if member is None or not member.startswith("json:"):
+        return text
+    try:
+        return json.loads(text)[member[5:]]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("no such field") from None
+
+
+def file_of(member: str | None) -> str | None:
+    """Extension of the file that holds a label or captions."""
+    return "json" if (member or "").startswith("json:") else member
 
 
 def grouped(infos: Sequence[tarfile.TarInfo], members: Members) -> dict[str, list[tuple[str, tarfile.TarInfo]]]:
@@ -100,14 +126,14 @@ def grouped(infos: Sequence[tarfile.TarInfo], members: Members) -> dict[str, lis
 
 
 def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIndex:
-    """Reads a shard. A key needs one image and a label; an optional `.npy` is its vector, of the same shape for all keys.
-    Other files are ignored. Rows hold the labels that are numbers.
+    """Reads a shard. A key needs one image and a label; an optional `.npy` is its vector, of the same shape for all keys, an
+    optional `.txt` its captions. Other files are ignored. Rows hold the labels that are numbers.
 
     Raises ValueError for a tar that is damaged, truncated or compressed.
     """
     problems: dict[str, str] = {}
-    rows, vectors, labels = [], [], []
-    label_file = "json" if (members.label or "").startswith("json:") else members.label
+    rows, vectors, labels, captions = [], [], [], []
+    label_file, caption_file = file_of(members.label), file_of(members.captions)
     try:
         with tarfile.open(path, "r:") as tar:
             groups = grouped([info for info in tar if info.isfile() and not info.issparse()], members)
@@ -131,6 +157,14 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
                     except (ValueError, RecursionError) as error:
                         problems[key] = f"label {written[:20]!r}: {error}"
                         continue
+                texts: list[str] = []
+                if caption_file in files:
+                    written = read_member(tar, files[caption_file])
+                    try:
+                        texts = members.captions_of(written)
+                    except (ValueError, RecursionError) as error:
+                        problems[key] = f"captions {written[:20]!r}: {error}"
+                        continue
                 if "npy" in files:
                     vector = read_vector(read_member(tar, files["npy"]))
                     if vector is None or (vectors and vector.shape != vectors[0].shape):
@@ -138,6 +172,7 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
                         continue
                     vectors.append(vector)
                 labels.append(label)
+                captions.append(texts)
                 number = int(label) if str(label).isdecimal() and len(str(label)) < 10 else 0
                 rows.append(
                     (key, (shard, image.offset_data, len(content), min(number, 2**32 - 1), zlib.crc32(content)))
@@ -154,6 +189,7 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
         rows=np.array([row for _, row in rows], dtype=INDEX_ROW),
         problems=[f"key {key!r} holds {problem}" for key, problem in problems.items()],
         labels=labels,
+        captions=captions,
         has_dots=any("." in key.rpartition("/")[2] for key, _ in rows),
     )
 

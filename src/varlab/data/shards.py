@@ -4,6 +4,7 @@
     train-000000.tar      00000123.png, 00000123.cls, ...     (readable by any webdataset reader)
     train.index.npy       one row per image: shard, offset, size, label, crc32
     train.condition.npy   only if shards hold vectors (00000123.npy): one row per image
+    train.captions.json   only if shards hold captions (00000123.txt, one per line): a list per image
 
 Images are read through the index, not as a stream: any position in the epoch is one read, so a resumed run starts
 immediately, any number of ranks and workers gets the same order, and checksums detect damaged images. A folder of
@@ -21,18 +22,18 @@ from typing import Any, Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from varlab.data.manifests import ShardsManifest, open_array, spot_check
+from varlab.data.manifests import Captions, ShardsManifest, open_array, spot_check
 from varlab.data.shard_files import INDEX_ROW, ShardIndex
 from varlab.data.storage import RemoteFile, Storage, is_remote, join
-from varlab.files import atomic_write, json_hash, load_json, parse_json, sha256
+from varlab.files import atomic_write, json_hash, load_json, parse_json, save_json, sha256
 
 FORMAT = 2
 MAX_OPEN_SHARDS = 128
-ConditionKind = Literal["label", "vector"]
+ConditionKind = Literal["label", "vector", "text"]
 
 
 def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
-    """Writes the index of a split, and its vectors if it has any; returns their entries in the manifest.
+    """Writes the index of a split, and its vectors and captions if it has any; returns their entries in the manifest.
 
     Raises ValueError if only some shards hold vectors, or vectors of different shapes.
     """
@@ -45,6 +46,10 @@ def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str
     found = {"index": save_array(out / f"{split}.index.npy", np.concatenate([index.rows for index in indexes]))}
     if vectors and vectors[0] is not None:
         found["condition"] = save_array(out / f"{split}.condition.npy", np.concatenate(vectors))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    captions = [texts for index in indexes for texts in index.captions]
+    if any(captions):
+        save_json(out / f"{split}.captions.json", {"captions": captions})
+        found["captions"] = entry_of(out / f"{split}.captions.json")
     return found
 
 
@@ -52,6 +57,11 @@ def save_array(file: Path, array: np.ndarray) -> dict[str, Any]:
     """Writes an array atomically; returns its entry in the manifest."""
     with atomic_write(file) as partial, open(partial, "wb") as stream:
         np.save(stream, array)
+    return entry_of(file)
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
     return {"name": file.name, "num_bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
@@ -133,13 +143,29 @@ class ShardReader:
     def conditions(self, kind: ConditionKind) -> np.ndarray:
         """The conditions of all images, memory-mapped: labels (N,), or the vectors (N, ...) that the shards hold.
 
-        Raises ValueError if vectors are requested from a set without them.
+        Raises ValueError if vectors are requested from a set without them, and for texts, which are encoded beforehand.
         """
         if kind == "label":
             return self.labels
+        if kind == "text":
+            raise ValueError(
+                f"{self.path} holds captions, and the network takes vectors of them: `varlab tokenize text=minilm` writes a token"
+                " cache that has them; use that"
+            )
         if "condition" not in self.described:
             raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector (.npy) per image")
         return self.load_array(self.described["condition"], None, None)
+
+    def captions(self) -> list[list[str]]:
+        """The captions of each image; none for images without. Raises ValueError for a set without captions."""
+        if "captions" not in self.described:
+            raise ValueError(f"{self.path} has no captions: its shards hold no .txt files (see docs/own-images.md)")
+        entry = self.described["captions"]
+        file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
+        found = load_json(file, "varlab pack", Captions)["captions"]
+        if len(found) != len(self):
+            raise ValueError(f"{file} lists {len(found)} images, the manifest {len(self)}")
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open_shards": OrderedDict()}  # file descriptors are not valid in other processes
@@ -213,7 +239,8 @@ def verify(path: str | Path, storage: Storage | None = None) -> int:
     manifest = load_manifest(path, storage)
     broken = []
     for name, split in manifest["splits"].items():
-        entries = [split["index"], *([split["condition"]] if "condition" in split else []), *split["shards"]]
+        arrays = [split[name] for name in ("index", "condition", "captions") if split.get(name)]
+        entries = [*arrays, *split["shards"]]
         files = [RemoteFile(join(path, entry["name"]), entry["num_bytes"], entry["sha256"]) for entry in entries]
         found = [problem_of(file, storage) for file in tqdm(files, desc=f"verify {name}", unit="file")]
         broken += [problem for problem in found if problem]

@@ -4,10 +4,12 @@ manifest.json                 tokenizer fingerprint, patch_nums, data set, views
 train.tokens.npy              (N, views, L) in the smallest integer dtype that fits the codebook
 train.labels.npy              (N,)
 train.condition.npy           (N, ...) if the shards hold a vector per image
+train.text.npy                (N, captions, D) in float16, if captions are encoded; zeros for images without
 """
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,28 @@ from varlab.distributed import WorkSplit, wait_for_files
 from varlab.files import atomic_write, load_json, save_json, sha256
 from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.text_encoder import TextEncoder
 
 FORMAT = 1
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptionVectors:
+    """The vectors of the captions of a split: `num` for each image, in turn where it has fewer."""
+
+    encoder: TextEncoder
+    captions: list[list[str]]
+    num: int
+
+    def of(self, numbers: list[int]) -> np.ndarray:
+        """(n, num, D) in float16; zeros for images without captions."""
+        texts = [self.captions[i] or [""] for i in numbers]
+        chosen = [own[j % len(own)] for own in texts for j in range(self.num)]
+        distinct = list(dict.fromkeys(chosen))
+        rows = {text: row for row, text in enumerate(distinct)}
+        vectors = self.encoder(distinct).half().cpu().numpy()
+        return vectors[[rows[text] for text in chosen]].reshape(len(numbers), self.num, -1)
 
 
 def views_of(crops: int, flips: bool, seed: int) -> list[dict[str, Any]]:
@@ -58,8 +79,11 @@ def write_cache(
     part_images: int = 4096,
     work: WorkSplit | None = None,
     storage: Storage | None = None,
+    text: TextEncoder | None = None,
+    max_captions: int = 4,
 ) -> dict[str, Any]:
-    """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first.
+    """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first. With `text`, the
+    first `max_captions` captions of each image, too; the captions of images with fewer are repeated in turn.
 
     Work is done in parts of `part_images`, each written atomically: an interrupted call continues with the missing
     parts, and several processes share the parts. An existing cache of the same tokenizer, data and views is kept.
@@ -80,6 +104,13 @@ def write_cache(
         "class_names": shard_manifest["class_names"],
         "splits": {},
     }
+    readers = {split: ShardReader(shards, split, storage) for split in shard_manifest["splits"]}
+    vectors: dict[str, CaptionVectors] = {}
+    if text is not None:
+        captions = {split: reader.captions() for split, reader in readers.items()}
+        num_captions = min(max_captions, max(len(texts) for lists in captions.values() for texts in lists))
+        vectors = {split: CaptionVectors(text, texts, num_captions) for split, texts in captions.items()}
+        manifest["text"] = {"encoder": text.name, "fingerprint": text.fingerprint, "captions": num_captions}
     check_same_cache(path / "manifest.json", manifest)
     if (path / "manifest.json").is_file():
         return load_json(path / "manifest.json", "varlab tokenize", TokensManifest)
@@ -88,8 +119,7 @@ def write_cache(
     save_json(begun, {**manifest, "part_images": part_images})
     tokenizer = tokenizer.to(device).eval()
     files: dict[str, list[Path]] = {}
-    for split in shard_manifest["splits"]:
-        reader = ShardReader(shards, split, storage)
+    for split, reader in readers.items():
         images = ImageDataset(reader, tokenizer.image_size, resize_ratio, random_crop=False, random_flip=False)
         starts = range(0, len(images), part_images)
         files[split] = [path / f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
@@ -97,7 +127,7 @@ def write_cache(
         for file, start in tqdm(own, desc=f"tokenize {split}", unit="part"):
             if not file.is_file():
                 samples = range(start, min(start + part_images, len(images)))
-                write_part(file, images, samples, tokenizer, views, batch_size, device)
+                write_part(file, images, samples, tokenizer, views, batch_size, device, vectors.get(split))
     if work.rank:
         return manifest
     for split, parts in files.items():
@@ -113,7 +143,7 @@ def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
     if not file.is_file():
         return
     found = load_json(file, "varlab tokenize")
-    changed = [key for key in manifest if key != "splits" and found.get(key) != manifest[key]]
+    changed = [key for key in {**manifest, "text": None} if key != "splits" and found.get(key) != manifest.get(key)]
     if changed:
         raise ValueError(
             f"{file.parent} already holds a token cache with different {', '.join(changed)}: choose another folder or remove it"
@@ -129,9 +159,10 @@ def write_part(
     views: list[dict[str, Any]],
     batch_size: int,
     device: str,
+    captions: CaptionVectors | None,
 ) -> None:
-    """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), and
-    vectors (n, ...) if the shards hold them."""
+    """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), vectors
+    (n, ...) if the shards hold them, and those of `captions`."""
     tokens: list[np.ndarray] = []
     numbers: list[int] = []
     skipped: list[bool] = []
@@ -147,6 +178,8 @@ def write_part(
     arrays["labels"] = images.reader.labels[numbers].astype(np.int64)
     if "condition" in images.reader.described:
         arrays["condition"] = images.reader.conditions("vector")[numbers]
+    if captions is not None:
+        arrays["text"] = captions.of(numbers)
     with atomic_write(file) as partial, open(partial, "wb") as stream:
         np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
@@ -159,14 +192,14 @@ def smallest_type(tokenizer: MSVQVAE) -> np.dtype:
 def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, num_views: int) -> dict[str, Any]:
     """Joins the parts of a split into its arrays; returns its entry in the manifest."""
     tokens_file = path / f"{split}.tokens.npy"
-    labels, conditions, num_skipped = [], [], 0
+    found: dict[str, list[np.ndarray]] = {}
+    num_skipped = 0
     for part in parts:
         with np.load(part) as loaded:
-            labels.append(loaded["labels"])
             num_skipped += int(loaded["skipped"].sum())
-            if "condition" in loaded:
-                conditions.append(loaded["condition"])
-    num_images, kind = sum(map(len, labels)), smallest_type(tokenizer)
+            for name in {"labels", "condition", "text"} & set(loaded):
+                found.setdefault(name, []).append(loaded[name])
+    num_images, kind = sum(map(len, found["labels"])), smallest_type(tokenizer)
     with atomic_write(tokens_file) as partial:
         shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
@@ -177,10 +210,9 @@ def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, nu
                 first += len(loaded["tokens"])
         tokens.flush()
         del tokens
-    for name, arrays in [("labels", labels), ("condition", conditions)]:
-        if arrays:
-            with atomic_write(path / f"{split}.{name}.npy") as partial, open(partial, "wb") as stream:
-                np.save(stream, np.concatenate(arrays))
+    for name, arrays in found.items():
+        with atomic_write(path / f"{split}.{name}.npy") as partial, open(partial, "wb") as stream:
+            np.save(stream, np.concatenate(arrays))
     if num_skipped:
         log.warning("%s: %d images could not be read and were replaced by the next ones", split, num_skipped)
     return {"num_images": num_images, "skipped": num_skipped, "sha256": sha256(tokens_file), "dtype": str(kind)}

@@ -46,7 +46,8 @@ class TokenBatch(NamedTuple):
 
 
 class TokenDataset(Dataset):
-    """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views."""
+    """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views; so do the captions of an image, each of which
+    meets every view."""
 
     def __init__(
         self,
@@ -72,13 +73,17 @@ class TokenDataset(Dataset):
 
     def __getitems__(self, requests: list[SampleRequest]) -> TokenBatch:
         samples, epochs, is_real = (np.array(column) for column in zip(*requests, strict=True))
-        views = (samples + epochs) % self.tokens.shape[1]
+        turns, num_views = samples + epochs, self.tokens.shape[1]
+        views, chosen = turns % num_views, (samples,)
+        if self.kind == "text":
+            chosen = samples, (turns // num_views + views) % self.conditions.shape[1]
         weight = torch.from_numpy(is_real.astype(np.float32))
         if isinstance(self.tokens, Tensor):
             device = self.tokens.device
-            samples, views = (torch.from_numpy(index).to(device) for index in (samples, views))
-            return TokenBatch(self.tokens[samples, views].long(), self.conditions[samples], weight.to(device))
-        tokens, conditions = self.tokens[samples, views], self.conditions[samples]
+            index = [torch.from_numpy(numbers).to(device) for numbers in chosen]
+            samples, views = (torch.from_numpy(numbers).to(device) for numbers in (samples, views))
+            return TokenBatch(self.tokens[samples, views].long(), self.conditions[tuple(index)], weight.to(device))
+        tokens, conditions = self.tokens[samples, views], self.conditions[chosen]
         assert isinstance(tokens, np.ndarray) and isinstance(conditions, np.ndarray)
         if self.check is not None:
             self.check(tokens, conditions)
@@ -90,8 +95,9 @@ class TokenDataModule(OrderedDataModule):
 
     `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
     host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token up to 32,768 codes, 1.7 GB for one view of
-    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, or `vector` if the cache holds a vector per image. Raises
-    ValueError for a cache that is missing, damaged, or of another format. The VARModule checks that it matches the tokenizer.
+    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, `vector` if the cache holds a vector per image, or
+    `text` if it holds vectors of captions. Raises ValueError for a cache that is missing, damaged, or of another format. The
+    VARModule checks that it matches the tokenizer.
     """
 
     def __init__(
@@ -124,7 +130,8 @@ class TokenDataModule(OrderedDataModule):
         self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
         self.train_set, self.val_set = self.read("train"), self.read("val")
         self.views = self.train_set.tokens.shape[1]
-        self.condition_shape = tuple(self.train_set.conditions.shape[1:])
+        self.condition_shape = tuple(self.train_set.conditions.shape[2 if self.condition == "text" else 1 :])
+        self.text = self.manifest.get("text") if self.condition == "text" else None
         self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
 
     def marginal_entropies(self) -> dict[str, float]:
@@ -147,8 +154,16 @@ class TokenDataModule(OrderedDataModule):
         tokens = open_array(self.path / f"{split}.tokens.npy", shape, kind)
         if self.condition == "vector" and not (self.path / f"{split}.condition.npy").is_file():
             raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector per image")
+        if self.condition == "text" and self.manifest.get("text") is None:
+            raise ValueError(
+                f"data.condition=text: {self.path} holds no vectors of captions: make it with `varlab tokenize text=minilm`"
+            )
         if self.condition == "label":
             conditions = open_array(self.path / f"{split}.labels.npy", (num_images,))
+        elif self.condition == "text":
+            shape = (num_images, self.manifest["text"]["captions"], None)
+            conditions = open_array(self.path / f"{split}.text.npy", shape, np.float16)
+            conditions = conditions if split == "train" else conditions[:, :1]
         else:
             conditions = open_array(self.path / f"{split}.condition.npy")
         if len(conditions) != num_images:

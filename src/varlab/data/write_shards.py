@@ -57,7 +57,7 @@ class Job:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            yield Sample(key, image, extension, item.label, item.condition)
+            yield Sample(key, image, extension, item.label, item.condition, item.captions)
 
 
 class Written(NamedTuple):

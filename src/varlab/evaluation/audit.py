@@ -50,7 +50,7 @@ def audit(
     tokenizer.
     """
     tokenizer, var = tokenizer.to(device), var.to(device)
-    kind = "vector" if var.embedder.condition_shape else "label"
+    kind = var.embedder.kind
     is_cache = (Path(data) / "val.tokens.npy").is_file()
     if is_cache and samples is not None:
         raise ValueError(

@@ -15,6 +15,7 @@ from varlab.data.storage import Storage
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.evaluation.likelihood import likelihood_scores
 from varlab.evaluation.plots import curve_by_scale
+from varlab.evaluation.retrieval import retrieval_scores
 from varlab.files import save_json
 from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
@@ -36,11 +37,12 @@ def evaluate_likelihood(
     batch_size: int = 32,
     device: torch.device,
     storage: Storage | None = None,
+    retrieval: int | None = None,
 ) -> dict[str, Any]:
     """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration per scale. `data`: a packed set,
-    or a token cache, of which the validation split is used. Returns the scores."""
+    or a token cache, of which the validation split is used. `retrieval`: see `retrieval_scores`. Returns the scores."""
     tokenizer, var = tokenizer.to(device), var.to(device)
-    kind = "vector" if var.embedder.condition_shape else "label"
+    kind = var.embedder.kind
 
     def from_tokens() -> Batches:
         module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
@@ -49,6 +51,7 @@ def evaluate_likelihood(
             raise ValueError(
                 f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by the tokenizer of {checkpoint}"
             )
+        var.embedder.check_text(module.text, data)
         for batch in module.val_dataloader():
             is_real = batch.weight > 0
             yield batch.sequence[is_real].to(device), batch.condition[is_real].to(device)
@@ -61,7 +64,10 @@ def evaluate_likelihood(
             yield torch.cat(tokenizer.encode(images), dim=1), condition
 
     is_cache = (Path(data) / "val.tokens.npy").is_file()
-    result = likelihood_scores(var, tokenizer.quantizer, from_tokens() if is_cache else from_images())
+    read = from_tokens if is_cache else from_images
+    result = likelihood_scores(var, tokenizer.quantizer, read())
+    if retrieval is not None:
+        result |= retrieval_scores(var, tokenizer.quantizer, read(), retrieval)
     protocol = {"data": data, "split": "val" if is_cache else split, "varlab": __version__, "checkpoint": checkpoint}
     save_json(out / "likelihood.json", {**result, "protocol": protocol})
     shown = {name: result["by_scale"][name] for name in ("loss", "unconditional_loss", "error", "calibration_error")}

@@ -1,11 +1,14 @@
 """Condition embedders: the condition of each image -> the vector that starts the sequence and modulates every block.
 
 A custom embedder subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` in addition to
-its own arguments. A class label is one kind of condition, one number per image.
+its own arguments. A class label is one kind of condition, one number per image; a vector, such as the embedding of a text, is
+another.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,11 +24,21 @@ class ConditionEmbedder(nn.Module):
 
     condition_shape: tuple[int, ...] = ()
 
+    @property
+    def kind(self) -> Literal["label", "vector", "text"]:
+        """The kind of condition in data sets."""
+        return "vector" if self.condition_shape else "label"
+
     def __init__(self, dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout} of the condition: give a probability between 0 and 1")
         self.dropout = dropout
+
+    @classmethod
+    def arguments_from(cls, shape: tuple[int, ...], text: dict[str, Any] | None) -> dict[str, Any]:
+        """Arguments that follow from the data: the shape of an image's condition, and the text encoder of a token cache."""
+        return {}
 
     def forward(self, condition: Tensor) -> Float[Tensor, "B D"]:
         """Vectors of the transformer's width."""
@@ -41,6 +54,9 @@ class ConditionEmbedder(nn.Module):
             raise ValueError(
                 f"the condition of an image has shape {tuple(condition.shape[1:])}, {type(self).__name__} takes {self.condition_shape}"
             )
+
+    def check_text(self, text: dict[str, Any] | None, data: str) -> None:
+        """Raises ValueError if the captions of a token cache were encoded by another encoder than the network was trained with."""
 
     def drop(self, condition: Tensor) -> Tensor:
         """Conditions, each replaced by the null condition with probability `dropout` in training mode."""
@@ -73,6 +89,70 @@ class ClassEmbedder(ConditionEmbedder):
                 f"label {wrong[0]} is out of range: there are {self.num_classes} classes, 0..{self.num_classes - 1}"
                 f" (and {self.num_classes} for none)"
             )
+
+
+class VectorEmbedder(ConditionEmbedder):
+    """Vectors of `dim` numbers, any embedding of the user's, by a linear map; zeros are the null condition."""
+
+    def __init__(self, num_classes: int, width: int, dim: int, dropout: float = 0.1) -> None:
+        super().__init__(dropout)
+        self.condition_shape = (dim,)
+        self.linear = nn.Linear(dim, width)
+
+    @classmethod
+    def arguments_from(cls, shape: tuple[int, ...], text: dict[str, Any] | None) -> dict[str, Any]:
+        if len(shape) != 1:
+            raise ValueError(
+                f"{cls.__name__} takes a vector per image, the data give conditions of shape {shape}: set data.condition=vector or text"
+            )
+        return {"dim": shape[0]}
+
+    def forward(self, condition: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
+        return self.linear(condition)
+
+    def null(self, condition: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        return torch.zeros_like(condition)
+
+
+class TextEmbedder(VectorEmbedder):
+    """Vectors of texts. `encoder` and `fingerprint` name the encoder (`models.text_encoder`) that made them, so that a checkpoint
+    can be given words."""
+
+    def __init__(
+        self, num_classes: int, width: int, dim: int, encoder: str, fingerprint: str, dropout: float = 0.1
+    ) -> None:
+        super().__init__(num_classes, width, dim, dropout)
+        self.encoder, self.fingerprint = encoder, fingerprint
+
+    @property
+    def kind(self) -> Literal["label", "vector", "text"]:
+        return "text"
+
+    @classmethod
+    def arguments_from(cls, shape: tuple[int, ...], text: dict[str, Any] | None) -> dict[str, Any]:
+        if text is None:
+            raise ValueError(
+                "model.embedder=text takes texts: set data.condition=text, and data.path to a cache of `varlab tokenize text=minilm`"
+            )
+        return {**super().arguments_from(shape, text), "encoder": text["encoder"], "fingerprint": text["fingerprint"]}
+
+    def check_text(self, text: dict[str, Any] | None, data: str) -> None:
+        if text is not None and text["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{data}: vectors of {text['encoder']} ({text['fingerprint']}), but the network takes those of"
+                f" {self.encoder} ({self.fingerprint})"
+            )
+
+
+def embedder_arguments(
+    make_net: Callable[..., Any], shape: Sequence[int], text: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The argument `embedder` of a partial of a VAR, with those arguments of its class that follow from the data; nothing if there
+    are none."""
+    embedder: Any = getattr(make_net, "keywords", {}).get("embedder")
+    cls, given = getattr(embedder, "func", embedder), getattr(embedder, "keywords", {})  # of a class or a partial of one
+    found = cls.arguments_from(tuple(shape), text) if hasattr(cls, "arguments_from") else {}
+    return {"embedder": partial(cls, **given, **found)} if found else {}
 
 
 def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:

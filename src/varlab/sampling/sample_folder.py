@@ -94,14 +94,16 @@ def write_samples(
     best_of: int = 1,
     scorer: Scorer | None = None,
     scorer_settings: dict[str, Any] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> None:
     """Writes one image per condition (class labels, or rows of an array) into `out`; the images are split over the
     processes of torchrun.
 
     `precision`: None is bf16 on a GPU and fp32 elsewhere; samples.json names it. `compiled`: see `generate`. `best_of` and
-    `scorer`: see `draw_best`; `scorer_settings` are recorded. Images are written by threads while the next batch is
-    generated: as PNG, or with `npz` as arrays of their pixels, which are removed once samples.npz holds them. Raises
-    ValueError for a setting out of range, and if `out` holds images made with other settings.
+    `scorer`: see `draw_best`; `scorer_settings` are recorded. `texts`: what conditions stand for, if they are vectors of texts. Images
+    are written by threads while the next batch is generated: as PNG, or with `npz` as arrays of their pixels, which are
+    removed once samples.npz holds them. Raises ValueError for a setting out of range, and if `out` holds images made
+    with other settings.
     """
     work, num = WorkSplit.of_environment(), len(conditions)
     identity = f"{tokenizer_fingerprint(tokenizer)}-{fingerprint(var)}"
@@ -115,7 +117,7 @@ def write_samples(
     check(var, tokenizer, rows, settings)  # before anything is written
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
     protocol |= {"best_of": best_of, "scorer": scorer_settings}
-    named = [int(label) for label in conditions] if is_labels else rows.tolist()
+    named = [int(label) for label in conditions] if is_labels else list(texts or rows.tolist())
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
 
     suffix = "npy" if npz else "png"
@@ -148,7 +150,7 @@ def write_samples(
     unsmoothed = SamplingSettings(**{**asdict(settings), "smooth": False})
     seeds = [seed + i for i in range(len(shown))]
     film = draw_best(var, tokenizer, shown, unsmoothed, seeds, "none", best_of, scorer).token_maps
-    write_figures(out, tokenizer, film, files[:grid], named if is_labels else None)
+    write_figures(out, tokenizer, film, files[:grid], named if is_labels or texts else None)
     if npz:
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
@@ -204,7 +206,7 @@ def plain(settings: SamplingSettings) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_figures(
-    out: Path, tokenizer: MSVQVAE, film: Sequence[Tensor], files: Sequence[Path], labels: Sequence[int] | None
+    out: Path, tokenizer: MSVQVAE, film: Sequence[Tensor], files: Sequence[Path], labels: Sequence[int | str] | None
 ) -> None:
     """Writes filmstrip.png, images after each scale of the token maps `film`, and grid.png, one column per class (ten at
     most)."""

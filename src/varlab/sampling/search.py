@@ -19,19 +19,22 @@ Scorer = Callable[[Drawn, Tensor], Tensor]  # candidates (images in [0, 1], toke
 STRIDE = 1_000_003  # between the seeds of an image's candidates; candidate 0 has the image's own
 
 
+def likelihood(
+    var: VAR, quantizer: ResidualQuantizer, sequence: Int[Tensor, "B L"], condition: Tensor
+) -> Float[Tensor, " B"]:
+    """Log-likelihood of images given conditions, in nats per token."""
+    inputs = quantizer.teacher_forcing_inputs(list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order)
+    with autocast_of(var.head.weight):
+        scores = losses.token_scores(var(inputs, condition), sequence, var.patch_nums, var.bases)
+        return -losses.over_tokens(scores.loss, var.patch_nums)
+
+
 def likelihoods(
     var: VAR, quantizer: ResidualQuantizer, sequence: Int[Tensor, "B L"], condition: Tensor
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Log-likelihood of images given their condition, and given none, in nats per token."""
-    inputs = quantizer.teacher_forcing_inputs(list(sequence.split(scales.lengths(var.patch_nums), dim=1)), var.order)
-    with autocast_of(var.head.weight):
-        with_condition, without = (
-            -losses.over_tokens(
-                losses.token_scores(var(inputs, c), sequence, var.patch_nums, var.bases).loss, var.patch_nums
-            )
-            for c in (condition, var.embedder.null(condition))
-        )
-    return with_condition, without
+    without = likelihood(var, quantizer, sequence, var.embedder.null(condition))
+    return likelihood(var, quantizer, sequence, condition), without
 
 
 class ConditionGain:

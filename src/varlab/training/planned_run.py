@@ -12,6 +12,7 @@ from varlab.cost.plan import RELEASED_PARAMS, Layout, PlannedRun
 from varlab.data.datamodule import OrderedDataModule
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.models import scales
+from varlab.models.conditioning import embedder_arguments
 from varlab.models.var import VAR
 from varlab.training.schedules import Schedule
 from varlab.training.strategies import FSDP2
@@ -40,6 +41,9 @@ def planned_run(
         params = sum(parameter.numel() for parameter in tokenizer.parameters())
         given |= {name: getattr(tokenizer.quantizer, name) for name in ("patch_nums", "codebook_size", "codebook_dim")}
         given |= tokenizer.quantizer.head_arguments()
+    if has_data and cfg.data.condition != "label":
+        data.setup("fit")
+        given |= embedder_arguments(make_net, data.condition_shape, data.text)
     with torch.device("meta"):
         net = make_net(**given)
         if cfg.tokenizer is None and net.shared_adaln:  # the paper's d36, at 512 px

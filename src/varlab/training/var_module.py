@@ -15,6 +15,7 @@ from varlab.cost.flops import parameter_counts
 from varlab.data.images import ImageBatch, height_and_width
 from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
+from varlab.models.conditioning import embedder_arguments
 from varlab.models.custom_classes import describe
 from varlab.models.digits import over_digits
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
@@ -134,6 +135,7 @@ class VARModule(ScheduledModule):
                 codebook_dim=quantizer.codebook_dim,
                 num_classes=self.data.num_classes,
                 **quantizer.head_arguments(),
+                **embedder_arguments(self.make_net, self.data.condition_shape, self.data.text),
             )
         self.check_net()
         self.initialize()

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from varlab.data.shard_files import EXTENSIONS
-from varlab.data.sources.items import Item, check_share, extension_of, split_off
+from varlab.data.sources.items import Item, check_share, extension_of, lines_of, split_off
 from varlab.data.sources.labels import UNLABELED
 from varlab.data.write_shards import Source
 
@@ -36,6 +36,11 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def is_caption(file: Path) -> bool:
+    """Whether a file is the text file of an image's name."""
+    return file.suffix == ".txt" and any(file.with_suffix(f".{extension}").is_file() for extension in EXTENSIONS)
+
+
 def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
     """Image files by class folder; what is left out is added to `notes`. Raises ValueError if there are none."""
     classes: dict[str, list[Path]] = {}
@@ -45,11 +50,13 @@ def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
         classes[UNLABELED[0]] = [file for file in flat if not is_hidden(file.name)]
     packed = set(flat) if classes else set()
     beside = (file for file in folder.iterdir() if file.is_file() and file not in packed and not is_hidden(file.name))
-    others: Counter[str] = Counter(f".{extension_of(file)}" for file in beside)
+    others: Counter[str] = Counter(f".{extension_of(file)}" for file in beside if not is_caption(file))
     for sub in subfolders(folder):
         files = files_below(sub)
         classes[sub.name] = [file for file in files if extension_of(file) in EXTENSIONS]
-        others.update(f".{extension_of(file)}" for file in files if extension_of(file) not in EXTENSIONS)
+        others.update(
+            f".{extension_of(file)}" for file in files if extension_of(file) not in EXTENSIONS and not is_caption(file)
+        )
     if not any(classes.values()):
         raise ValueError(
             f"{folder} holds no images: expected one folder for each class (or images without labels), with files of type"
@@ -61,6 +68,15 @@ def class_tree(folder: Path, notes: list[str]) -> dict[str, list[Path]]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
         notes.append(f"{folder}: files left out: {kinds}")
     return {name: files for name, files in classes.items() if files}
+
+
+def captions_beside(image: Path) -> tuple[str, ...]:
+    """The lines of the text file of an image's name, if there is one. Raises ValueError naming it if it is no UTF-8 text."""
+    file = image.with_suffix(".txt")
+    try:
+        return lines_of(file.read_text(encoding="utf-8-sig")) if file.is_file() else ()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def split_folders(path: Path, notes: list[str]) -> dict[str, Path]:
@@ -82,7 +98,8 @@ def split_folders(path: Path, notes: list[str]) -> dict[str, Path]:
 
 def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0) -> Source:
     """A folder of class folders, or of splits (`train`; `val`, `validation` or `test`) with class folders each. Labels
-    number the sorted names. Instead of class folders, there may be images without labels.
+    number the sorted names. Instead of class folders, there may be images without labels. The lines of `NAME.txt` are captions
+    of `NAME.png`.
 
     Without a validation split, `val_share` of each class (at least one image, if it has two) becomes one.
     """
@@ -99,11 +116,13 @@ def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0
         raise ValueError(f"the validation images have class {unknown[0]!r}, which the training images do not have")
     splits = {
         split: [
-            Item(label, extension_of(file), file=file)
+            Item(label, extension_of(file), file=file, captions=captions_beside(file))
             for label, name in enumerate(names)
             for file in tree.get(name, [])
         ]
         for split, tree in trees.items()
     }
+    if num := sum(bool(item.captions) for items in splits.values() for item in items):
+        notes.append(f"{num:,} images have captions, in text files of their names")
     splits = splits if "val" in splits else split_off(splits["train"], val_share, seed)
     return Source("folder", path.name, names, splits, notes)

@@ -65,6 +65,7 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
                 "problems": problems,
                 "keys": index.keys,
                 "labels": index.labels,
+                "captions": index.captions,
                 "has_dots": index.has_dots,
             },
         )
@@ -72,7 +73,7 @@ def read_shard(job: Job) -> tuple[dict[str, Any], ShardIndex]:
         rows, conditions = part["rows"], part.get("conditions")
     rows["shard"] = job.number
     found = load_json(described, "varlab pack")
-    return found, ShardIndex(found["keys"], rows, [], conditions, found["labels"])
+    return found, ShardIndex(found["keys"], rows, [], conditions, found["labels"], found["captions"])
 
 
 def decompress(file: Path, target: Path) -> bool:
@@ -108,13 +109,14 @@ class ExistingShards:
     storage: Storage = field(default_factory=Storage)
     image_member: str | None = None
     label_member: str | None = "cls"
+    caption_member: str | None = "txt"
 
     def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
         """Indexes the shards without copying them; returns the manifest."""
         if self.train is None or self.val is None:
             raise ValueError("source=shards needs train= and val=: paths, globs or URLs of shards")
         patterns = {"train": self.train, "val": self.val}
-        members = Members(self.image_member, self.label_member)
+        members = Members(self.image_member, self.label_member, self.caption_member)
         return index_existing(
             patterns,
             out,
@@ -150,7 +152,7 @@ def index_existing(
         jobs = [
             Job(url, number, storage, parts / f"{name}.npz", members, out / f"{name}.tar")
             for number, url in enumerate(urls)
-            for name in [json_hash([url, members.image, members.label])]
+            for name in [json_hash([url, members.image, members.label, members.captions])]
         ]
         done = tqdm(in_processes(read_shard, jobs, num_workers), desc=f"index {split}", unit="shard", total=len(jobs))
         described, indexes = zip(*done, strict=True)
@@ -212,6 +214,7 @@ def leave_out_text(found: dict[str, tuple[list[dict[str, Any]], list[ShardIndex]
                     shard["problems"].append(f"{shard['url']}: key {key!r} holds label {label!r}, expected a number")
             conditions = None if index.conditions is None else index.conditions[kept]
             keys, labels = (list(compress(values, kept)) for values in (index.keys, index.labels))
+            captions = list(compress(index.captions, kept))
             shard["keys"] = keys
-            indexes[i] = ShardIndex(keys, index.rows[kept], [], conditions, labels)
+            indexes[i] = ShardIndex(keys, index.rows[kept], [], conditions, labels, captions)
             shard["entry"]["num_images"] = int(kept.sum())

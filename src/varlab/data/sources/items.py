@@ -12,8 +12,8 @@ from PIL import Image
 @dataclass(frozen=True)
 class Item:
     """One image: its label, its file extension, and its bytes, given directly or as a file or byte range of a file.
-    `condition`: a vector in addition to the label, for networks that are conditioned on more than a class. `name`: what
-    messages call it, by default the file."""
+    `condition`: a vector in addition to the label, for networks that are conditioned on more than a class. `captions`: texts, the
+    same. `name`: what messages call it, by default the file."""
 
     label: int
     extension: str
@@ -22,6 +22,7 @@ class Item:
     offset: int = 0
     size: int | None = None
     condition: np.ndarray | None = None
+    captions: tuple[str, ...] = ()
     name: str = ""
 
     @property
@@ -41,6 +42,11 @@ class Item:
                 return file.read(self.size)
         except OSError as error:  # an error of reading, not of writing the shard
             raise ValueError(f"{self.where} cannot be read: {error.strerror or error}") from None
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    """Captions in a text: its lines, without empty ones."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def extension_of(file: Path) -> str:

