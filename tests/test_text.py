@@ -134,6 +134,13 @@ def test_words_become_pictures_by_command_pipeline_page_and_edit(trained, tmp_pa
     assert not page.condition(None, 2).any()
     with pytest.raises(ValueError, match="this text has 1,001 characters: give at most 1,000"):
         page.condition("a" * 1001, 1)
+    assert 'text=["a red heart", "a cat"]' in (model / "README.md").read_text()
+    assert "conditioned on text, by the encoder minilm" in (model / "README.md").read_text()
+    for other in ("classes=[1]", "condition=x.npy"):
+        with pytest.raises(
+            ValueError, match=r"classes=\[1\] and text=|text=\[.*\] and condition=x.npy: give one of them"
+        ):
+            sample.run(config(out, *given, other, verb="sample"))
     changed = [
         f"checkpoint={model}",
         f"image={files[0]}",
@@ -167,6 +174,20 @@ def test_likelihood_and_retrieval_are_scored(trained, tokens, captioned, tmp_pat
 def test_a_plan_counts_a_network_of_texts(settings, tmp_path, capsys):
     train_command.run(config(tmp_path, *settings, "plan=true"))
     assert "30 tokens" in capsys.readouterr().out
+
+
+def test_a_network_of_classes_becomes_one_of_texts(settings, var_overrides, tmp_path):
+    fit(tmp_path / "classes", *var_overrides)
+    start = [f"module.init_from={tmp_path / 'classes/checkpoints/last.ckpt'}", "module.base_lr=0.0"]
+    fit(tmp_path / "texts", *settings, *start, "module.reinitialized=[embedder.*]")
+    before, after = weights(tmp_path / "classes"), weights(tmp_path / "texts")
+    taken = [name for name in before if name.startswith("net.") and not name.startswith("net.embedder")]
+    assert taken and all(torch.equal(before[name], after[name]) for name in taken)
+    assert after["net.embedder.linear.weight"].shape == (32, 384)
+    with pytest.raises(
+        ValueError, match=r"has a ClassEmbedder, but this run a TextEmbedder: .*reinitialized=\[embedder"
+    ):
+        fit(tmp_path / "refused", *settings, *start)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Study:
         run, cache = self.runs / f"{name}-tokenizer", self.runs / name
         if not isinstance(self.tokenizer, str) and not finished(run):
             training = [f"name={self.name}/{run.name}", f"data.path={self.shards}", "ckpt_path=last", "logger=csv"]
-            varlab("train", *self.tokenizer, *training, *patch_nums)
+            varlab("train", *training, *self.tokenizer, *patch_nums)
         checkpoint = self.tokenizer if isinstance(self.tokenizer, str) else run / "checkpoints/last.ckpt"
         if not (cache / "manifest.json").is_file():
             varlab("tokenize", f"tokenizer={checkpoint}", f"shards={self.shards}", f"out={cache}", "resize_ratio=1.0")

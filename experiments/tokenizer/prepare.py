@@ -4,9 +4,9 @@ pack.
     pip install resvg_py
     python experiments/tokenizer/prepare.py [FOLDER]      (default data/emoji64; about two minutes, 150 MB of downloads)
 
-Labels are the nine Unicode categories. Train and val are split by codepoint: all vendors and skin tones of an emoji are
-in the same split. Images are not part of this repository; their licenses are in LICENCES below and in
-FOLDER/LICENCES.txt.
+Labels are the nine Unicode categories. Captions are the name of an emoji, its keywords, and its short names. Train and
+val are split by codepoint: all vendors and skin tones of an emoji are in the same split. Images are not part of this
+repository; their licenses are in LICENCES below and in FOLDER/LICENCES.txt.
 """
 
 import hashlib
@@ -38,6 +38,7 @@ VECTORS = {
     "emojione": "@iconify-json/emojione@1.2.3",
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
 }
+WORDS = "emojibase-data@17.0.0"
 LICENCES = {
     "google": "Noto Emoji, Google, Apache-2.0",
     "twitter": "Twemoji, Twitter, CC BY 4.0",
@@ -45,6 +46,7 @@ LICENCES = {
     "fluent": "Fluent Emoji, Microsoft, MIT",
     "emojione": "Emoji One 2, CC BY 4.0",
     "fxemoji": "Firefox OS Emoji, Mozilla, Apache-2.0",
+    "words": "Emojibase, MIT; Unicode CLDR, Unicode License v3",
 }
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
@@ -126,10 +128,23 @@ def names(entries: list[dict[str, Any]], chars: dict[str, str]) -> dict[str, str
     return found | {name: codepoints for codepoints, name in chars.items()}
 
 
+def captions(entries: list[dict[str, Any]], words: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Captions by concept: name, keywords, and short names where these say something else."""
+    short = {concept(entry["unified"]): [name.replace("_", " ") for name in entry["short_names"]] for entry in entries}
+    found = {}
+    for entry in words:
+        what, name = concept(entry["hexcode"]), entry["label"]
+        keywords = ", ".join(tag for tag in entry.get("tags", []) if re.fullmatch(r"[\w '-]*[a-z][\w '-]*", tag))
+        others = ", ".join(other for other in short.get(what, []) if re.search("[a-z]{3}", other) and other != name)
+        found.setdefault(what, [line for line in (name, keywords, others) if line])
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/emoji64")
     archives = {name: fetch(package, folder / "downloads") for name, package in (BITMAPS | VECTORS).items()}
     entries = in_package(archives["google"], "emoji")
+    described = captions(entries, in_package(fetch(WORDS, folder / "downloads"), "en/data"))
     by_name = names(entries, in_package(archives["fluent-flat"], "chars"))
     by_concept, seen, counts = categories(entries), set(), {"train": 0, "val": 0}
     shutil.rmtree(folder / "images", ignore_errors=True)
@@ -146,6 +161,8 @@ def main() -> None:
             file = folder / "images" / split / by_concept[what] / f"{name}-{codepoints.lower()}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
+            if what in described:
+                file.with_suffix(".txt").write_text("\n".join(described[what]) + "\n", encoding="utf-8")
     (folder / "LICENCES.txt").write_text("".join(f"{name}: {licence}\n" for name, licence in LICENCES.items()))
     source = folder_source(folder / "images", val_share=0.1, seed=0)
     pack(source, folder / "shards", shard_images=2000, seed=0, num_workers=usable_cores())

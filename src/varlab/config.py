@@ -79,14 +79,17 @@ def check_names(arguments: list[str]) -> None:
 
 
 def override_of(argument: str) -> str:
-    """An override whose value Hydra cannot parse, such as a path with spaces or umlauts, with its value in quotes; a resolution
-    given as numbers as a setting of the data, because a word names a file of conf/resolution; any other argument as it is."""
+    """An override whose value Hydra cannot parse, such as a path with spaces or umlauts, with its value in quotes, and a text
+    always, whatever it holds; a resolution given as numbers as a setting of the data, because a word names a file of
+    conf/resolution; any other argument as it is."""
     name, sign, value = argument.partition("=")
     if name == "resolution" and re.fullmatch(r"\d+|\[.*\]", value):
         return f"data.{argument}"
     if not sign or argument.startswith("-"):
         return argument
-    for candidate in (argument, name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"):
+    quoted = name + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    is_text = name == "text" and value != "null" and value[:1] not in ("[", "'", '"')
+    for candidate in (quoted,) if is_text else (argument, quoted):
         with suppress(HydraException):
             OverridesParser.create().parse_override(candidate)
             return candidate

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from varlab import __version__
 from varlab.checkpoints.formats import EXPORT_FORMAT, checked_entry, renamed
 from varlab.files import atomic_folder, flat, load_json, save_json
+from varlab.models.conditioning import TextEmbedder
 from varlab.models.custom_classes import RecordedModule, Trust, as_plain, build, class_of, class_path, describe
 from varlab.models.digits import MOST_CODES
 from varlab.models.msvqvae import MSVQVAE
@@ -49,9 +50,10 @@ USAGE = """
 ```python
 from varlab import VARPipeline
 
-images = VARPipeline.from_pretrained("{name}")(labels=[0, 1], cfg_scale=1.5, seed=0)
+images = VARPipeline.from_pretrained("{name}")({condition}, cfg_scale=1.5, seed=0)
 ```
 """
+EXAMPLES = {"label": "labels=[0, 1]", "text": 'text=["a red heart", "a cat"]', "vector": "condition=vectors"}
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
@@ -211,6 +213,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file, or it is damaged: {error}") from None
 
 
+def described_condition(var: VAR | None, class_names: list[str] | None) -> list[str]:
+    """What images are conditioned on, for a model card."""
+    if var is not None and isinstance(var.embedder, TextEmbedder):
+        return [f"conditioned on text, by the encoder {var.embedder.encoder} ({var.embedder.fingerprint})"]
+    if var is not None and var.embedder.kind == "vector":
+        return [f"conditioned on vectors of shape {var.embedder.condition_shape}"]
+    return [f"{len(class_names)} classes"] if class_names else []
+
+
 def model_card(
     name: str, tokenizer: MSVQVAE, var: VAR | None, class_names: list[str] | None, facts: dict[str, Any]
 ) -> str:
@@ -221,11 +232,11 @@ def model_card(
     bullets = [
         *(f"{kind}: {count / 1e6:,.1f} M parameters" for kind, count in params.items()),
         f"token maps of {maps}; {quantizer.codebook_size} codes of {quantizer.codebook_dim} dims",
-        *([f"{len(class_names)} classes"] if class_names else []),
+        *described_condition(var, class_names),
         *(f"{key}: {value}" for key, value in facts.items()),
     ]
     listed = "\n".join(f"- {bullet}" for bullet in bullets)
-    usage = "" if var is None else USAGE.format(name=name)
+    usage = "" if var is None else USAGE.format(name=name, condition=EXAMPLES[var.embedder.kind])
     return CARD.format(
         title=name.split("/")[-1],
         license=f"license: {license.lower()}\n" if (license := facts.get("license of the weights")) else "",

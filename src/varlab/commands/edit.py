@@ -40,6 +40,8 @@ def run(cfg: DictConfig) -> None:
     keep = mask_of(cfg, image.size, size).to(device)
     shape = var.embedder.condition_shape
     condition = var.embedder.null(torch.zeros(cfg.num, *shape, dtype=torch.float32 if shape else torch.int64))
+    if cfg.text is not None and cfg.label is not None:
+        raise ValueError(f"text={cfg.text} and label={cfg.label}: give one of them")
     if cfg.text is not None:
         condition = text_encoder_of(var, cfg.text_encoder)(texts_of(cfg.text, cfg.num))
     elif cfg.label is not None:

@@ -34,6 +34,9 @@ def run(cfg: DictConfig) -> None:
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
     tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     shape = var.embedder.condition_shape
+    chosen = [f"{name}={given[name]}" for name in ("classes", "text", "condition") if given[name] is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)}: give one of them")
     texts = None if cfg.text is None else texts_of(given["text"], cfg.num)
     if shape and cfg.condition is None and texts is None:
         wanted = "text='...'" if isinstance(var.embedder, TextEmbedder) else "condition=FILE.npy"

@@ -157,10 +157,10 @@ class ShardReader:
         return self.load_array(self.described["condition"], None, None)
 
     def captions(self) -> list[list[str]]:
-        """The captions of each image; none for images without. Raises ValueError for a set without captions."""
-        if "captions" not in self.described:
-            raise ValueError(f"{self.path} has no captions: its shards hold no .txt files (see docs/own-images.md)")
-        entry = self.described["captions"]
+        """The captions of each image; none for images without."""
+        entry = self.described.get("captions")
+        if entry is None:
+            return [[] for _ in range(len(self))]
         file = self.local(RemoteFile(join(self.path, entry["name"]), entry["num_bytes"], entry["sha256"]))
         found = load_json(file, "varlab pack", Captions)["captions"]
         if len(found) != len(self):

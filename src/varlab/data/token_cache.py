@@ -46,10 +46,7 @@ class CaptionVectors:
         """(n, num, D) in float16; zeros for images without captions."""
         texts = [self.captions[i] or [""] for i in numbers]
         chosen = [own[j % len(own)] for own in texts for j in range(self.num)]
-        distinct = list(dict.fromkeys(chosen))
-        rows = {text: row for row, text in enumerate(distinct)}
-        vectors = self.encoder(distinct).half().cpu().numpy()
-        return vectors[[rows[text] for text in chosen]].reshape(len(numbers), self.num, -1)
+        return self.encoder(chosen).half().cpu().numpy().reshape(len(numbers), self.num, -1)
 
 
 def views_of(crops: int, flips: bool, seed: int) -> list[dict[str, Any]]:
@@ -108,6 +105,8 @@ def write_cache(
     vectors: dict[str, CaptionVectors] = {}
     if text is not None:
         captions = {split: reader.captions() for split, reader in readers.items()}
+        if not any(map(any, captions.values())):
+            raise ValueError(f"{shards} has no captions: its shards hold no .txt files (see docs/text.md)")
         num_captions = min(max_captions, max(len(texts) for lists in captions.values() for texts in lists))
         vectors = {split: CaptionVectors(text, texts, num_captions) for split, texts in captions.items()}
         manifest["text"] = {"encoder": text.name, "fingerprint": text.fingerprint, "captions": num_captions}

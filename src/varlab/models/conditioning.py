@@ -150,7 +150,10 @@ def embedder_arguments(
     """The argument `embedder` of a partial of a VAR, with those arguments of its class that follow from the data; nothing if there
     are none."""
     embedder: Any = getattr(make_net, "keywords", {}).get("embedder")
-    cls, given = getattr(embedder, "func", embedder), getattr(embedder, "keywords", {})  # of a class or a partial of one
+    cls, given = (
+        getattr(embedder, "func", embedder),
+        getattr(embedder, "keywords", {}),
+    )  # of a class or a partial of one
     found = cls.arguments_from(tuple(shape), text) if hasattr(cls, "arguments_from") else {}
     return {"embedder": partial(cls, **given, **found)} if found else {}
 

@@ -39,7 +39,7 @@ class TextEncoder:
         try:
             self.tokenize = transformers.AutoTokenizer.from_pretrained(self.place)
             kind = transformers.AutoConfig.from_pretrained(self.place).model_type
-            network_class = transformers.AutoModelForTextEncoding if "t5" in kind else transformers.AutoModel
+            network_class: Any = transformers.AutoModelForTextEncoding if "t5" in kind else transformers.AutoModel
             if kind.startswith("clip"):
                 network_class = transformers.CLIPTextModelWithProjection
             network = network_class.from_pretrained(self.place, dtype=torch.float32)
@@ -56,9 +56,9 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "B D"]:
         """Unit vectors, on the encoder's device; zeros, the null condition, for text without words."""
         device = self.network.device
-        parts = []
-        for first in range(0, len(texts), batch_size):
-            chunk = list(texts[first : first + batch_size])
+        distinct, parts = list(dict.fromkeys(texts)), []
+        for first in range(0, len(distinct), batch_size):
+            chunk = distinct[first : first + batch_size]
             inputs = self.tokenize(chunk, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
             inputs = {key: value.to(device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
             found = self.network(**inputs)
@@ -69,7 +69,8 @@ class TextEncoder:
                 vectors = (found.last_hidden_state * weight).sum(dim=1) / weight.sum(dim=1)
             has_words = torch.tensor([bool(text.strip()) for text in chunk], device=device)
             parts.append(torch.nn.functional.normalize(vectors.float(), dim=1) * has_words[:, None])
-        return torch.cat(parts)
+        rows = {text: row for row, text in enumerate(distinct)}
+        return torch.cat(parts)[[rows[text] for text in texts]]
 
     @property
     def longest(self) -> int:

@@ -67,6 +67,14 @@ def start_from(
     differing = {"num_classes", "patch_nums"} | (
         {"codebook_size", "codebook_dim", "bases", "codes_by_scale"} if "head.weight" in kept else set()
     )
+    if all(name in kept for name in own if name.startswith("embedder.")):  # another kind of condition
+        differing |= {"embedder"}
+        state = {name: value for name, value in state.items() if not name.startswith("embedder.")}
+    elif type(source.var.embedder) is not type(net.embedder):
+        was, now = (type(var.embedder).__name__ for var in (source.var, net))
+        raise ValueError(
+            f"{source.path} has a {was}, but this run a {now}: start this part anew with module.reinitialized=[embedder.*]"
+        )
     compare_arguments("VAR", describe(source.var), describe(net), net.changeable | differing, source.path)
     if source.encoding is not None and "head.weight" not in kept and not same_encoding(source.encoding, encoding):
         raise ValueError(
