@@ -1,8 +1,12 @@
 """Captions, from files beside images to pictures of words."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +18,7 @@ from varlab.commands import edit, evaluate, export, pack, sample, tokenize
 from varlab.commands import train as train_command
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader, verify
+from varlab.data.sources.folder import folder_source
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.models.text_encoder import TextEncoder
 from varlab.pipeline import VARPipeline
@@ -70,6 +75,13 @@ def test_shards_hold_the_captions_of_each_image(captioned):
     notes = json.loads((captioned / "manifest.json").read_text())["notes"]
     assert any("images have captions, in text files of their names" in note for note in notes)
     assert not any(".txt" in note for note in notes)
+    images = captioned.parent / "images"
+    (words := next(images.glob("train/*/*.txt"))).write_text("changed")
+    with pytest.raises(ValueError, match="holds shards packed with different captions"):
+        pack.run(config(captioned, f"path={images}", f"out={captioned}", "num_workers=1", verb="pack"))
+    words.write_text("\xff", encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{words} is not UTF-8 text"):
+        folder_source(images)
     (captioned / "val.captions.json").rename(captioned / "kept.json")
     with pytest.raises(ValueError, match=r"val.captions.json is missing"):
         verify(captioned)
@@ -84,7 +96,7 @@ def test_the_cache_holds_a_vector_of_each_caption_and_zeros_where_there_is_none(
         expected = encoder([(texts or [""])[0], (texts or [""])[min(1, max(len(texts), 1) - 1)]]).numpy()
         np.testing.assert_allclose(rows, expected, atol=1e-3)
     text = json.loads((tokens / "manifest.json").read_text())["text"]
-    assert text == {"encoder": "minilm", "fingerprint": encoder.fingerprint, "captions": 2}
+    assert text.pop("data") and text == {"encoder": "minilm", "fingerprint": encoder.fingerprint, "captions": 2}
 
 
 def test_each_caption_meets_each_view_and_validation_sees_the_first(tokens):
@@ -216,3 +228,40 @@ def test_a_set_without_captions_or_with_another_encoder_is_refused(
         tokenize.run(
             config(tmp_path, *plain[:2], f"shards={captioned}", f"out={tokens}", "flips=true", verb="tokenize")
         )
+
+
+def test_tables_and_foreign_shards_bring_captions(tmp_path, captioned):
+    item = digits(4, 4).splits["train"][0]
+    (tmp_path / "a.png").write_bytes(item.load())
+    lines = [
+        "image,label,words",
+        *(f"a.png,{i % 2},{text}" for i, text in enumerate(["one", '"two, half\n2"', "", "x"])),
+    ]
+    (tmp_path / "table.csv").write_text("\n".join(lines), encoding="utf-8")
+    given = ["source=csv", f"train={tmp_path / 'table.csv'}", f"val={tmp_path / 'table.csv'}", "num_workers=1"]
+    pack.run(config(tmp_path, *given, "caption_column=words", f"out={tmp_path / 'csv'}", verb="pack"))
+    assert sorted(ShardReader(tmp_path / "csv", "val").captions()) == [[], ["one"], ["two, half", "2"], ["x"]]
+    rows = [{"image": item.load(), "label": 0, "words": words} for words in (["a", "b"], None, [])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    given = ["source=parquet", f"train={tmp_path / 'train-0.parquet'}", f"val={tmp_path / 'train-0.parquet'}"]
+    settings = [*given, "num_workers=1", f"out={tmp_path / 'parquet'}"]
+    pack.run(config(tmp_path, *settings, "caption_column=words", verb="pack"))
+    assert sorted(ShardReader(tmp_path / "parquet", "train").captions()) == [[], [], ["a", "b"]]
+    with pytest.raises(ValueError, match=r"row 0: expected captions \(a text or a list of texts\), found 0"):
+        pack.run(config(tmp_path, *settings[:-1], "caption_column=label", f"out={tmp_path / 'b'}", verb="pack"))
+    given = ["source=shards", f"train={captioned}/train-*.tar", f"val={captioned}/val-*.tar", "num_workers=1"]
+    pack.run(config(tmp_path, *given, f"out={tmp_path / 'theirs'}", verb="pack"))
+    theirs = ShardReader(tmp_path / "theirs", "train")
+    assert theirs.captions() == ShardReader(captioned, "train").captions() and theirs.labels.max() == 9
+    pack.run(config(tmp_path, *given, "caption_member=null", f"out={tmp_path / 'without'}", verb="pack"))
+    assert not any(ShardReader(tmp_path / "without", "train").captions())
+    with tarfile.open(tmp_path / "json.tar", "w") as tar:
+        for i, field in enumerate(['"a dog"', '["b", "c\\nd"]', "3"]):
+            content = {"png": item.load(), "cls": b"0", "json": f'{{"words": {field}}}'.encode()}
+            for extension, data in content.items():
+                info = tarfile.TarInfo(f"{i}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    given = ["source=shards", f"train={tmp_path / 'json.tar'}", f"val={tmp_path / 'json.tar'}", "max_skipped_share=1.0"]
+    pack.run(config(tmp_path, *given, "caption_member=json:words", f"out={tmp_path / 'json'}", verb="pack"))
+    assert ShardReader(tmp_path / "json", "val").captions() == [["a dog"], ["b", "c", "d"]]

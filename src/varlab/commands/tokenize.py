@@ -42,6 +42,7 @@ def run(cfg: DictConfig) -> None:
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
     print(
         f"{cfg.out}: {counts or 'parts of'} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}"
+        + ("" if cfg.text is None else f"; up to {manifest['text']['captions']} captions each, encoded by {cfg.text}")
     )
 
 

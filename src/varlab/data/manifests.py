@@ -85,6 +85,7 @@ class TextEntry(Schema):
     encoder: str
     fingerprint: str
     captions: Annotated[int, Field(ge=1, le=1024)]  # per image
+    data: str  # hash of the captions
 
 
 class TokensManifest(Schema):

@@ -25,7 +25,7 @@ from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit, wait_for_files
-from varlab.files import atomic_write, load_json, save_json, sha256
+from varlab.files import atomic_write, json_hash, load_json, save_json, sha256
 from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.text_encoder import TextEncoder
@@ -109,7 +109,12 @@ def write_cache(
             raise ValueError(f"{shards} has no captions: its shards hold no .txt files (see docs/text.md)")
         num_captions = min(max_captions, max(len(texts) for lists in captions.values() for texts in lists))
         vectors = {split: CaptionVectors(text, texts, num_captions) for split, texts in captions.items()}
-        manifest["text"] = {"encoder": text.name, "fingerprint": text.fingerprint, "captions": num_captions}
+        manifest["text"] = {
+            "encoder": text.name,
+            "fingerprint": text.fingerprint,
+            "captions": num_captions,
+            "data": json_hash(captions),
+        }
     check_same_cache(path / "manifest.json", manifest)
     if (path / "manifest.json").is_file():
         return load_json(path / "manifest.json", "varlab tokenize", TokensManifest)

@@ -20,7 +20,7 @@ from varlab.data.decoding import open_image
 from varlab.data.shard_files import EXTENSIONS, Sample, ShardIndex, index_shard, write_shard
 from varlab.data.shards import FORMAT, save_index
 from varlab.data.sources.items import Item, reencode
-from varlab.files import atomic_write, save_json, sha256
+from varlab.files import atomic_write, json_hash, save_json, sha256
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -179,6 +179,9 @@ def pack(
         "seed": seed,
         "reencoded": None if short_side is None else {"short_side": short_side, "quality": quality},
     }
+    if any(item.captions for items in source.splits.values() for item in items):
+        captions = {split: [item.captions for item in items] for split, items in source.splits.items()}
+        settings["captions"] = json_hash(captions)
     check_settings(out, settings)
     manifest: dict[str, Any] = {
         "kind": "shards",

@@ -28,12 +28,12 @@ class TextEncoder:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked data worker would warn
         try:
             import transformers
         except ImportError:
             raise ValueError(f"text encoder {name}: pip install 'varlab[text]'") from None
+        transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.name, self.place = name, folder_of(name)
         try:
@@ -43,14 +43,14 @@ class TextEncoder:
             if kind.startswith("clip"):
                 network_class = transformers.CLIPTextModelWithProjection
             network = network_class.from_pretrained(self.place, dtype=torch.float32)
+            self.network = network.eval().requires_grad_(False).to(device)
+            self.dim = len(self(["a"])[0])
         except Exception as error:  # of many kinds, for files that are missing or damaged
             raise ValueError(
                 f"text encoder {name} cannot be loaded: {reason_of(error)}; give minilm, a folder of a transformers model, or its"
                 " name on the Hugging Face Hub"
             ) from None
-        self.network = network.eval().requires_grad_(False).to(device)
         self.fingerprint = fingerprint_of(self.network)
-        self.dim = len(self(["a"])[0])
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "B D"]:

@@ -213,8 +213,8 @@ def write_figures(
     strip = tokenizer.filmstrip(film) / 2 + 0.5
     image_grid.save(image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
     shown = torch.stack([image_grid.read(file) for file in files])
-    num_classes = len(set(labels)) if labels else 10
-    image_grid.save(image_grid.grid(shown, min(num_classes, 10)), out / "grid.png")
+    num_classes = len(set(labels or []))
+    image_grid.save(image_grid.grid(shown, min(num_classes, 10) if num_classes > 1 else 10), out / "grid.png")
 
 
 def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:
