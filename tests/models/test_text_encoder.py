@@ -34,6 +34,20 @@ def test_vectors_have_length_one_do_not_depend_on_the_batch_and_no_words_are_zer
     assert found[0] @ found[1] > 0.7 > 0.4 > found[0] @ found[2]
 
 
+def test_tokens_are_the_last_hidden_states_with_zeros_after_the_end(minilm):
+    encoder = TextEncoder("minilm", tokens=6)
+    found = encoder([WORDS[0], WORDS[3], ""])
+    assert found.shape == (3, 7, 384) and encoder.dim == 384 and not found[2].any()
+    torch.testing.assert_close(found[:2, 0], minilm([WORDS[0], WORDS[3]]), atol=1e-5, rtol=0)
+    inputs = encoder.tokenize(WORDS[0], return_tensors="pt")
+    with torch.no_grad():
+        states = encoder.network(**inputs).last_hidden_state[0]
+    assert len(states) == 5
+    torch.testing.assert_close(found[0, 1:6], states / states.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
+    assert not found[0, 6].any() and found[1, 1:].norm(dim=1).min() > 0.99
+    assert encoder(["a"]).shape == (1, 7, 384)
+
+
 def test_long_texts_are_cut(minilm):
     assert torch.isfinite(minilm(["word " * 5000])).all()
 
@@ -57,6 +71,8 @@ def test_clip_gives_its_projected_embedding_and_t5_the_mean(tmp_path):
         expected = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).text_embeds
     torch.testing.assert_close(encoder(WORDS), expected / expected.norm(dim=1, keepdim=True))
     assert encoder.dim == 12 and len(encoder(["word " * 50])) == 1
+    with pytest.raises(ValueError, match="its tokens have 16 dims, its texts 12: use 0 tokens"):
+        TextEncoder(str(tmp_path / "clip"), tokens=3)
     t5 = T5Config(vocab_size=30522, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     encoder = TextEncoder(saved(tmp_path / "t5", T5EncoderModel(t5)))
     assert encoder.dim == 16 and encoder(WORDS).shape == (4, 16)

@@ -7,7 +7,8 @@ import torch
 from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
 from varlab.models import scales
-from varlab.models.var import VAR, size_defaults
+from varlab.models.conditioning import TextEmbedder
+from varlab.models.var import VAR, block_causal_mask, size_defaults
 
 FORMS = [{}, {"shared_adaln": True}, {"qk_norm": False}, {"shared_adaln": True, "qk_norm": False}]
 
@@ -149,3 +150,31 @@ def test_the_cache_has_room_for_all_scales(var):
     assert len(entries) == 2
     assert all(tensor.shape == (3, 2, 1 + 4 + 9 + 16, 16) for entry in entries for tensor in (entry.keys, entry.values))
     assert entries[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("order", ["scales", "raster"])
+def test_a_prefix_is_seen_by_all_tokens_and_cached_as_it_is_masked(order):
+    def embedder(**sizes):
+        return TextEmbedder(dim=10, encoder="minilm", fingerprint="0", tokens=3, **sizes)
+
+    var, condition = make_var(embedder=embedder, order=order, patch_nums=[1, 2, 8]).eval(), torch.randn(2, 4, 10)
+    inputs = torch.randn(2, 68, var.codebook_dim)
+    with torch.no_grad():
+        logits = var(inputs, condition)
+        for attention in ("masked", "flex", "split"):
+            var.attention = attention
+            torch.testing.assert_close(var(inputs, condition), logits)
+        changed = condition.clone()
+        changed[:, -1] += 1
+        assert ((var(inputs, changed) - logits).abs().amax(dim=(0, 2)) > 1e-4).all()
+        cache, found = var.start_cache(condition), []
+        for k, (first, last) in enumerate(var.step_bounds):
+            found.append(var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], cache))
+        torch.testing.assert_close(torch.cat(found, dim=1), logits)
+        short = var(inputs[:, :4], condition)
+        torch.testing.assert_close(short, logits[:, :5])
+    assert torch.equal(block_causal_mask([1, 2], num_prefix=2)[:2], torch.tensor([[True] * 2 + [False] * 5] * 2))
+    assert torch.equal(block_causal_mask([1, 2], num_prefix=2)[2:, 2:], block_causal_mask([1, 2]))
+    var.embedder.train()
+    var.embedder.dropout = 1.0
+    assert not var.embedder.drop(condition).any()

@@ -107,7 +107,7 @@ class Model:
             raise ValueError(f"this text has {len(choice or ''):,} characters: give at most {MAX_CHARACTERS:,}")
         with self.lock:
             self.encoder = self.encoder or text_encoder_of(self.var)
-        return self.encoder([choice or ""]).to(self.device).repeat(num, 1)
+        return self.encoder([choice or ""]).to(self.device).repeat_interleave(num, dim=0)
 
     def sample(
         self, choice: str | None, num: int, seed: int, **drawing: Any

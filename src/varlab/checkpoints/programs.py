@@ -26,8 +26,8 @@ class DecoderProgram(nn.Module):
 
 
 class StepProgram(nn.Module):
-    """Inputs of scale k, conditions, keys and values of the coarser scales (depth, B, heads, tokens, head dim) ->
-    logits of scale k, keys and values including scale k."""
+    """Inputs of scale k, conditions, keys and values of the prefix, if there is one, and the coarser scales (depth, B, heads,
+    tokens, head dim) -> logits of scale k, keys and values including scale k."""
 
     def __init__(self, var: VAR, k: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def condition_example(var: VAR) -> Tensor:
 def step_example(var: VAR, k: int) -> tuple[Tensor, ...]:
     """Inputs of the step at scale k, for two images."""
     first, last = var.step_bounds[k]
-    cached = torch.zeros(var.depth, 2, var.num_heads, first, var.width // var.num_heads)
+    cached = torch.zeros(var.depth, 2, var.num_heads, var.num_prefix + first, var.width // var.num_heads)
     return (
         torch.zeros(2, last - first, var.codebook_dim),
         condition_example(var),

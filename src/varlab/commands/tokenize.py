@@ -17,8 +17,10 @@ def run(cfg: DictConfig) -> None:
     from varlab.distributed import WorkSplit, default_device, use_exact_fp32
     from varlab.models.text_encoder import TextEncoder
 
-    if cfg.max_captions < 1:
-        raise ValueError(f"max_captions={cfg.max_captions}: give 1 or more")
+    if cfg.max_captions < 1 or not 0 <= cfg.text_tokens <= 512:
+        raise ValueError(
+            f"max_captions={cfg.max_captions} text_tokens={cfg.text_tokens}: give 1 or more captions, and 0 to 512 tokens"
+        )
     use_exact_fp32()
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
@@ -36,7 +38,7 @@ def run(cfg: DictConfig) -> None:
             cfg.part_images,
             share,
             instantiate(cfg.storage),
-            None if cfg.text is None else TextEncoder(cfg.text, device),
+            None if cfg.text is None else TextEncoder(cfg.text, device, cfg.text_tokens),
             cfg.max_captions,
         )
     counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())

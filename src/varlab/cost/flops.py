@@ -33,7 +33,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
         head
         + 2 * width**2
         + 2 * width
-        + (sizes["num_classes"] + 1) * width
+        + sizes.get("embedder_params", (sizes["num_classes"] + 1) * width)
         + (sum(lengths) + lengths[0]) * width
         + len(sizes["patch_nums"]) * width
         + (sizes["codebook_dim"] + 1) * width
@@ -66,12 +66,12 @@ def training_flops(sizes: Sizes) -> int:
     )
     lengths = step_lengths(sizes)
     hidden = round(width * sizes["mlp_ratio"])
-    length = sum(lengths)
+    length, num_prefix = sum(lengths), sizes.get("num_prefix", 0)
     seen, pairs = 0, 0
-    for tokens in lengths:
+    for tokens in [num_prefix, *lengths]:
         seen += tokens
         pairs += tokens * seen
-    linear = length * depth * 2 * (4 * width**2 + 2 * width * hidden) + length * 2 * width * vocabulary
+    linear = seen * depth * 2 * (4 * width**2 + 2 * width * hidden) + length * 2 * width * vocabulary
     embedding = (length - lengths[0]) * 2 * codebook_dim * width
     adaln = (1 if sizes["shared_adaln"] else depth) * 12 * width**2 + 4 * width**2
     attention = 4 * width * depth * pairs

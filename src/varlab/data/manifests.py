@@ -84,7 +84,8 @@ class TextEntry(Schema):
 
     encoder: str
     fingerprint: str
-    captions: Annotated[int, Field(ge=1, le=1024)]  # per image
+    tokens: Annotated[int, Field(ge=0, le=512)]  # of each caption
+    captions: Annotated[int, Field(ge=1, le=1024)]  # of each image
     data: str  # hash of the captions
 
 

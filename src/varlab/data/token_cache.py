@@ -4,7 +4,8 @@ manifest.json                 tokenizer fingerprint, patch_nums, data set, views
 train.tokens.npy              (N, views, L) in the smallest integer dtype that fits the codebook
 train.labels.npy              (N,)
 train.condition.npy           (N, ...) if the shards hold a vector per image
-train.text.npy                (N, captions, D) in float16, if captions are encoded; zeros for images without
+train.text.npy                (N, captions, D) in float16, if captions are encoded, or (N, captions, 1 + tokens, D) with vectors of
+                              their tokens; zeros for images without
 """
 
 import logging
@@ -43,10 +44,11 @@ class CaptionVectors:
     num: int
 
     def of(self, numbers: list[int]) -> np.ndarray:
-        """(n, num, D) in float16; zeros for images without captions."""
+        """(n, num, D) in float16, or (n, num, 1 + tokens, D); zeros for images without captions."""
         texts = [self.captions[i] or [""] for i in numbers]
         chosen = [own[j % len(own)] for own in texts for j in range(self.num)]
-        return self.encoder(chosen).half().cpu().numpy().reshape(len(numbers), self.num, -1)
+        vectors = self.encoder(chosen).half().cpu().numpy()
+        return vectors.reshape(len(numbers), self.num, *vectors.shape[1:])
 
 
 def views_of(crops: int, flips: bool, seed: int) -> list[dict[str, Any]]:
@@ -112,6 +114,7 @@ def write_cache(
         manifest["text"] = {
             "encoder": text.name,
             "fingerprint": text.fingerprint,
+            "tokens": text.tokens,
             "captions": num_captions,
             "data": json_hash(captions),
         }

@@ -161,7 +161,9 @@ class TokenDataModule(OrderedDataModule):
         if self.condition == "label":
             conditions = open_array(self.path / f"{split}.labels.npy", (num_images,))
         elif self.condition == "text":
-            shape = (num_images, self.manifest["text"]["captions"], None)
+            text = self.manifest["text"]
+            rows = [1 + text["tokens"]] if text["tokens"] else []
+            shape = (num_images, text["captions"], *rows, None)
             conditions = open_array(self.path / f"{split}.text.npy", shape, np.float16)
             conditions = conditions if split == "train" else conditions[:, :1]
         else:

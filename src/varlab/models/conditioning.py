@@ -19,10 +19,12 @@ class ConditionEmbedder(nn.Module):
     """Base class of condition embedders.
 
     `condition_shape`: shape of the condition of one image, () for a class label. `dropout`: probability of replacing a
-    condition by the null condition in training mode, for classifier-free guidance.
+    condition by the null condition in training mode, for classifier-free guidance. `num_prefix`: tokens that `prefix` gives
+    for an image, to which all scales attend; 0 for none.
     """
 
     condition_shape: tuple[int, ...] = ()
+    num_prefix: int = 0
 
     @property
     def kind(self) -> Literal["label", "vector", "text"]:
@@ -42,6 +44,10 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, condition: Tensor) -> Float[Tensor, "B D"]:
         """Vectors of the transformer's width."""
+        raise NotImplementedError
+
+    def prefix(self, condition: Tensor) -> Float[Tensor, "B p D"]:
+        """The tokens before those of the image."""
         raise NotImplementedError
 
     def null(self, condition: Tensor) -> Tensor:
@@ -116,13 +122,24 @@ class VectorEmbedder(ConditionEmbedder):
 
 class TextEmbedder(VectorEmbedder):
     """Vectors of texts. `encoder` and `fingerprint` name the encoder (`models.text_encoder`) that made them, so that a checkpoint
-    can be given words."""
+    can be given words. With `tokens`, a condition is the vector of a text and, in further rows, vectors of this many of its tokens,
+    zeros after its end: a prefix to which all scales attend."""
 
     def __init__(
-        self, num_classes: int, width: int, dim: int, encoder: str, fingerprint: str, dropout: float = 0.1
+        self,
+        num_classes: int,
+        width: int,
+        dim: int,
+        encoder: str,
+        fingerprint: str,
+        tokens: int = 0,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__(num_classes, width, dim, dropout)
-        self.encoder, self.fingerprint = encoder, fingerprint
+        self.encoder, self.fingerprint, self.num_prefix = encoder, fingerprint, tokens
+        self.of_tokens = nn.Linear(dim, width) if tokens else None
+        if tokens:
+            self.condition_shape = (1 + tokens, dim)
 
     @property
     def kind(self) -> Literal["label", "vector", "text"]:
@@ -134,7 +151,18 @@ class TextEmbedder(VectorEmbedder):
             raise ValueError(
                 "model.embedder=text takes texts: set data.condition=text, and data.path to a cache of `varlab tokenize text=minilm`"
             )
-        return {**super().arguments_from(shape, text), "encoder": text["encoder"], "fingerprint": text["fingerprint"]}
+        names = ("encoder", "fingerprint", "tokens")
+        return {"dim": shape[-1], **{name: text[name] for name in names}}
+
+    def forward(self, condition: Float[Tensor, "B *rows C"]) -> Float[Tensor, "B D"]:
+        return self.linear(condition[:, 0] if self.num_prefix else condition)
+
+    def prefix(self, condition: Float[Tensor, "B n C"]) -> Float[Tensor, "B p D"]:
+        assert self.of_tokens is not None
+        return self.of_tokens(condition[:, 1:])
+
+    def null(self, condition: Float[Tensor, "B *rows C"]) -> Float[Tensor, "B *rows C"]:
+        return torch.zeros_like(condition)
 
     def check_text(self, text: dict[str, Any] | None, data: str) -> None:
         if text is not None and text["fingerprint"] != self.fingerprint:

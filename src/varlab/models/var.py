@@ -24,10 +24,14 @@ from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, Bloc
 MIN_SPLIT_TOKENS = 64  # scales with at least this many tokens get their own attention call
 
 
-def block_causal_mask(patch_nums: scales.PatchNums, order: scales.Order = "scales") -> Bool[Tensor, "L L"]:
-    """True where a token (row) may attend: its own step (a scale, or in raster order itself) and all earlier steps."""
+def block_causal_mask(
+    patch_nums: scales.PatchNums, order: scales.Order = "scales", num_prefix: int = 0
+) -> Bool[Tensor, "L L"]:
+    """True where a token (row) may attend: its own step (a scale, or in raster order itself) and all earlier steps. The tokens of
+    a prefix are the first step."""
     steps = scales.step_bounds(patch_nums, order)
-    step = torch.tensor([number for number, (first, last) in enumerate(steps) for _ in range(first, last)])
+    numbers = [number for number, (first, last) in enumerate(steps) for _ in range(first, last)]
+    step = torch.tensor([-1] * num_prefix + numbers)
     return step[:, None] >= step[None, :]
 
 
@@ -88,7 +92,7 @@ class VAR(RecordedModule):
     but for those of `predict`. None: all scales have all codes.
 
     `embedder`: class of the condition embedder (models/conditioning.py), called with num_classes, width and
-    dropout=`label_dropout`.
+    dropout=`label_dropout`. The tokens of its prefix, if it has one, precede the sequence.
 
     `order="raster"` is the paper's baseline: the same blocks predict the same sequence token by token, scale by scale
     and row by row within a scale, attending to all previous tokens. `step_bounds` are then single tokens.
@@ -182,6 +186,10 @@ class VAR(RecordedModule):
         num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
 
         self.embedder = embedder(num_classes=num_classes, width=width, dropout=label_dropout)  # pyright: ignore[reportAttributeAccessIssue]
+        self.num_prefix = self.embedder.num_prefix
+        if not isinstance(self.embedder, ClassEmbedder):  # what counts of parameters and FLOPs need to know
+            embedder_params = sum(parameter.numel() for parameter in self.embedder.parameters())
+            self.sizes |= {"embedder_params": embedder_params, "num_prefix": self.num_prefix}
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
         self.word_embed = nn.Linear(codebook_dim, width)
         self.position = nn.Parameter(torch.empty(1, num_tokens, width))
@@ -196,7 +204,7 @@ class VAR(RecordedModule):
         self.head = nn.Linear(width, sum(self.bases))
 
         self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
-        self.register_buffer("mask", block_causal_mask(patch_nums, order), persistent=False)
+        self.register_buffer("mask", block_causal_mask(patch_nums, order, self.num_prefix), persistent=False)
         if self.codes_by_scale is not None:
             sizes = torch.tensor(self.codes_by_scale)[self.scale_of_token]
             self.register_buffer("beyond", torch.arange(codebook_size) >= sizes[:, None], persistent=False)
@@ -295,24 +303,27 @@ class VAR(RecordedModule):
             raise ValueError(
                 f"inputs hold {inputs.shape[1]} tokens, which does not end at a scale boundary of patch_nums {self.patch_nums}"
             )
-        vector = self.embedder(self.embedder.drop(condition))
+        condition = self.embedder.drop(condition)
+        vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
         x = self.embed(inputs, vector, 0, ends.index(length))
+        if self.num_prefix:
+            x = torch.cat([self.embedder.prefix(condition).float(), x], dim=1)
         visible = self.visible(length)
         for block in self.blocks:
             x = block(x, cond, visible)
+        x = x[:, self.num_prefix :]
         return HiddenStates(x, vector) if returns_hidden else self.within_scales(self.predict(x, vector))
 
     def visible(self, length: int) -> Tensor | Split | BlockMask:
-        """The attention mask of the first `length` tokens."""
+        """The attention mask of the first `length` tokens and of the prefix before them."""
+        before = self.num_prefix
+        bounds = [(first + before, last + before) for first, last in self.step_bounds if last <= length]
         if self.attention == "flex":
-            ends = tuple(last for _, last in self.step_bounds if last <= length)
-            return flex_mask(ends, self.mask.device)
-        apart = tuple(
-            (first, last) for first, last in self.step_bounds if last - first >= MIN_SPLIT_TOKENS and last <= length
-        )
+            return flex_mask((*([before] if before else []), *(last for _, last in bounds)), self.mask.device)
+        apart = tuple((first, last) for first, last in bounds if last - first >= MIN_SPLIT_TOKENS)
         if self.attention == "masked" or not apart:
-            return self.mask[:length, :length]
+            return self.mask[: length + before, : length + before]
         coarse = apart[0][0]
         return Split(self.mask[:coarse, :coarse], apart)
 
@@ -320,10 +331,15 @@ class VAR(RecordedModule):
         """The cache for `predict_scale`, with room for all scales; keys and values are stored in `dtype`."""
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
-        shape = (vector.shape[0], self.num_heads, self.step_bounds[-1][1], self.width // self.num_heads)
+        num_tokens = self.num_prefix + self.step_bounds[-1][1]
+        shape = (vector.shape[0], self.num_heads, num_tokens, self.width // self.num_heads)
         blocks = [
             BlockCache(vector.new_empty(shape, dtype=dtype), vector.new_empty(shape, dtype=dtype)) for _ in self.blocks
         ]
+        if self.num_prefix:
+            x = self.embedder.prefix(condition).float()
+            for block, block_cache in zip(self.blocks, blocks, strict=True):
+                x = block(x, cond, cache=block_cache)
         return ScaleCache(vector, cond, self.head_modulation(vector), blocks)
 
     def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m S"]:
