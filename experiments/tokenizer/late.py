@@ -2,7 +2,7 @@
 emoji64 as long as those of run.py, then for a fifth more with and without a discriminator, from the same weights.
 Finished steps are skipped; an interrupted run continues.
 
-    python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py        (not run to the end yet)
+    python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py        (an hour on one core)
 
 Writes late.csv and late.png beside this file.
 """

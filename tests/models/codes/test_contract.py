@@ -93,6 +93,21 @@ def test_encoding_decoding_and_training_agree(networks):
     torch.testing.assert_close(inputs[:, :4], quantizer.at_scale(sums[0], 1))
 
 
+def test_mixed_precision_changes_no_code(networks):
+    """Under bf16 autocast, as in training with bf16-mixed and sampling with bf16 weights, the quantizer stays fp32."""
+    quantizer = networks[0].quantizer.train()
+    f = torch.randn(3, quantizer.codebook_dim, 4, 4, requires_grad=True)
+    plain = quantizer(f)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantizer(f)
+        assert all(torch.equal(*pair) for pair in zip(mixed.token_maps, plain.token_maps, strict=True))
+        assert torch.equal(mixed.f_hat, plain.f_hat) and torch.equal(mixed.vq_loss, plain.vq_loss)
+        assert torch.equal(*(quantizer.teacher_forcing_inputs(q.token_maps) for q in (mixed, plain)))
+        assert all(quantizer.embed(tokens, k).dtype == torch.float32 for k, tokens in enumerate(mixed.token_maps))
+    (mixed.vq_loss + mixed.f_hat.square().mean()).backward()
+    assert torch.isfinite(f.grad).all()
+
+
 def test_what_is_trained_gets_a_gradient(networks):
     quantizer = networks[0].quantizer.train()
     f = torch.randn(3, quantizer.codebook_dim, 4, 4, requires_grad=True)

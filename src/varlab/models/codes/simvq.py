@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,4 +30,5 @@ class SimVQQuantizer(MultiScaleQuantizer):
         return [self.map.weight]
 
     def table(self, k: int) -> Float[Tensor, "V C"]:
-        return self.map(self.codebook.weight)
+        with torch.autocast(self.codebook.weight.device.type, enabled=False):  # codes are not rounded
+            return self.map(self.codebook.weight)
