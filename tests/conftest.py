@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ from support.shards import make_shards
 
 from varlab.checkpoints.export_folder import save_pretrained
 from varlab.commands import tokenize
+from varlab.models.conditioning import TextEmbedder
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.text_encoder import TextEncoder
 from varlab.models.var import VAR
 
 TESTS = Path(__file__).parent
@@ -111,17 +116,11 @@ def page_sweep(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def page_url(page_models, page_sweep):
-    """Address of the page, served as a user would."""
+@contextmanager
+def served(*settings: str) -> Iterator[str]:
+    """Address of a page, served as a user would; nothing may have failed when it ends."""
     port = free_port()
-    given = [
-        f"checkpoint={page_models / 'first'}",
-        f"compare={page_models / 'second'}",
-        f"runs={page_sweep}",
-        f"port={port}",
-    ]
-    command = [sys.executable, "-m", "varlab", "app", *given, "refresh_s=1", "max_upload_mb=0.5"]
+    command = [sys.executable, "-m", "varlab", "app", *settings, f"port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout is not None
     said = server.stdout.readline()
@@ -131,6 +130,24 @@ def page_url(page_models, page_sweep):
     rest = server.communicate(timeout=30)[0]
     assert server.returncode == 0, rest
     assert "a request to the page failed" not in rest and "Traceback" not in rest, rest
+
+
+@pytest.fixture(scope="module")
+def page_url(page_models, page_sweep):
+    """Address of the page with two models of classes and a sweep."""
+    models = [f"checkpoint={page_models / 'first'}", f"compare={page_models / 'second'}"]
+    with served(*models, f"runs={page_sweep}", "refresh_s=1", "max_upload_mb=0.5") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def text_page_url(tmp_path_factory):
+    """Address of the page with a model of texts."""
+    folder = tmp_path_factory.mktemp("words") / "words"
+    told = {"dim": 384, "encoder": "minilm", "fingerprint": TextEncoder("minilm").fingerprint}
+    save_pretrained(folder, make_tokenizer(), make_var(embedder=partial(TextEmbedder, **told)), None, {})
+    with served(f"checkpoint={folder}") as url:
+        yield url
 
 
 @pytest.fixture

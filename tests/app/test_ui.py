@@ -91,6 +91,26 @@ def test_a_class_is_found_by_its_name(page):
 
 
 @needs_browser
+def test_words_become_pictures(browser, text_page_url):
+    page = browser.new_page()
+    page.goto(text_page_url)
+    words = page.get_by_label("words").first
+    expect(words).to_have_attribute("placeholder", "a red heart")
+    pictures, seed = {}, page.get_by_label("seed").first
+    for text, number in [("a cat", 1), ("", 2), ("", 1), ("a cat", 2), ("a cat", 1)]:
+        words.fill(text)
+        seed.fill(str(number))
+        seed.blur()
+        drawn = sample(page, seed=number)
+        assert pictures.setdefault((text, number), drawn) == drawn
+    assert pictures["a cat", 1] != pictures["", 1]
+    words.fill("a" * 1001)
+    page.click("#sample-button")
+    expect(page.get_by_text("this text has 1,001 characters: give at most 1,000")).to_be_visible()
+    page.close()
+
+
+@needs_browser
 def test_a_painted_mask_edits_a_sample(page):
     sample(page)
     open_tab(page, "Edit")
