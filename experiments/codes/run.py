@@ -10,8 +10,8 @@ the nats of a whole image at the PSNR that they buy, and the code length of the 
 what they leave over by a Gaussian with the mean squared error of held-out reconstructions as its variance. Samples are judged by a
 classifier of the same data.
 
-Writes tokenizers.csv, var.csv and samples.csv beside this file and, for `varlab scaling compare`, runs/codes/<code>.csv; prints
-means and 95 % intervals over seeds.
+Writes tokenizers.csv, var.csv, samples.csv and samples.png beside this file and, for `varlab scaling compare`,
+runs/codes/<code>.csv; prints means and 95 % intervals over seeds.
 """
 
 import csv
@@ -20,6 +20,12 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t
+
+from varlab import image_grid
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "data"), str(HERE.parent / "depth_scaling")]
@@ -36,6 +42,11 @@ CODES = {
     "bsq-20": ["model.quantizer.bits=20"],
 }
 DEPTHS, SEEDS, PER_CLASS, LENGTH, DIMS = (1, 2, 3), (0, 1, 2), 10, 130, 3 * 32 * 32
+TIMES = (2, 20, 200)  # the compute of the largest runs
+SAMPLING = {
+    "plain": {"cfg_scale": 0.0, "cfg_schedule": "constant", "top_p": 0.0},
+    "guided": {"cfg_scale": 0.5, "cfg_schedule": "constant", "top_p": 0.97},
+}
 RUNS, DATA = Path("runs/codes"), Path("data/glyphs32")
 FEW = DATA / "few"  # an eighth of the training images, of which each run of a VAR sees two thirds once
 
@@ -69,36 +80,42 @@ def bits_per_dim(nats: float, mean_squared_error: float) -> float:
     return nats / math.log(2) / DIMS + residual
 
 
-def run_code(code: str, judge: Judge) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """(row of the tokenizer, rows of the VARs, rows of samples)."""
+def run_code(code: str, judge: Judge) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(row of the tokenizer, rows of the VARs)."""
     study = study_of(code)
     tokens = study.tokens()
-    tokenizer = study.runs / "tokens-tokenizer/checkpoints/last.ckpt"
+    training = study.runs / "tokens-tokenizer"
     file = study.runs / "reconstructions.json"
     if not file.is_file():
-        file.write_text(json.dumps(judge.of_reconstructions(tokenizer, study.runs / "reconstructions.png")))
+        grid = study.runs / "reconstructions.png"
+        file.write_text(json.dumps(judge.of_reconstructions(training / "checkpoints/last.ckpt", grid)))
     scores = json.loads(file.read_text())
-    trained = json.loads((study.runs / "tokens-tokenizer/run.json").read_text())
-    row = {"code": code, **scores, "seconds": trained["device_seconds"]}
+    with open(training / "metrics.csv", encoding="utf-8") as opened:
+        last = [row for row in csv.DictReader(opened) if row.get("train/perplexity")][-1]
+    row = {"code": code, **scores, "seconds": json.loads((training / "run.json").read_text())["device_seconds"]}
+    row |= {"usage": float(last["train/codebook_usage"]), "perplexity": float(last["train/perplexity"])}
     study.sweep("var", tokens, f"model.depth={study.depths}", f"seed={','.join(map(str, SEEDS))}")
-    rows, samples = [], []
+    rows = []
     for depth in DEPTHS:
         for seed in SEEDS:
-            run = study.runs / "var" / f"d{depth}-seed{seed}-share1"
-            facts = json.loads((run / "run.json").read_text())
+            facts = json.loads((study.runs / "var" / f"d{depth}-seed{seed}-share1" / "run.json").read_text())
             nats = facts["val_loss"] * LENGTH
             about = {key: facts[key] for key in ("params_main", "params_total", "flops_exact", "device_seconds")}
             found = {"nats_per_image": nats, "bits_per_dim": bits_per_dim(nats, scores["mean_squared_error"])}
             rows.append({"code": code, "depth": depth, "seed": seed, **about, **found})
-        if depth == max(DEPTHS):
-            for seed in SEEDS:
-                run = study.runs / "var" / f"d{depth}-seed{seed}-share1"
-                settings = {"cfg_scale": 0.5, "cfg_schedule": "constant", "top_p": 0.97, "seed": 10_000 * seed}
-                found = judge.of_samples(run / "checkpoints/last.ckpt", run / "samples", PER_CLASS, **settings)
-                found = {key.split("/")[0]: value for key, value in found.items() if "real_against_real" not in key}
-                samples.append({"code": code, "training_seed": seed, **found})
-                print(json.dumps(samples[-1]), flush=True)
-    return row, rows, samples
+    return row, rows
+
+
+def sample_code(code: str, kind: str, judge: Judge) -> list[dict[str, Any]]:
+    """Rows of samples of the largest VARs, drawn as SAMPLING says."""
+    rows = []
+    for seed in SEEDS:
+        run = RUNS / code / "var" / f"d{max(DEPTHS)}-seed{seed}-share1"
+        settings = {**SAMPLING[kind], "seed": 10_000 * seed}
+        found = judge.of_samples(run / "checkpoints/last.ckpt", run / f"samples-{kind}", PER_CLASS, **settings)
+        found = {key.split("/")[0]: value for key, value in found.items() if "real_against_real" not in key}
+        rows.append({"code": code, "kind": kind, "training_seed": seed, **found})
+    return rows
 
 
 def measured(name: str) -> list[dict[str, str]]:
@@ -115,23 +132,64 @@ def add_rows(name: str, rows: list[dict[str, Any]]) -> None:
     write_table(HERE / f"{name}.csv", sorted([*measured(name), *rows], key=lambda row: list(CODES).index(row["code"])))
 
 
-def print_table() -> None:
+def print_tables() -> None:
     """Prints means and intervals of all codes measured, and writes a table of runs for each."""
-    print(
-        "| code | PSNR dB | read right % | nats, d1 | nats, d2 | nats, d3 | bits per dim, d3 | legible % | Frechet distance |"
-    )
-    print("|---" * 9 + "|")
-    rows, samples = measured("var"), measured("samples")
-    for tokenizer in measured("tokenizers"):
+    tokenizers, rows, samples = measured("tokenizers"), measured("var"), measured("samples")
+    kinds = [f"{score}, {kind}" for kind in SAMPLING for score in ("legible %", "Frechet distance")]
+    head = ["code", "PSNR dB", "read right %", "perplexity", *(f"nats, d{depth}" for depth in DEPTHS), *kinds]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for tokenizer in tokenizers:
         runs, drawn = ([row for row in table if row["code"] == tokenizer["code"]] for table in (rows, samples))
-        columns = {"N": "params_main", "C": "flops_exact", "seed": "seed", "loss": "bits_per_dim"}
-        table = [{"name": f"d{run['depth']}"} | {key: run[column] for key, column in columns.items()} for run in runs]
-        write_table(RUNS / f"{tokenizer['code']}.csv", table)
         nats = [interval([float(r["nats_per_image"]) for r in runs if r["depth"] == str(depth)]) for depth in DEPTHS]
-        bits = interval([float(r["bits_per_dim"]) for r in runs if r["depth"] == str(max(DEPTHS))])
-        scores = [interval([float(row[key]) for row in drawn]) for key in ("class_agreement", "frechet_distance")]
-        about = [f"{float(tokenizer['psnr']):.2f}", f"{float(tokenizer['accuracy_reconstruction']):.1f}"]
-        print("|", " | ".join([tokenizer["code"], *about, *nats, bits, *scores]), "|")
+        scores = [
+            interval([float(row[key]) for row in drawn if row["kind"] == kind])
+            for kind in SAMPLING
+            for key in ("class_agreement", "frechet_distance")
+        ]
+        about = [f"{float(tokenizer[key]):.4g}" for key in ("psnr", "accuracy_reconstruction", "perplexity")]
+        print("|", " | ".join([tokenizer["code"], *about, *nats, *scores]), "|")
+    print(f"\n| bits per dim | {' | '.join(f'd{d}' for d in DEPTHS)} | {' | '.join(f'{t} times' for t in TIMES)} |")
+    print("|---" * (1 + len(DEPTHS) + len(TIMES)) + "|")
+    for tokenizer in tokenizers:
+        runs = [row for row in rows if row["code"] == tokenizer["code"]]
+        kept = ("params_main", "flops_exact", "seed")
+        table = [
+            {"name": f"d{run['depth']}", **{key: run[key] for key in kept}, "val_loss": run["bits_per_dim"]}
+            for run in runs
+        ]
+        write_table(RUNS / f"{tokenizer['code']}.csv", table)
+        bits = [[float(r["bits_per_dim"]) for r in runs if r["depth"] == str(depth)] for depth in DEPTHS]
+        further = [extrapolated(runs, float(tokenizer["mean_squared_error"]), times) for times in TIMES]
+        cells = [f"{np.mean(values):.3f} ± {half_width(values):.3f}" for values in [*bits, *further]]
+        print("|", " | ".join([tokenizer["code"], *cells]), "|")
+
+
+def half_width(values: list[float]) -> float:
+    """Half the 95 % interval over seeds (Student's t)."""
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def extrapolated(runs: list[dict[str, str]], error: float, times: int) -> list[float]:
+    """Bits per dim at `times` the compute of the largest runs, for each seed, by a straight line of log nats against log compute."""
+    found = []
+    for seed in SEEDS:
+        own = [row for row in runs if row["seed"] == str(seed)]
+        compute, nats = (np.log([float(row[key]) for row in own]) for key in ("flops_exact", "nats_per_image"))
+        slope, start = np.polyfit(compute, nats, 1)
+        found.append(bits_per_dim(float(np.exp(start + slope * (compute.max() + np.log(times)))), error))
+    return found
+
+
+def draw_samples() -> None:
+    """Writes samples.png: one row for each code, guided, every third class, the same seeds."""
+    found = [
+        RUNS / row["code"] / f"var/d{max(DEPTHS)}-seed0-share1/samples-guided/samples.npz"
+        for row in measured("tokenizers")
+    ]
+    if all(file.is_file() for file in found):
+        images = np.concatenate([np.load(file)["arr_0"][:62:3] for file in found])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        image_grid.save(image_grid.grid(pixels, columns=21, min_side=32), HERE / "samples.png")
 
 
 def main() -> None:
@@ -146,11 +204,14 @@ def main() -> None:
         )
     for code in chosen:
         if code not in [row["code"] for row in measured("tokenizers")]:
-            tokenizer, rows, samples = run_code(code, judge)
+            tokenizer, rows = run_code(code, judge)
             add_rows("var", rows)
-            add_rows("samples", samples)
             add_rows("tokenizers", [tokenizer])
-    print_table()
+        for kind in SAMPLING:
+            if (code, kind) not in [(row["code"], row["kind"]) for row in measured("samples")]:
+                add_rows("samples", sample_code(code, kind, judge))
+    print_tables()
+    draw_samples()
 
 
 if __name__ == "__main__":
