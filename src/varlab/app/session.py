@@ -103,11 +103,12 @@ class Model:
         """The condition of `num` images of a class, or of a text of at most 1,000 characters; an empty one is none."""
         if not self.takes_text:
             return torch.full((num,), self.label(choice), device=self.device)
-        if len(choice or "") > MAX_CHARACTERS:
-            raise ValueError(f"this text has {len(choice or ''):,} characters: give at most {MAX_CHARACTERS:,}")
+        text = str(choice or "")
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"this text has {len(text):,} characters: give at most {MAX_CHARACTERS:,}")
         with self.lock:
             self.encoder = self.encoder or text_encoder_of(self.var)
-        return self.encoder([choice or ""]).to(self.device).repeat_interleave(num, dim=0)
+        return self.encoder([text]).to(self.device).repeat_interleave(num, dim=0)
 
     def sample(
         self, choice: str | None, num: int, seed: int, **drawing: Any

@@ -328,7 +328,7 @@ def compare_tab(model: Model, other: Model | None, max_batch: int) -> None:
 
     def sample(choice: str | None, *given: Any) -> Iterator[Any]:
         settings = controls.read(*given)
-        name = choice if model.takes_text or not choice else choice.split(": ", 1)[-1]
+        name = choice if model.takes_text or not choice else str(choice).split(": ", 1)[-1]
         for images_so_far, _ in paced(model.sample(choice, **settings)):
             yield [enlarged(image) for image in images_so_far], gr.skip()
         for images_so_far, _ in paced(other.sample(name, **settings)):
