@@ -273,12 +273,16 @@ def test_tables_and_foreign_shards_bring_captions(tmp_path, captioned):
     pack.run(config(tmp_path, *given, "caption_member=null", f"out={tmp_path / 'without'}", verb="pack"))
     assert not any(ShardReader(tmp_path / "without", "train").captions())
     with tarfile.open(tmp_path / "json.tar", "w") as tar:
-        for i, field in enumerate(['"a dog"', '["b", "c\\nd"]', "3"]):
-            content = {"png": item.load(), "cls": b"0", "json": f'{{"words": {field}}}'.encode()}
+        for i, field in enumerate(
+            ['"words": "a dog"', '"words": ["b", "c\\nd"]', '"words": 3', '"words": null', '"x": 1']
+        ):
+            content = {"png": item.load(), "cls": b"0", "json": f"{{{field}}}".encode()}
             for extension, data in content.items():
                 info = tarfile.TarInfo(f"{i}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     given = ["source=shards", f"train={tmp_path / 'json.tar'}", f"val={tmp_path / 'json.tar'}", "max_skipped_share=1.0"]
     pack.run(config(tmp_path, *given, "caption_member=json:words", f"out={tmp_path / 'json'}", verb="pack"))
-    assert ShardReader(tmp_path / "json", "val").captions() == [["a dog"], ["b", "c", "d"]]
+    assert ShardReader(tmp_path / "json", "val").captions() == [["a dog"], ["b", "c", "d"], [], []]
+    with pytest.raises(ValueError, match="no text .caption_member=null packs the images without captions"):
+        pack.run(config(tmp_path, *given[:-1], "caption_member=json:words", f"out={tmp_path / 'strict'}", verb="pack"))

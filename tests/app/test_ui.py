@@ -270,11 +270,13 @@ def test_a_forged_upload_cannot_name_a_file_of_the_host(page_url, tmp_path, meta
         assert '"success":false' in events and "notuploadedtothispage" in events and "image.png" not in events
 
 
-def test_values_of_the_wrong_kind_are_answered_in_a_sentence(page_url):
+@pytest.mark.parametrize("address", ["page_url", "text_page_url"])
+def test_values_of_the_wrong_kind_are_answered_in_a_sentence(address, request):
     """And leave no traceback in the terminal: the page's fixture looks."""
-    for name, (number, kinds) in handlers(page_url).items():
+    url = request.getfixturevalue(address)
+    for name, (number, kinds) in handlers(url).items():
         for value in ("abc", None, -1, 1e400, [[]], {"x": 1}, True):
-            events = answer_to(page_url, number, [value] * len(kinds))
+            events = answer_to(url, number, [value] * len(kinds))
             assert ("Traceback" not in events and "process_completed" in events) or '"success":false' in events, (
                 name,
                 value,

@@ -4,16 +4,17 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from varlab.data.sources.items import lines_of
 from varlab.files import atomic_write, reason_of
 
+T = TypeVar("T")
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif", "avif"}
 INDEX_ROW = np.dtype([("shard", "u4"), ("offset", "u8"), ("size", "u4"), ("label", "u4"), ("crc32", "u4")])
 
@@ -84,28 +85,43 @@ class Members:
     def label_of(self, content: bytes) -> Any:
         """The label in a file. Raises ValueError if it holds none."""
         text = value_in(content, self.label)
+        if text is None:
+            raise ValueError("no such field")
         if not isinstance(text, int | float | str) or text == "":
             raise ValueError("no label")
         return text
 
     def captions_of(self, content: bytes) -> list[str]:
-        """The captions in a file. Raises ValueError if it holds something else."""
+        """The captions in a file; none for an empty or missing field of a `.json`. Raises ValueError if it holds something else."""
         found = value_in(content, self.captions)
-        texts = found if isinstance(found, list) else [found]
+        texts = found if isinstance(found, list) else [] if found is None else [found]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("no text")
+            raise ValueError("no text (caption_member=null packs the images without captions)")
         return [line for text in texts for line in lines_of(text)]
 
 
 def value_in(content: bytes, member: str | None) -> Any:
-    """The text of a file, or the field of a `.json` that `member` names. Raises ValueError if there is none."""
+    """The text of a file, or the field of a `.json` that `member` names; None if it has no such field. Raises ValueError for a
+    file that is no text, or no object of JSON."""
     text = content.decode().strip()
     if member is None or not member.startswith("json:"):
         return text
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no object of JSON")
+    return found.get(member[5:])
+
+
+class Unusable(ValueError):
+    """What a file of a key holds that keeps the key from being used."""
+
+
+def parsed(content: bytes, parse: Callable[[bytes], T], what: str) -> T:
+    """`parse(content)`. Raises Unusable naming the content if that raises an error."""
     try:
-        return json.loads(text)[member[5:]]
-    except (KeyError, TypeError, RecursionError):
-        raise ValueError("no such field") from None
+        return parse(content)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{what} {content[:20]!r}: {error}") from None
 
 
 def file_of(member: str | None) -> str | None:
@@ -149,22 +165,15 @@ def index_shard(path: Path, shard: int, members: Members = Members()) -> ShardIn
                 if key in problems or image is None:
                     continue
                 content = read_member(tar, image)
-                label = 0
-                if label_file is not None:
-                    written = read_member(tar, files[label_file])
-                    try:
-                        label = members.label_of(written)
-                    except (ValueError, RecursionError) as error:
-                        problems[key] = f"label {written[:20]!r}: {error}"
-                        continue
-                texts: list[str] = []
-                if caption_file in files:
-                    written = read_member(tar, files[caption_file])
-                    try:
-                        texts = members.captions_of(written)
-                    except (ValueError, RecursionError) as error:
-                        problems[key] = f"captions {written[:20]!r}: {error}"
-                        continue
+                label, texts = 0, []
+                try:
+                    if label_file is not None:
+                        label = parsed(read_member(tar, files[label_file]), members.label_of, "label")
+                    if caption_file in files:
+                        texts = parsed(read_member(tar, files[caption_file]), members.captions_of, "captions")
+                except Unusable as unusable:
+                    problems[key] = str(unusable)
+                    continue
                 if "npy" in files:
                     vector = read_vector(read_member(tar, files["npy"]))
                     if vector is None or (vectors and vector.shape != vectors[0].shape):

@@ -116,7 +116,7 @@ class VectorEmbedder(ConditionEmbedder):
     def forward(self, condition: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
         return self.linear(condition)
 
-    def null(self, condition: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    def null(self, condition: Float[Tensor, "B *rows C"]) -> Float[Tensor, "B *rows C"]:
         return torch.zeros_like(condition)
 
 
@@ -161,9 +161,6 @@ class TextEmbedder(VectorEmbedder):
         assert self.of_tokens is not None
         return self.of_tokens(condition[:, 1:])
 
-    def null(self, condition: Float[Tensor, "B *rows C"]) -> Float[Tensor, "B *rows C"]:
-        return torch.zeros_like(condition)
-
     def check_text(self, text: dict[str, Any] | None, data: str) -> None:
         if text is not None and text["fingerprint"] != self.fingerprint:
             raise ValueError(
@@ -183,7 +180,7 @@ def embedder_arguments(
         getattr(embedder, "keywords", {}),
     )  # of a class or a partial of one
     found = cls.arguments_from(tuple(shape), text) if hasattr(cls, "arguments_from") else {}
-    return {"embedder": partial(cls, **given, **found)} if found else {}
+    return {"embedder": partial(cls, **{**found, **given})} if found else {}
 
 
 def label_of(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
