@@ -222,6 +222,7 @@ def test_a_network_of_classes_becomes_one_of_texts(settings, var_overrides, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["+model.embedder.dim=7"], r"gives conditions of shape \(.*384,?\), but TextEmbedder takes \(.*7,?\)"),
         (["data.condition=label"], "model.embedder=text takes texts: set data.condition=text"),
         (
             ["embedder@model.embedder=label"],
