@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from support.shards import digits
 from torch.utils.flop_counter import FlopCounterMode
 
 from varlab.app.session import Model
-from varlab.commands import edit, evaluate, export, pack, sample, tokenize
+from varlab.commands import audit, edit, evaluate, export, pack, sample, tokenize
 from varlab.commands import train as train_command
 from varlab.cost.flops import training_flops
 from varlab.data.order import SampleRequest
@@ -186,6 +187,20 @@ def test_likelihood_and_retrieval_are_scored(trained, tokens, captioned, tmp_pat
         ValueError, match="holds captions, and the network takes vectors of them: `varlab tokenize text"
     ):
         evaluate.run(config(tmp_path, *given, f"shards={captioned}", verb="evaluate"))
+
+
+def test_captions_of_another_encoder_are_refused(trained, tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "other")
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest["text"]["fingerprint"] = "0"
+    (tmp_path / "other/manifest.json").write_text(json.dumps(manifest))
+    given = [f"checkpoint={trained / LAST}", f"shards={tmp_path / 'other'}"]
+    for verb, run in (("evaluate", evaluate.run), ("audit", audit.run)):
+        with pytest.raises(ValueError, match=r"vectors of minilm \(0\), but the network takes those of minilm"):
+            run(config(tmp_path, *given, f"out={tmp_path / verb}", verb=verb))
+    audit.run(config(tmp_path, given[0], f"shards={tokens}", f"out={tmp_path / 'audit'}", verb="audit"))
+    membership = json.loads((tmp_path / "audit/audit.json").read_text())["membership"]
+    assert all(0 <= scores["auc"] <= 1 for scores in membership.values())
 
 
 def test_a_plan_counts_a_network_of_texts(settings, tmp_path, capsys):

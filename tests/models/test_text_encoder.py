@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from support.networks import make_var
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from varlab.checkpoints.released_layout import to_released
 from varlab.models.conditioning import TextEmbedder
 from varlab.models.text_encoder import TextEncoder, folder_of, text_encoder_of, texts_of
 
@@ -101,6 +102,8 @@ def test_a_network_gets_the_encoder_of_its_training_and_no_other(minilm):
     assert text_encoder_of(moved, "minilm").name == "minilm"
     with pytest.raises(ValueError, match=rf"vectors of minilm \({minilm.fingerprint}\), but .* those of minilm \(0\)"):
         text_encoder_of(make_var(embedder=embedder()))
+    with pytest.raises(ValueError, match="has class labels only, no TextEmbedder: export to=safetensors"):
+        to_released(var)
     with pytest.raises(ValueError, match="was not trained on captions, so it takes no text"):
         text_encoder_of(make_var())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.networks import PATCH_NUMS, make_tokenizer, make_var
 
+from varlab.checkpoints.programs import StepProgram, step_example
 from varlab.models import scales
 from varlab.models.conditioning import TextEmbedder
 from varlab.models.var import VAR, block_causal_mask, size_defaults
@@ -171,6 +172,17 @@ def test_a_prefix_is_seen_by_all_tokens_and_cached_as_it_is_masked(order):
         for k, (first, last) in enumerate(var.step_bounds):
             found.append(var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : last - 1], cache))
         torch.testing.assert_close(torch.cat(found, dim=1), logits)
+        cached = var.start_cache(condition)
+        last = len(var.step_bounds) - 1
+        for k, (first, end) in enumerate(var.step_bounds[:-1]):
+            var.predict_scale(k, None if k == 0 else inputs[:, first - 1 : end - 1], cached)
+        keys, values = (
+            torch.stack([getattr(block, name)[:, :, : block.length] for block in cached.blocks])
+            for name in ("keys", "values")
+        )
+        assert keys.shape == step_example(var, last)[2].shape
+        step = StepProgram(var, last)(inputs[:, var.step_bounds[last][0] - 1 :], condition, keys, values)[0]
+        torch.testing.assert_close(step, logits[:, var.step_bounds[last][0] :])
         short = var(inputs[:, :4], condition)
         torch.testing.assert_close(short, logits[:, :5])
     assert torch.equal(block_causal_mask([1, 2], num_prefix=2)[:2], torch.tensor([[True] * 2 + [False] * 5] * 2))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from varlab.models import scales
+from varlab.models.conditioning import ClassEmbedder
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
@@ -96,7 +97,8 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
     """State dict of a tokenizer or a VAR in the released layout, on the CPU; the released code loads it with
     strict=True.
 
-    Raises ValueError for a network that the released code does not have (order=raster, a custom class).
+    Raises ValueError for a network that the released code does not have (order=raster, a custom class, another condition
+    than a class label).
     """
     if type(module) not in (MSVQVAE, VAR) or (
         isinstance(module, MSVQVAE) and type(module.quantizer) is not MultiScaleQuantizer
@@ -106,6 +108,10 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
         raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")
     if isinstance(module, VAR) and len(module.bases) > 1:
         raise ValueError("the released code predicts codes, not their digits: export to=safetensors")
+    if isinstance(module, VAR) and type(module.embedder) is not ClassEmbedder:
+        raise ValueError(
+            f"the released code has class labels only, no {type(module.embedder).__name__}: export to=safetensors"
+        )
     state = {}
     for key, value in module.state_dict().items():
         if key == "quantizer.num_updates":  # the released code does not store its counter

@@ -59,7 +59,7 @@ def audit(
 
     def tokens(split: str) -> tuple[Tensor, Tensor]:
         if is_cache:
-            return cached_tokens(data, split, num_images, kind, tokenizer)
+            return cached_tokens(data, split, num_images, var, tokenizer)
         reader = ShardReader(data, split, storage)
         crops = CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
         conditions = as_condition(reader.conditions(kind)[crops.samples], kind)
@@ -105,12 +105,13 @@ def audit(
     return result
 
 
-def cached_tokens(data: str, split: str, num_images: int, kind: Any, tokenizer: MSVQVAE) -> tuple[Tensor, Tensor]:
+def cached_tokens(data: str, split: str, num_images: int, var: VAR, tokenizer: MSVQVAE) -> tuple[Tensor, Tensor]:
     """(sequences, conditions) of evenly spaced images of a token cache, each in one of its views."""
-    module = TokenDataModule(data, global_batch_size=1, condition=kind)
+    module = TokenDataModule(data, global_batch_size=1, condition=var.embedder.kind)
     module.setup()
     if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{data} was made by another tokenizer than the checkpoint's")
+    var.embedder.check_text(module.text, data)
     rows = module.read(split)
     chosen = np.linspace(0, len(rows) - 1, min(num_images, len(rows))).round().astype(int)
     batch = rows.__getitems__([SampleRequest(int(i), 0, True) for i in chosen])
