@@ -77,7 +77,7 @@ def test_shards_hold_the_captions_of_each_image(captioned):
         assert texts == [f"number {NUMERALS[label]}", str(label), "handwritten"][: len(texts)]
     assert verify(captioned) == 59
     notes = json.loads((captioned / "manifest.json").read_text())["notes"]
-    assert any("images have captions, in text files of their names" in note for note in notes)
+    assert any("images with captions, in text files of their names: 5" in note for note in notes)
     assert not any(".txt" in note for note in notes)
     images = captioned.parent / "images"
     (words := next(images.glob("train/*/*.txt"))).write_text("changed")

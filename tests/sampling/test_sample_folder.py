@@ -128,3 +128,20 @@ def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):
 def test_what_is_typed_is_a_name_before_it_is_a_number():
     names = [*"ABCDEFGH", *"0123456789"]
     assert sample_folder.labels_of(["A", 7, "7", 0, 17], 5, names, len(names)) == [0, 15, 15, 8, 17]
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (list("varlab" * 10), 6),
+        (list(range(10)) * 5, 10),
+        ([0, 1, 2, 0, 1], 3),
+        (["a red heart"] * 8, 10),
+        (list(range(62)), 10),
+        ([0, 0, 0, 1, 1, 2], 6),
+        ([0] * 20 + [1] * 20, 10),
+        ([], 10),
+    ],
+)
+def test_each_column_of_the_grid_has_one_label_where_ten_columns_allow_it(labels, columns):
+    assert sample_folder.columns_for(labels) == columns

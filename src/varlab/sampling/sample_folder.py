@@ -208,13 +208,20 @@ def plain(settings: SamplingSettings) -> dict[str, Any]:
 def write_figures(
     out: Path, tokenizer: MSVQVAE, film: Sequence[Tensor], files: Sequence[Path], labels: Sequence[int | str] | None
 ) -> None:
-    """Writes filmstrip.png, images after each scale of the token maps `film`, and grid.png, one column per class (ten at
-    most)."""
+    """Writes filmstrip.png, images after each scale of the token maps `film`, and grid.png, see `columns_for`."""
     strip = tokenizer.filmstrip(film) / 2 + 0.5
     image_grid.save(image_grid.grid(image_grid.columns_of(*strip), columns=len(strip)), out / "filmstrip.png")
     shown = torch.stack([image_grid.read(file) for file in files])
-    num_classes = len(set(labels or []))
-    image_grid.save(image_grid.grid(shown, min(num_classes, 10) if num_classes > 1 else 10), out / "grid.png")
+    image_grid.save(image_grid.grid(shown, columns_for(labels or [])), out / "grid.png")
+
+
+def columns_for(labels: Sequence[int | str]) -> int:
+    """The fewest columns, up to ten, of which each has one label, so that rows repeat the labels in the order they were given; ten
+    for a single label, and where there is no such number."""
+    if len(set(labels)) < 2:
+        return 10
+    fitting = (n for n in range(2, 11) if all(label == labels[i % n] for i, label in enumerate(labels)))
+    return next(fitting, 10)
 
 
 def begin(out: Path, protocol: dict[str, Any], is_first: bool) -> None:

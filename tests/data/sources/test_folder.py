@@ -93,3 +93,16 @@ def test_splits_go_by_their_usual_names(names, val, tmp_path):
     if val:
         assert source.splits["val"][0].file.parts[-3] == val and f"{tmp_path / val} is the split val" in source.notes
     assert f"{tmp_path}: folders left out beside the splits: extra" in source.notes
+
+
+def test_images_without_labels_have_captions_too_and_other_texts_are_told(tmp_path):
+    for i in range(4):
+        image(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/0.txt").write_text("\ufeffa dog\n\n  two dogs \n", encoding="utf-8")
+    (tmp_path / "in/notes.txt").write_text("not of an image", encoding="utf-8")
+    source = folder_source(tmp_path / "in", 0.0)
+    assert [item.captions for item in source.splits["train"]] == [("a dog", "two dogs"), (), (), ()]
+    assert source.notes[-2:] == [
+        f"{tmp_path / 'in'}: files left out: 1 .txt",
+        "images with captions, in text files of their names: 1",
+    ]

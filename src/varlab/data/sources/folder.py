@@ -123,6 +123,6 @@ def folder_source(path: str | Path | None, val_share: float = 0.1, seed: int = 0
         for split, tree in trees.items()
     }
     if num := sum(bool(item.captions) for items in splits.values() for item in items):
-        notes.append(f"{num:,} images have captions, in text files of their names")
+        notes.append(f"images with captions, in text files of their names: {num:,}")
     splits = splits if "val" in splits else split_off(splits["train"], val_share, seed)
     return Source("folder", path.name, names, splits, notes)
