@@ -2,7 +2,7 @@
 seeds; validation holds concepts that training does not. Finished steps are skipped; an interrupted run continues.
 
     python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py    (data and tokenizer)
-    python experiments/text/run.py                                                      (two CPU cores: an hour; not run yet)
+    python experiments/text/run.py                                                      (one CPU core: two hours)
 
 Writes results.csv and words.png beside this file and prints means and 95 % intervals over seeds.
 """
@@ -23,7 +23,7 @@ from varlab import VARPipeline, image_grid  # noqa: E402
 
 SHARDS, RUNS = Path("data/emoji64/shards"), Path("runs/text")
 TOKENIZER = Path("runs/emoji64/long_continued/checkpoints/last.ckpt")
-SEEDS, STEPS, CANDIDATES = (0, 1, 2), 600, 16
+SEEDS, STEPS, CANDIDATES = (0, 1, 2), 1000, 16
 SEEN = ("octopus", "red heart", "smiling face", "house", "snowman", "taxi")
 UNSEEN = ("a blue heart", "a green car", "a sad cat", "an orange flower", "two stars", "a purple hat")
 

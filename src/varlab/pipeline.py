@@ -13,6 +13,7 @@ from varlab import image_grid
 from varlab.checkpoints import hub
 from varlab.checkpoints.export_folder import save_pretrained
 from varlab.checkpoints.load import load
+from varlab.data.resolutions import Resolution
 from varlab.distributed import default_device
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
@@ -20,6 +21,7 @@ from varlab.models.text_encoder import TextEncoder, text_encoder_of
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.generate import generate, image_seeds
+from varlab.sampling.shapes import at_size
 
 
 class VARPipeline:
@@ -102,6 +104,7 @@ class VARPipeline:
         *,
         text: str | Sequence[str] | None = None,
         condition: Tensor | None = None,
+        image_size: Resolution | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         **settings: Any,
@@ -110,7 +113,8 @@ class VARPipeline:
         row of `condition` if it takes another kind of condition.
 
         Image i has seed `seed + i` (or `seed[i]`) and does not depend on the others. `batch_size`: images per forward
-        pass. `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...).
+        pass. `image_size`: in pixels, the side of a square or (height, width), see `at_size`.
+        `settings`: fields of `varlab.sampling.token_sampling.SamplingSettings` (cfg_scale=4.0, top_k=900, ...).
         Raises ValueError for an unknown class, naming the nearest names, and for a setting out of range.
         """
         if (labels is None) + (condition is None) + (text is None) != 2:
@@ -122,12 +126,13 @@ class VARPipeline:
         if condition is None:
             named = [labels] if isinstance(labels, int | str) else list(labels or [])
             condition = torch.tensor([label_of(label, self.class_names, self.var.num_classes) for label in named])
+        tokenizer, var = at_size(self.tokenizer, self.var, image_size)
         seeds = image_seeds(seed, len(condition))
         images = []
         for first in range(0, len(condition), batch_size):
             chunk = slice(first, first + batch_size)
             rows = condition[chunk].to(self.device)
-            batch = generate(self.var, self.tokenizer, rows, seed=seeds[chunk], compiled=self.compiled, **settings)
+            batch = generate(var, tokenizer, rows, seed=seeds[chunk], compiled=self.compiled, **settings)
             assert isinstance(batch, torch.Tensor)
             images += [Image.fromarray(pixels) for pixels in image_grid.to_uint8(batch)]
         return images

@@ -8,8 +8,9 @@ from support.shards import digits
 from varlab.data import images as image_data
 from varlab.data import shards as format
 from varlab.data import write_shards as packing
-from varlab.data.images import Crop, ImageDataModule, ImageDataset, height_and_width, preprocess, resolution_of
+from varlab.data.images import Crop, ImageDataModule, ImageDataset, preprocess
 from varlab.data.order import SampleRequest
+from varlab.data.resolutions import height_and_width, resolution_of
 from varlab.data.sources.items import Item
 
 

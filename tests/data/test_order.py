@@ -187,3 +187,49 @@ def test_each_window_of_each_lane_is_shuffled_in_its_own_way():
     epoch = Order([64], seed=0, lanes=2, window=8).epoch(0)
     windows = [epoch.window(lane, number) for lane in (0, 1) for number in range(4)]
     assert len({tuple(samples - samples.min()) for samples in windows}) == 8
+
+
+def sets_of(batches, edges) -> list[int]:
+    """The set that each batch belongs to; every batch belongs to one."""
+    found = [{sum(int(request.sample >= edge) for edge in edges) for request in batch} for batch in batches]
+    assert all(len(own) == 1 for own in found)
+    return [own.pop() for own in found]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_of_several_sets_hold_one_set_each_in_a_shuffled_order(accumulate):
+    orders = [Order([100], seed=3), Order([41], seed=4), Order([3], seed=5)]
+    batches = TrainBatches(orders, 4, accumulate=accumulate)
+    drawn = list(batches)
+    assert len(drawn) == len(batches) == (25 + 10 if accumulate == 1 else 24 + 10)
+    sets = sets_of(drawn, [100, 141])
+    assert sets.count(1) == 10 and sets.count(2) == 0  # three images fill no batch
+    assert sets != sorted(sets) and sets != sets_of(batches, [100, 141])  # nor in the next epoch
+    assert all(sets[i] == sets[i + 1] for i in range(0, len(sets), accumulate)[: None if accumulate == 2 else 0])
+    samples = [request.sample for batch in drawn for request in batch]
+    assert len(set(samples)) == len(samples)
+
+
+def test_several_sets_continue_after_any_batch_and_are_the_same_on_any_number_of_ranks():
+    orders = [Order([60, 37], seed=2), Order([50], seed=3)]
+    first = TrainBatches(orders, 8)
+    whole = [draw for _ in range(3) for draw in first]
+    for consumed in (1, 17, 18, 40):
+        resumed = TrainBatches(orders, 8)
+        resumed.start(consumed)
+        assert [draw for _ in range(2) for draw in resumed][:9] == whole[consumed : consumed + 9]
+    ranks = [list(TrainBatches(orders, 4, rank, 2)) for rank in range(2)]
+    for batch, *own in zip(whole, *ranks, strict=False):
+        assert {request for part in own for request in part} == set(batch)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_validation_of_several_sets_counts_every_sample_once(num_ranks):
+    ranks = [list(ValidationBatches([10, 0, 7], 2, rank, num_ranks)) for rank in range(num_ranks)]
+    assert {len(batches) for batches in ranks} == {len(ValidationBatches([10, 0, 7], 2, 0, num_ranks))}
+    for batches in ranks:
+        sets_of(batches, [10])
+    together = [sets_of(batches, [10]) for batches in ranks]
+    assert all(sets == together[0] for sets in together)
+    counted = [request.sample for batches in ranks for batch in batches for request in batch if request.is_real]
+    assert sorted(counted) == list(range(17))

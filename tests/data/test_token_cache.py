@@ -60,7 +60,7 @@ def test_a_killed_call_continues_with_the_missing_parts(
     def write_part(file, *rest):
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(file.name)
+        written.append(file.removeprefix("parts/"))
         original(file, *rest)
 
     monkeypatch.setattr(cache, "write_part", write_part)
@@ -69,7 +69,9 @@ def test_a_killed_call_continues_with_the_missing_parts(
     with pytest.raises(ValueError, match="manifest.json does not exist"):
         TokenDataModule(str(tmp_path), global_batch_size=8).setup()
     written.clear()
-    monkeypatch.setattr(cache, "write_part", lambda file, *rest: (written.append(file.name), original(file, *rest)))
+    monkeypatch.setattr(
+        cache, "write_part", lambda file, *rest: (written.append(file.removeprefix("parts/")), original(file, *rest))
+    )
     cache.write_cache(tmp_path, **arguments, part_images=10)
     assert written == [f"train-10-0000{i}.npz" for i in (2, 3, 4)] + ["val-10-00000.npz", "val-10-00001.npz"]
     for name in ("train.tokens.npy", "train.labels.npy", "val.tokens.npy"):
@@ -80,7 +82,7 @@ def test_a_killed_call_continues_with_the_missing_parts(
 def test_processes_share_the_parts_out(token_cache, digits_folder, tokenizer_run, tmp_path):
     arguments = cache_arguments(digits_folder, tokenizer_run)
     second = cache.write_cache(tmp_path, **arguments, part_images=10, work=WorkSplit(1, 2))
-    assert second["splits"] == {}
+    assert second[tmp_path]["splits"] == {}
     parts = sorted(file.name for file in (tmp_path / "parts").glob("*.npz"))
     assert parts == [
         "train-10-00001.npz",

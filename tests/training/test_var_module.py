@@ -29,13 +29,15 @@ def test_the_standard_error_of_the_loss_is_over_images():
     """`val/loss_se` is the standard deviation of the images' losses over the root of their number."""
     losses = torch.tensor([1.0, 2.0, 4.0, 5.0, 8.0])
     num_scales, logged = len(PATCH_NUMS), {}
-    means = torch.cat([losses.mean().expand(num_scales), torch.zeros(num_scales), losses.square().mean()[None]])
+    overall = torch.stack([losses.mean(), torch.zeros(()), losses.square().mean()])
+    means = torch.cat([losses.mean().expand(num_scales), torch.zeros(num_scales), overall])
     module = SimpleNamespace(
         net=SimpleNamespace(patch_nums=PATCH_NUMS),
         data=SimpleNamespace(num_val=len(losses)),
-        log_scores=lambda split, loss, error, others: logged.update(others),
+        log_by_scale=lambda split, loss, error, others: logged.update(others),
     )
     VARModule.log_validation(module, "val", means)
+    assert float(logged["val/loss"]) == 4.0
     assert float(logged["val/loss_se"]) == pytest.approx(float(losses.std(correction=0)) / len(losses) ** 0.5, rel=1e-5)
 
 
@@ -47,7 +49,7 @@ def test_only_the_newest_scale_of_progressive_training_is_faded_in(tokenizer, va
         objective=None,
         self_correction=0.0,
         tokens=lambda batch, self_correction: (sequence, token_maps),
-        inputs=lambda maps: tokenizer.quantizer.teacher_forcing_inputs(maps),
+        of_shape=lambda batch: (var, tokenizer.quantizer),
         active_scales=lambda: (2, 0.25),
         loss=lambda logits, tokens: torch.ones(tokens.shape),
         loss_chunks=1,

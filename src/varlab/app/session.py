@@ -18,7 +18,8 @@ from torch import Tensor
 from varlab import image_grid
 from varlab.checkpoints.load import load
 from varlab.data.decoding import open_image
-from varlab.data.images import Crop, Resolution, preprocess, to_tensor
+from varlab.data.images import Crop, preprocess, to_tensor
+from varlab.data.resolutions import Resolution
 from varlab.models.conditioning import TextEmbedder, label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.text_encoder import text_encoder_of
@@ -26,6 +27,7 @@ from varlab.models.var import VAR
 from varlab.sampling.acceleration import default_precision, use_bf16
 from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
 from varlab.sampling.generate import decode, generate_scales
+from varlab.sampling.shapes import at_size
 from varlab.sampling.token_sampling import SamplingSettings
 from varlab.scaling.analysis import FitSettings, analyse
 from varlab.scaling.plot import figures
@@ -61,13 +63,14 @@ def read_upload(path: str | Path, resolution: Resolution) -> Image.Image:
 
 
 class Model:
-    """One checkpoint, ready to sample."""
+    """One checkpoint, ready to sample images of one size, see `at_size`."""
 
-    def __init__(self, path: str, device: str, trust_code: bool = False) -> None:
+    def __init__(self, path: str, device: str, trust_code: bool = False, image_size: Resolution | None = None) -> None:
         self.name = Path(path).parent.parent.name if Path(path).suffix == ".ckpt" else Path(path).name
         self.tokenizer: MSVQVAE
         self.var: VAR
-        self.tokenizer, self.var, names = load(path, trust_code=trust_code)
+        tokenizer, var, names = load(path, trust_code=trust_code)
+        self.tokenizer, self.var = at_size(tokenizer, var, image_size)
         if default_precision(device) == "bf16":
             use_bf16(self.tokenizer, self.var)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device

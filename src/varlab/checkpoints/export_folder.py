@@ -30,8 +30,8 @@ from varlab.models.var import VAR
 
 Network = TypeVar("Network", bound=nn.Module)
 LARGEST = 2**22  # of any number among a network's arguments but that of codes, which need not have rows or logits
-# arguments that version 0.2 did not have; left out of fingerprints where they are None
-ADDED = ("bases", "codes_by_scale")
+# arguments that version 0.1 did not have; left out of fingerprints where they have these values
+ADDED = {"bases": None, "codes_by_scale": None, "position": "learned"}
 PLAIN_CLASSES = (MSVQVAE, MultiScaleQuantizer, VAR)
 CARD = """---
 library_name: varlab
@@ -76,7 +76,7 @@ def identity(network: RecordedModule) -> dict[str, Any]:
     fingerprints match those of version 0.1."""
     found: dict[str, Any] = {} if class_of(network) in PLAIN_CLASSES else {"class": class_path(class_of(network))}
     for name, value in {**network.arguments, **network.resolved()}.items():
-        if name in network.changeable or (name in ADDED and value is None):
+        if name in network.changeable or (name in ADDED and value == ADDED[name]):
             continue
         if isinstance(value, RecordedModule):
             inner = identity(value)

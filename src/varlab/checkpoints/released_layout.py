@@ -15,6 +15,7 @@ from torch import Tensor
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder
 from varlab.models.msvqvae import MSVQVAE
+from varlab.models.positions import CoordinatePositions
 from varlab.models.quantizer import MultiScaleQuantizer
 from varlab.models.var import VAR
 from varlab.models.weight_files import read_state_dict
@@ -106,6 +107,8 @@ def to_released(module: MSVQVAE | VAR) -> dict[str, Tensor]:
         raise ValueError(f"the released code has no {type(module).__name__} like this one: export to=safetensors")
     if isinstance(module, VAR) and module.order != "scales":
         raise ValueError(f"the released code has no network with order={module.order}: export to=safetensors")
+    if isinstance(module, VAR) and isinstance(module.position, CoordinatePositions):
+        raise ValueError("the released code learns positions, it has no coordinates: export to=safetensors")
     if isinstance(module, VAR) and len(module.bases) > 1:
         raise ValueError("the released code predicts codes, not their digits: export to=safetensors")
     if isinstance(module, VAR) and type(module.embedder) is not ClassEmbedder:

@@ -6,8 +6,9 @@ import signal
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import hydra_command
 
@@ -20,8 +21,12 @@ def run(cfg: DictConfig) -> None:
     if cfg.max_batch < 1 or cfg.max_upload_mb <= 0 or cfg.refresh_s <= 0:
         raise ValueError("max_batch, max_upload_mb and refresh_s must be positive")
     device = default_device(cfg.device)
-    model = Model(str(cfg.checkpoint), device, cfg.trust_code)
-    other = None if cfg.compare is None else Model(str(cfg.compare), device, cfg.trust_code)
+    given: Any = OmegaConf.to_container(cfg)
+    model, other = (
+        None if path is None else Model(str(path), device, cfg.trust_code, given["image_size"])
+        for path in (cfg.checkpoint, cfg.compare)
+    )
+    assert model is not None
     with tempfile.TemporaryDirectory(prefix="varlab-app-") as folder:
         gradio = import_gradio(folder)
         from starlette.middleware import Middleware

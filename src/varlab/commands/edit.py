@@ -1,8 +1,9 @@
 """`varlab edit`: inpainting, outpainting, class-conditional editing of an image."""
 
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import hydra_command
 
@@ -18,12 +19,14 @@ def run(cfg: DictConfig) -> None:
     from varlab.checkpoints.load import load
     from varlab.data.decoding import open_image
     from varlab.data.images import Crop, preprocess, to_tensor
+    from varlab.data.resolutions import nearest_shape
     from varlab.distributed import default_device, use_exact_fp32
     from varlab.files import save_json
     from varlab.models.conditioning import label_of
     from varlab.models.text_encoder import text_encoder_of, texts_of
     from varlab.sampling.acceleration import default_precision, use_bf16
     from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
+    from varlab.sampling.shapes import at_size, trained_sizes
 
     if cfg.num < 1:
         raise ValueError(f"num={cfg.num} must be positive")
@@ -34,8 +37,13 @@ def run(cfg: DictConfig) -> None:
     if precision == "bf16":
         use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
-    height, width = size = tokenizer.image_size
     image = open_image(cfg.image, f"image={cfg.image}")
+    given: Any = OmegaConf.to_container(cfg)
+    resolution = given["image_size"]
+    if resolution is None:
+        resolution = nearest_shape((image.height, image.width), trained_sizes(tokenizer, var))
+    tokenizer, var = at_size(tokenizer, var, resolution)
+    height, width = size = tokenizer.image_size
     original = to_tensor([preprocess(image, size, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
     keep = mask_of(cfg, image.size, size).to(device)
     shape = var.embedder.condition_shape

@@ -21,6 +21,7 @@ def run(cfg: DictConfig) -> None:
     from varlab.models.conditioning import TextEmbedder
     from varlab.models.text_encoder import text_encoder_of, texts_of
     from varlab.sampling.sample_folder import labels_like, labels_of, read_conditions, write_samples
+    from varlab.sampling.shapes import at_size
     from varlab.sampling.token_sampling import SamplingSettings
 
     if cfg.num < 1 or cfg.batch_size < 1:
@@ -33,6 +34,7 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"precision={cfg.precision!r}: choose fp32 or bf16")
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
     tokenizer, var, class_names = load(cfg.checkpoint, trust_code=cfg.trust_code)
+    tokenizer, var = at_size(tokenizer, var, given["image_size"])
     shape = var.embedder.condition_shape
     chosen = [f"{name}={given[name]}" for name in ("classes", "text", "condition") if given[name] is not None]
     if len(chosen) > 1:

@@ -1,8 +1,9 @@
 """`varlab tokenize`: shards -> token cache."""
 
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from varlab.config import hydra_command
 from varlab.files import FolderLock
@@ -13,6 +14,7 @@ def run(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from varlab.checkpoints.load import load_tokenizer
+    from varlab.data.resolutions import height_and_width
     from varlab.data.token_cache import write_cache
     from varlab.distributed import WorkSplit, default_device, use_exact_fp32
     from varlab.models.text_encoder import TextEncoder
@@ -21,11 +23,12 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(
             f"max_captions={cfg.max_captions} text_tokens={cfg.text_tokens}: give 1 or more captions, and 0 to 512 tokens"
         )
+    shapes: Any = OmegaConf.to_container(cfg.shapes)
     use_exact_fp32()
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
     with FolderLock(Path(cfg.out), "varlab tokenize", share.rank, share.num_ranks):
-        manifest = write_cache(
+        manifests = write_cache(
             Path(cfg.out),
             cfg.shards,
             tokenizer,
@@ -40,12 +43,18 @@ def run(cfg: DictConfig) -> None:
             instantiate(cfg.storage),
             None if cfg.text is None else TextEncoder(cfg.text, device, cfg.text_tokens),
             cfg.max_captions,
+            [height_and_width(shape, "shapes") for shape in shapes],
         )
-    counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
-    print(
-        f"{cfg.out}: {counts or 'parts of'} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}"
-        + ("" if cfg.text is None else f"; up to {manifest['text']['captions']} captions each, encoded by {cfg.text}")
-    )
+    for folder, manifest in manifests.items():
+        counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())
+        print(
+            f"{folder}: {counts or 'parts of'} images x {len(manifest['views'])} views, tokenizer {manifest['tokenizer']}"
+            + (
+                ""
+                if cfg.text is None
+                else f"; up to {manifest['text']['captions']} captions each, encoded by {cfg.text}"
+            )
+        )
 
 
 main = hydra_command("tokenize")(run)

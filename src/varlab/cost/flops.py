@@ -8,6 +8,7 @@ is two FLOPs; a training step costs three forward passes.
 from typing import TYPE_CHECKING, Any
 
 from varlab.models import scales
+from varlab.models.positions import num_waves
 
 if TYPE_CHECKING:
     from varlab.models.msvqvae import MSVQVAE
@@ -34,7 +35,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
         + 2 * width**2
         + 2 * width
         + sizes.get("embedder_params", (sizes["num_classes"] + 1) * width)
-        + (sum(lengths) + lengths[0]) * width
+        + (lengths[0] + num_positions(sizes)) * width
         + len(sizes["patch_nums"]) * width
         + (sizes["codebook_dim"] + 1) * width
     )
@@ -44,6 +45,13 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
         "params_main": blocks + shared,
         "params_token": depth * token_weights + head,
     }
+
+
+def num_positions(sizes: Sizes) -> int:
+    """Vectors that positions are made of: one for each token, or for each wave of its coordinates."""
+    if sizes.get("position") == "coordinates":
+        return 4 * num_waves(sizes["patch_nums"])
+    return scales.num_tokens(sizes["patch_nums"])
 
 
 def num_logits(sizes: Sizes) -> int:

@@ -80,9 +80,13 @@ class OrderedDataModule(LightningDataModule):
             )
         return per_device
 
-    def order(self) -> Order:
-        """The order of the training samples."""
-        return Order(self.shard_counts, self.seed, self.lanes, self.window)
+    def orders(self) -> list[Order]:
+        """The order of the training samples, one for each set whose samples share no batch."""
+        return [Order(self.shard_counts, self.seed, self.lanes, self.window)]
+
+    def val_counts(self) -> list[int]:
+        """Validation samples of each of these sets."""
+        return [self.num_val]
 
     def loader(self, dataset: Dataset, batches: TrainBatches | ValidationBatches) -> DataLoader:
         """A data loader whose workers hold no state of the order: they only load what the batch sampler requests."""
@@ -98,7 +102,7 @@ class OrderedDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        batches = TrainBatches(self.order(), self.batch_size(), *self.ranks(), self.accumulate)
+        batches = TrainBatches(self.orders(), self.batch_size(), *self.ranks(), self.accumulate)
         if self.resumed_fingerprint not in (None, self.run_fingerprint()):
             raise ValueError(
                 "the checkpoint was made with other data, seed, lanes, window or global batch size, or by version 0.1 on a set so"
@@ -109,11 +113,12 @@ class OrderedDataModule(LightningDataModule):
         return self.loader(self.train_set, batches)
 
     def val_dataloader(self) -> DataLoader:
-        return self.loader(self.val_set, ValidationBatches(self.num_val, self.batch_size(), *self.ranks()))
+        return self.loader(self.val_set, ValidationBatches(self.val_counts(), self.batch_size(), *self.ranks()))
 
     def run_fingerprint(self) -> str:
         """Identity of order, batch size and data: positions in runs with the same value refer to the same samples."""
-        return f"{self.order().fingerprint}-{self.global_batch_size}-{self.data_fingerprint}"
+        orders = "-".join(order.fingerprint for order in self.orders())
+        return f"{orders}-{self.global_batch_size}-{self.data_fingerprint}"
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from varlab.data.datamodule import OrderedDataModule
 from varlab.data.decoding import open_image
 from varlab.data.order import Order, SampleRequest
+from varlab.data.resolutions import Resolution, height_and_width, nearest_shape
 from varlab.data.shards import ConditionKind, ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
 
 LANCZOS_RADIUS = 3
-Resolution = int | Sequence[int]
 HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 log = logging.getLogger(__name__)
 
@@ -41,19 +41,6 @@ class Crop(NamedTuple):
     top: float = 0.5
     left: float = 0.5
     is_flipped: bool = False
-
-
-def height_and_width(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) in pixels: of a square given its side, or of a pair. Raises ValueError for anything else."""
-    pair = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"resolution={resolution}: give the side of a square, or [height, width], in pixels")
-    return pair
-
-
-def resolution_of(size: tuple[int, int]) -> int | list[int]:
-    """The shortest form of a size: the side of a square, or [height, width]."""
-    return size[0] if size[0] == size[1] else list(size)
 
 
 def preprocess(image: Image.Image, resolution: Resolution, resize_ratio: float, crop: Crop) -> np.ndarray:
@@ -110,7 +97,8 @@ class ImageDataset(Dataset):
     """Decoded, preprocessed images of a split. Random crops and flips are a function of (seed, epoch, sample).
 
     An image that cannot be decoded is replaced by the next one, logged and counted, never silently dropped.
-    `condition`: the condition that batches include, see `ShardReader.conditions`.
+    `condition`: the condition that batches include, see `ShardReader.conditions`. `shapes`: several resolutions, of which each image
+    has the one of the nearest aspect ratio, in place of `resolution`.
     """
 
     def __init__(
@@ -122,13 +110,14 @@ class ImageDataset(Dataset):
         random_flip: bool,
         seed: int = 0,
         condition: ConditionKind = "label",
+        shapes: Sequence[tuple[int, int]] = (),
     ) -> None:
         if resize_ratio < 1:
             raise ValueError(
                 f"resize_ratio={resize_ratio}: must be at least 1, so that the resized image is not smaller than the crop"
             )
         self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
-        self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+        self.random_crop, self.random_flip, self.seed, self.shapes = random_crop, random_flip, seed, list(shapes)
         self.kind: ConditionKind = condition
         self.conditions = reader.conditions(condition)
 
@@ -145,7 +134,8 @@ class ImageDataset(Dataset):
     def image(self, i: int, crop: Crop) -> np.ndarray:
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it if it cannot be decoded."""
         image = open_image(self.reader.read(i), lambda: self.reader.name_of(i))
-        return preprocess(image, self.resolution, self.resize_ratio, crop)
+        resolution = nearest_shape((image.height, image.width), self.shapes) if self.shapes else self.resolution
+        return preprocess(image, resolution, self.resize_ratio, crop)
 
     def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
         """(image, its number, whether it replaces another one), cropped to `crop`, by default the request's crop."""
@@ -249,7 +239,7 @@ class ImageDataModule(OrderedDataModule):
             val, self.resolution, self.resize_ratio, random_crop=False, random_flip=False, condition=self.condition
         )
         self.condition_shape = self.train_set.conditions.shape[1:]
-        check_room(train, self.order(), self.storage)
+        check_room(train, self.orders()[0], self.storage)
 
 
 def check_room(reader: ShardReader, order: Order, storage: Storage) -> None:

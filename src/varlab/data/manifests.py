@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from varlab.files import Schema, reason_of
+from varlab.files import Schema, load_json, reason_of
 from varlab.models import scales
 
 MAX_CLASSES = 2**20
@@ -102,6 +102,30 @@ class TokensManifest(Schema):
     class_names: ClassNames
     text: TextEntry | None = None
     splits: dict[str, TokenSplit]
+
+
+class ShapesManifest(Schema):
+    """`manifest.json` of the token caches of several shapes: their folders beside it, HEIGHTxWIDTH in pixels."""
+
+    kind: Literal["shapes"]
+    format: Literal[1]
+    shapes: Annotated[
+        list[Annotated[str, Field(pattern="^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]], Field(min_length=1, max_length=256)
+    ]
+
+
+def is_token_cache(path: str | Path) -> bool:
+    """Whether a folder holds a token cache, or those of several shapes."""
+    file = Path(path) / "manifest.json"
+    return file.is_file() and load_json(file, "varlab tokenize").get("kind") in ("tokens", "shapes")
+
+
+def cache_folders(path: Path) -> list[Path]:
+    """The folders of the token caches at `path`: itself, or one for each shape of its images. Raises ValueError for a manifest that
+    is missing or damaged."""
+    if load_json(path / "manifest.json", "varlab tokenize").get("kind") != "shapes":
+        return [path]
+    return [path / shape for shape in load_json(path / "manifest.json", "varlab tokenize", ShapesManifest)["shapes"]]
 
 
 def open_array(file: Path, shape: tuple[int | None, ...] | None = None, dtype: Any = None) -> np.ndarray:

@@ -156,15 +156,27 @@ class TrainBatches:
 
     Every rank gets the same number of full batches, `accumulate` of them for each optimizer step; samples that do not
     fill a step are left out, different ones in each epoch.
+
+    `orders`: of several sets whose samples do not mix, numbered one set after the other: the samples of a step are of one set, and
+    the steps of all sets are shuffled.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, num_ranks: int = 1, accumulate: int = 1) -> None:
-        self.order, self.batch_size, self.rank, self.num_ranks = order, batch_size, rank, num_ranks
-        self.num_batches = order.num_samples // (batch_size * num_ranks * accumulate) * accumulate
+    def __init__(
+        self,
+        orders: Order | Sequence[Order],
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        self.orders = [orders] if isinstance(orders, Order) else list(orders)
+        self.batch_size, self.rank, self.num_ranks, self.accumulate = batch_size, rank, num_ranks, accumulate
+        self.steps = [order.num_samples // (batch_size * num_ranks * accumulate) for order in self.orders]
+        self.num_batches = sum(self.steps) * accumulate
         if self.num_batches == 0:
             raise ValueError(
-                f"the training set has {order.num_samples} images, fewer than one step of {accumulate} x {batch_size} on each of"
-                f" {num_ranks} ranks"
+                f"the training set has {' + '.join(str(order.num_samples) for order in self.orders)} images, fewer than one step of"
+                f" {accumulate} x {batch_size} on each of {num_ranks} ranks"
             )
         self.next_epoch, self.next_batch = 0, 0
 
@@ -178,27 +190,44 @@ class TrainBatches:
     def __iter__(self) -> Iterator[list[SampleRequest]]:
         epoch, first = self.next_epoch, self.next_batch
         self.next_epoch, self.next_batch = epoch + 1, 0
-        order = self.order.epoch(epoch)
+        orders = [order.epoch(epoch) for order in self.orders]
+        starts = np.cumsum([0, *(order.num_samples for order in self.orders)])
         stride = self.batch_size * self.num_ranks
-        for batch in range(first, self.num_batches):
-            samples = order[batch * stride + self.rank : (batch + 1) * stride : self.num_ranks]
-            yield [SampleRequest(int(sample), epoch, True) for sample in samples]
+        for chosen, batch in self.turns(epoch, first):
+            samples = orders[chosen][batch * stride + self.rank : (batch + 1) * stride : self.num_ranks]
+            yield [SampleRequest(int(sample), epoch, True) for sample in samples + starts[chosen]]
+
+    def turns(self, epoch: int, first: int) -> Iterator[tuple[int, int]]:
+        """(number of a set, number of its batch) for the batches of an epoch from `first` on."""
+        if len(self.orders) == 1:
+            yield from ((0, batch) for batch in range(first, self.num_batches))
+            return
+        steps = np.repeat(np.arange(len(self.steps)), self.steps)
+        batches = np.repeat(np.random.default_rng([self.orders[0].seed, epoch, 0]).permutation(steps), self.accumulate)
+        used = np.bincount(batches[:first], minlength=len(self.steps))
+        for chosen in batches[first:]:
+            yield int(chosen), int(used[chosen])
+            used[chosen] += 1
 
 
 class ValidationBatches:
-    """Every sample exactly once over all ranks, in order; the last batches are padded with samples that do not count."""
+    """Every sample exactly once over all ranks, in order; the last batches are padded with samples that do not count. With several
+    sets, numbered one after the other, each batch is of one set."""
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
-        if num_samples == 0:
+    def __init__(self, num_samples: int | Sequence[int], batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+        self.num_samples = [num_samples] if isinstance(num_samples, int) else list(num_samples)
+        if sum(self.num_samples) == 0:
             raise ValueError("the validation set is empty: pack one, or pack with val_share > 0")
-        self.num_samples, self.batch_size, self.rank, self.num_ranks = num_samples, batch_size, rank, num_ranks
-        self.num_batches = -(-num_samples // (batch_size * num_ranks))
+        self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
+        self.num_batches = sum(-(-num // (batch_size * num_ranks)) for num in self.num_samples)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
-        stride = self.batch_size * self.num_ranks
-        for batch in range(self.num_batches):
-            positions = range(batch * stride + self.rank, (batch + 1) * stride, self.num_ranks)
-            yield [SampleRequest(p, 0, True) if p < self.num_samples else SampleRequest(0, 0, False) for p in positions]
+        stride, start = self.batch_size * self.num_ranks, 0
+        for num in self.num_samples:
+            for first in range(0, num, stride):
+                positions = range(first + self.rank, first + stride, self.num_ranks)
+                yield [SampleRequest(start + p if p < num else start, 0, p < num) for p in positions]
+            start += num

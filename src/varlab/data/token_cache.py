@@ -6,21 +6,27 @@ train.labels.npy              (N,)
 train.condition.npy           (N, ...) if the shards hold a vector per image
 train.text.npy                (N, captions, D) in float16, if captions are encoded, or (N, captions, 1 + tokens, D) with vectors of
                               their tokens; zeros for images without
+
+With `shapes`, there is such a cache in a folder HEIGHTxWIDTH for each, with the images whose aspect ratio is nearest to it, and
+manifest.json beside them names the folders.
 """
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from varlab.checkpoints.load import tokenizer_fingerprint
 from varlab.data.images import Crop, ImageDataset, to_tensor
-from varlab.data.manifests import TokensManifest
+from varlab.data.manifests import TokensManifest, cache_folders
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader, load_manifest
 from varlab.data.shards import fingerprint as shards_fingerprint
@@ -47,7 +53,7 @@ class CaptionVectors:
         """(n, num, D) in float16, or (n, num, 1 + tokens, D); zeros for images without captions."""
         texts = [self.captions[i] or [""] for i in numbers]
         chosen = [own[j % len(own)] for own in texts for j in range(self.num)]
-        vectors = self.encoder(chosen).half().cpu().numpy()
+        vectors = self.encoder(chosen or [""]).half().cpu().numpy()[: len(chosen)]
         return vectors.reshape(len(numbers), self.num, *vectors.shape[1:])
 
 
@@ -80,9 +86,11 @@ def write_cache(
     storage: Storage | None = None,
     text: TextEncoder | None = None,
     max_captions: int = 4,
-) -> dict[str, Any]:
-    """Encodes all splits of a packed set; returns the manifest, its `splits` empty on all ranks but the first. With `text`, the
-    first `max_captions` captions of each image, too; the captions of images with fewer are repeated in turn.
+    shapes: Sequence[tuple[int, int]] = (),
+) -> dict[Path, dict[str, Any]]:
+    """Encodes all splits of a packed set; returns the manifest of the cache in each folder, its `splits` empty on all ranks but the
+    first. With `text`, the first `max_captions` captions of each image, too; the captions of images with fewer are repeated in turn.
+    `shapes`: (height, width) in pixels, see above; the one with the most training images comes first.
 
     Work is done in parts of `part_images`, each written atomically: an interrupted call continues with the missing
     parts, and several processes share the parts. An existing cache of the same tokenizer, data and views is kept.
@@ -91,16 +99,15 @@ def write_cache(
     work = work or WorkSplit()
     shard_manifest = load_manifest(shards, storage)
     views = views_of(crops, flips, seed)
-    manifest: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "kind": "tokens",
         "format": FORMAT,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "patch_nums": tokenizer.patch_nums,
         "codebook_size": tokenizer.quantizer.codebook_size,
         "data": shards_fingerprint(shard_manifest),
         "resize_ratio": resize_ratio,
         "views": views,
         "class_names": shard_manifest["class_names"],
+        **({"shapes": [list(shape) for shape in shapes]} if shapes else {}),
         "splits": {},
     }
     readers = {split: ShardReader(shards, split, storage) for split in shard_manifest["splits"]}
@@ -111,38 +118,72 @@ def write_cache(
             raise ValueError(f"{shards} has no captions: its shards hold no .txt files (see docs/text.md)")
         num_captions = min(max_captions, max(len(texts) for lists in captions.values() for texts in lists))
         vectors = {split: CaptionVectors(text, texts, num_captions) for split, texts in captions.items()}
-        manifest["text"] = {
+        shared["text"] = {
             "encoder": text.name,
             "fingerprint": text.fingerprint,
             "tokens": text.tokens,
             "captions": num_captions,
             "data": json_hash(captions),
         }
-    check_same_cache(path / "manifest.json", manifest)
+    tokenizers = tokenizers_of(path, tokenizer.to(device).eval(), shapes)
+    manifests = {
+        folder: {**shared, "tokenizer": tokenizer_fingerprint(own), "patch_nums": own.patch_nums}
+        for folder, own in tokenizers.items()
+    }
+    for folder, manifest in manifests.items():
+        check_same_cache(folder / "manifest.json", manifest)
+        check_same_cache(folder / "parts/manifest.json", manifest)
     if (path / "manifest.json").is_file():
-        return load_json(path / "manifest.json", "varlab tokenize", TokensManifest)
-    begun = path / "parts/manifest.json"
-    check_same_cache(begun, manifest)
-    save_json(begun, {**manifest, "part_images": part_images})
-    tokenizer = tokenizer.to(device).eval()
-    files: dict[str, list[Path]] = {}
+        found = cache_folders(path)
+        if not set(found) <= set(tokenizers):
+            raise ValueError(
+                f"{path} already holds token caches of {', '.join(folder.name for folder in found)}: choose another folder or remove it"
+            )
+        return {folder: load_json(folder / "manifest.json", "varlab tokenize", TokensManifest) for folder in found}
+    for folder, manifest in manifests.items():
+        save_json(folder / "parts/manifest.json", {**manifest, "part_images": part_images})
+    names: dict[str, list[str]] = {}
     for split, reader in readers.items():
-        images = ImageDataset(reader, tokenizer.image_size, resize_ratio, random_crop=False, random_flip=False)
+        images = ImageDataset(
+            reader, tokenizer.image_size, resize_ratio, random_crop=False, random_flip=False, shapes=shapes
+        )
         starts = range(0, len(images), part_images)
-        files[split] = [path / f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
-        own = list(zip(files[split], starts, strict=True))[work.rank :: work.num_ranks]
-        for file, start in tqdm(own, desc=f"tokenize {split}", unit="part"):
-            if not file.is_file():
+        names[split] = [f"parts/{split}-{part_images}-{number:05d}.npz" for number in range(len(starts))]
+        own = list(zip(names[split], starts, strict=True))[work.rank :: work.num_ranks]
+        for name, start in tqdm(own, desc=f"tokenize {split}", unit="part"):
+            if not all((folder / name).is_file() for folder in tokenizers):
                 samples = range(start, min(start + part_images, len(images)))
-                write_part(file, images, samples, tokenizer, views, batch_size, device, vectors.get(split))
+                write_part(name, images, samples, tokenizers, views, batch_size, vectors.get(split))
     if work.rank:
-        return manifest
-    for split, parts in files.items():
-        wait_for_files(parts)
-        manifest["splits"][split] = join_parts(path, split, parts, tokenizer, len(views))
-    save_json(path / "manifest.json", manifest)
-    shutil.rmtree(path / "parts")
-    return manifest
+        return {folder: {**manifest, "splits": {}} for folder, manifest in manifests.items()}
+    for folder, manifest in manifests.items():
+        manifest["splits"] = {}
+        for split, parts in names.items():
+            files = [folder / name for name in parts]
+            wait_for_files(files)
+            manifest["splits"][split] = join_parts(folder, split, files, tokenizers[folder], len(views))
+    used = [folder for folder in manifests if manifests[folder]["splits"]["train"]["num_images"] or not shapes]
+    used.sort(key=lambda folder: -manifests[folder]["splits"]["train"]["num_images"])
+    for folder in used:
+        save_json(folder / "manifest.json", manifests[folder])
+    if shapes:
+        save_json(path / "manifest.json", {"kind": "shapes", "format": 1, "shapes": [folder.name for folder in used]})
+    for folder in manifests:
+        shutil.rmtree(folder / "parts" if folder in used else folder)
+    return {folder: manifests[folder] for folder in used}
+
+
+def tokenizers_of(path: Path, tokenizer: MSVQVAE, shapes: Sequence[tuple[int, int]]) -> dict[Path, MSVQVAE]:
+    """The tokenizer of the images of each folder. Raises ValueError for a shape that is no multiple of the tokenizer's patches."""
+    found = {}
+    for shape in shapes:
+        if any(side % tokenizer.downsample for side in shape) or min(shape) < tokenizer.downsample:
+            raise ValueError(
+                f"shapes: {list(shape)} pixels: this tokenizer needs multiples of {tokenizer.downsample} as height and width"
+            )
+        h, w = (side // tokenizer.downsample for side in shape)
+        found[path / f"{shape[0]}x{shape[1]}"] = tokenizer.at(scales.fitted(tokenizer.patch_nums, (h, w)))
+    return found or {path: tokenizer}
 
 
 def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
@@ -159,36 +200,46 @@ def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def write_part(
-    file: Path,
+    name: str,
     images: ImageDataset,
     samples: range,
-    tokenizer: MSVQVAE,
+    tokenizers: dict[Path, MSVQVAE],
     views: list[dict[str, Any]],
     batch_size: int,
-    device: str,
     captions: CaptionVectors | None,
 ) -> None:
-    """Encodes a range of samples in all views into one file: tokens (n, views, L), labels (n,), skipped (n,), vectors
+    """Encodes a range of samples in all views into one file in each folder: tokens (n, views, L), labels (n,), skipped (n,), vectors
     (n, ...) if the shards hold them, and those of `captions`."""
-    tokens: list[np.ndarray] = []
-    numbers: list[int] = []
-    skipped: list[bool] = []
+    rows: dict[Path, list[tuple[Tensor, int, bool]]] = {folder: [] for folder in tokenizers}
     for first in range(samples.start, samples.stop, batch_size):
         batch = range(first, min(first + batch_size, samples.stop))
         images.reader.prepare(batch)
-        by_view = [[images.readable(SampleRequest(i, 0, True), crop_of_view(view, i)) for i in batch] for view in views]
-        encoded = [tokenizer.encode(to_tensor([pixels for pixels, _, _ in view]).to(device)) for view in by_view]
-        tokens.append(torch.stack([torch.cat(token_maps, dim=1).cpu() for token_maps in encoded], dim=1).numpy())
-        numbers += [number for _, number, _ in by_view[0]]
-        skipped += [is_replaced for _, _, is_replaced in by_view[0]]
-    arrays = {"tokens": np.concatenate(tokens).astype(smallest_type(tokenizer)), "skipped": np.array(skipped)}
-    arrays["labels"] = images.reader.labels[numbers].astype(np.int64)
-    if "condition" in images.reader.described:
-        arrays["condition"] = images.reader.conditions("vector")[numbers]
-    if captions is not None:
-        arrays["text"] = captions.of(numbers)
-    with atomic_write(file) as partial, open(partial, "wb") as stream:
-        np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+        read = [[images.readable(SampleRequest(i, 0, True), crop_of_view(view, i)) for view in views] for i in batch]
+        for folder, tokenizer in tokenizers.items():
+            own = [views for views in read if views[0][0].shape[:2] == tokenizer.image_size]
+            if own:
+                encoded = [encode(tokenizer, [pixels for pixels, _, _ in view]) for view in zip(*own, strict=True)]
+                tokens = torch.stack(encoded, dim=1)
+                rows[folder] += [(row, *views[0][1:]) for row, views in zip(tokens, own, strict=True)]
+    for folder, tokenizer in tokenizers.items():
+        numbers = [number for _, number, _ in rows[folder]]
+        tokens = np.zeros((len(numbers), len(views), scales.num_tokens(tokenizer.patch_nums)), smallest_type(tokenizer))
+        for i, (row, _, _) in enumerate(rows[folder]):
+            tokens[i] = row.numpy()
+        arrays = {"tokens": tokens, "skipped": np.array([is_replaced for _, _, is_replaced in rows[folder]], bool)}
+        arrays["labels"] = images.reader.labels[numbers].astype(np.int64)
+        if "condition" in images.reader.described:
+            arrays["condition"] = images.reader.conditions("vector")[numbers]
+        if captions is not None:
+            arrays["text"] = captions.of(numbers)
+        with atomic_write(folder / name) as partial, open(partial, "wb") as stream:
+            np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def encode(tokenizer: MSVQVAE, images: list[np.ndarray]) -> Int[Tensor, "B L"]:
+    """Sequences of uint8 images, on the CPU."""
+    device = tokenizer.quantizer.hits.device
+    return torch.cat(tokenizer.encode(to_tensor(images).to(device)), dim=1).cpu()
 
 
 def smallest_type(tokenizer: MSVQVAE) -> np.dtype:

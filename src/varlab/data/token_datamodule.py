@@ -1,5 +1,6 @@
 """Training from a token cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,8 +13,8 @@ from torch.utils.data import Dataset
 
 from varlab.data.datamodule import OrderedDataModule
 from varlab.data.images import as_condition
-from varlab.data.manifests import TokensManifest, open_array, spot_check
-from varlab.data.order import SampleRequest
+from varlab.data.manifests import TokensManifest, cache_folders, open_array, spot_check
+from varlab.data.order import Order, SampleRequest
 from varlab.data.shards import ConditionKind
 from varlab.files import json_hash, load_json
 from varlab.models import scales
@@ -38,11 +39,12 @@ class RowCheck:
 
 class TokenBatch(NamedTuple):
     """Flattened token maps with their conditions: class labels (B), or the vectors of the cache. `weight` is 0 for
-    padding."""
+    padding. `shape`: number of the pyramid, of the data module's `pyramids`."""
 
     sequence: Int[Tensor, "B L"]
     condition: Tensor
     weight: Float[Tensor, " B"]
+    shape: int = 0
 
 
 class TokenDataset(Dataset):
@@ -66,7 +68,9 @@ class TokenDataset(Dataset):
         """The same rows in the memory of a device, in the smallest integer dtype that torch supports and that fits."""
         assert isinstance(self.tokens, np.ndarray) and isinstance(self.conditions, np.ndarray)
         dtype = next(
-            dtype for dtype in (np.uint8, np.int16, np.int32, np.int64) if self.tokens.max() <= np.iinfo(dtype).max
+            dtype
+            for dtype in (np.uint8, np.int16, np.int32, np.int64)
+            if self.tokens.max(initial=0) <= np.iinfo(dtype).max
         )
         tokens = torch.from_numpy(self.tokens.astype(dtype)).to(device)
         return TokenDataset(tokens, as_condition(self.conditions, self.kind).to(device), self.kind)
@@ -90,8 +94,27 @@ class TokenDataset(Dataset):
         return TokenBatch(torch.from_numpy(tokens.astype(np.int64)), as_condition(conditions, self.kind), weight)
 
 
+class TokensOfShapes(Dataset):
+    """Rows of the caches of several shapes, numbered one after the other. The rows of a batch are of one of them."""
+
+    def __init__(self, parts: Sequence[TokenDataset]) -> None:
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitems__(self, requests: list[SampleRequest]) -> TokenBatch:
+        shape = int(np.searchsorted(self.ends, requests[0].sample, side="right"))
+        part = self.parts[shape]
+        start = int(self.ends[shape]) - len(part)
+        own = [request._replace(sample=request.sample - start) for request in requests]
+        return part.__getitems__(own)._replace(shape=shape)
+
+
 class TokenDataModule(OrderedDataModule):
-    """Training from a token cache (`varlab tokenize`).
+    """Training from a token cache, or from those of several shapes (`varlab tokenize`). The images of a batch have one shape;
+    `pyramids` are the patch_nums of each.
 
     `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
     host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token up to 32,768 codes, 1.7 GB for one view of
@@ -121,57 +144,93 @@ class TokenDataModule(OrderedDataModule):
         self.pins = keep != "device"
         self.condition: ConditionKind = condition
 
+    def load_manifests(self) -> None:
+        """Reads the manifest of each cache."""
+        self.caches = {
+            folder: load_json(folder / "manifest.json", "varlab tokenize", TokensManifest)
+            for folder in cache_folders(self.path)
+        }
+        self.pyramids = [manifest["patch_nums"] for manifest in self.caches.values()]
+        self.manifest = next(iter(self.caches.values()))
+        for folder, manifest in self.caches.items():
+            for key in ("data", "class_names", "codebook_size", "views", "text"):
+                if manifest.get(key) != self.manifest.get(key):
+                    raise ValueError(
+                        f"{folder}: its {key} differs from that of {next(iter(self.caches))}: tokenize anew"
+                    )
+            if len(manifest["patch_nums"]) != len(self.pyramids[0]):
+                raise ValueError(f"{folder} has {len(manifest['patch_nums'])} scales, not {len(self.pyramids[0])}")
+
     def declared_size(self) -> tuple[int, int]:
-        manifest = load_json(self.path / "manifest.json", "varlab tokenize", TokensManifest)
-        return manifest["splits"]["train"]["num_images"], len(manifest["class_names"])
+        self.load_manifests()
+        num_images = sum(manifest["splits"]["train"]["num_images"] for manifest in self.caches.values())
+        return num_images, len(self.manifest["class_names"])
 
     def setup(self, stage: str | None = None) -> None:
-        self.manifest = load_json(self.path / "manifest.json", "varlab tokenize", TokensManifest)
-        self.class_names, self.data_fingerprint = self.manifest["class_names"], json_hash(self.manifest)
-        self.train_set, self.val_set = self.read("train"), self.read("val")
-        self.views = self.train_set.tokens.shape[1]
-        self.condition_shape = tuple(self.train_set.conditions.shape[2 if self.condition == "text" else 1 :])
+        self.load_manifests()
+        manifests = list(self.caches.values())
+        self.class_names = self.manifest["class_names"]
+        self.data_fingerprint = json_hash(manifests[0] if len(manifests) == 1 else manifests)
+        self.train_parts, self.val_parts = (
+            [self.read(cache, split) for cache in self.caches] for split in ("train", "val")
+        )
+        self.train_set, self.val_set = (
+            parts[0] if len(parts) == 1 else TokensOfShapes(parts) for parts in (self.train_parts, self.val_parts)
+        )
+        first = self.train_parts[0]
+        self.views = first.tokens.shape[1]
+        self.condition_shape = tuple(first.conditions.shape[2 if self.condition == "text" else 1 :])
         self.text = self.manifest.get("text") if self.condition == "text" else None
-        self.shard_counts, self.num_val = [len(self.train_set)], len(self.val_set)
+        self.shard_counts, self.num_val = [len(part) for part in self.train_parts], sum(self.val_counts())
+
+    def orders(self) -> list[Order]:
+        return [Order([num], self.seed + i, self.lanes, self.window) for i, num in enumerate(self.shard_counts)]
+
+    def val_counts(self) -> list[int]:
+        return [len(part) for part in self.val_parts]
 
     def marginal_entropies(self) -> dict[str, float]:
         """Entropy of the codes of each scale over the validation set, in nats: the loss of a model that predicts only
         the marginal frequency of each code."""
-        tokens, found = self.val_set.tokens, {}  # pyright: ignore[reportAttributeAccessIssue]
-        tokens = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
-        for k, (first, last) in enumerate(scales.scale_bounds(self.manifest["patch_nums"])):
-            _, counts = np.unique(tokens[:, 0, first:last], return_counts=True)
+        found, bounds = {}, [scales.scale_bounds(pyramid) for pyramid in self.pyramids]
+        for k in range(len(bounds[0])):
+            maps = []
+            for part, own in zip(self.val_parts, bounds, strict=True):
+                tokens = part.tokens[:, 0, slice(*own[k])]
+                maps.append((tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens).ravel())
+            _, counts = np.unique(np.concatenate(maps), return_counts=True)
             shares = counts / counts.sum()
             found[f"entropy_marginal_scale_{k:02d}"] = float(-(shares * np.log(shares)).sum())
         return found
 
-    def read(self, split: str) -> TokenDataset:
-        """One split of the cache."""
-        if split not in self.manifest["splits"]:
-            raise ValueError(f"{self.path} has no split {split!r}, only {sorted(self.manifest['splits'])}")
-        num_images, kind = (self.manifest["splits"][split][key] for key in ("num_images", "dtype"))
-        shape = (num_images, len(self.manifest["views"]), scales.num_tokens(self.manifest["patch_nums"]))
-        tokens = open_array(self.path / f"{split}.tokens.npy", shape, kind)
-        if self.condition == "vector" and not (self.path / f"{split}.condition.npy").is_file():
-            raise ValueError(f"data.condition=vector: {self.path} has labels only, no vector per image")
-        if self.condition == "text" and self.manifest.get("text") is None:
+    def read(self, path: Path, split: str) -> TokenDataset:
+        """One split of a cache."""
+        manifest = self.caches[path]
+        if split not in manifest["splits"]:
+            raise ValueError(f"{path} has no split {split!r}, only {sorted(manifest['splits'])}")
+        num_images, kind = (manifest["splits"][split][key] for key in ("num_images", "dtype"))
+        shape = (num_images, len(manifest["views"]), scales.num_tokens(manifest["patch_nums"]))
+        tokens = open_array(path / f"{split}.tokens.npy", shape, kind)
+        if self.condition == "vector" and not (path / f"{split}.condition.npy").is_file():
+            raise ValueError(f"data.condition=vector: {path} has labels only, no vector per image")
+        if self.condition == "text" and manifest.get("text") is None:
             raise ValueError(
-                f"data.condition=text: {self.path} holds no vectors of captions: make it with `varlab tokenize text=minilm`"
+                f"data.condition=text: {path} holds no vectors of captions: make it with `varlab tokenize text=minilm`"
             )
         if self.condition == "label":
-            conditions = open_array(self.path / f"{split}.labels.npy", (num_images,))
+            conditions = open_array(path / f"{split}.labels.npy", (num_images,))
         elif self.condition == "text":
-            text = self.manifest["text"]
+            text = manifest["text"]
             rows = [1 + text["tokens"]] if text["tokens"] else []
             shape = (num_images, text["captions"], *rows, None)
-            conditions = open_array(self.path / f"{split}.text.npy", shape, np.float16)
+            conditions = open_array(path / f"{split}.text.npy", shape, np.float16)
             conditions = conditions if split == "train" else conditions[:, :1]
         else:
-            conditions = open_array(self.path / f"{split}.condition.npy")
+            conditions = open_array(path / f"{split}.condition.npy")
         if len(conditions) != num_images:
-            raise ValueError(f"{self.path}: {split} has {len(conditions)} vectors for {num_images} images")
-        num_classes = len(self.class_names) if self.condition == "label" else None
-        check = RowCheck(str(self.path / split), self.manifest["codebook_size"], num_classes)
+            raise ValueError(f"{path}: {split} has {len(conditions)} vectors for {num_images} images")
+        num_classes = len(manifest["class_names"]) if self.condition == "label" else None
+        check = RowCheck(str(path / split), manifest["codebook_size"], num_classes)
         chosen = spot_check(tokens.nbytes // 64)
         check(tokens[chosen], conditions[chosen])
         if self.keep != "disk":

@@ -14,13 +14,14 @@ from torch import Tensor
 from varlab import __version__, image_grid
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.data.images import CenterCrops, as_condition
+from varlab.data.manifests import TokensManifest, cache_folders, is_token_cache
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
 from varlab.data.storage import Storage
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.evaluation.image_sets import ImageSet
 from varlab.evaluation.membership import attack, code_likelihood, copied, nearest, signals
-from varlab.files import atomic_write, save_json
+from varlab.files import atomic_write, load_json, save_json
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 
@@ -51,7 +52,14 @@ def audit(
     """
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = var.embedder.kind
-    is_cache = (Path(data) / "val.tokens.npy").is_file()
+    is_cache = is_token_cache(data)
+    folders = cache_folders(Path(data)) if is_cache else []
+    if len(folders) > 1:
+        raise ValueError(f"{data} holds caches of several shapes: audit them one by one, first shards={folders[0]}")
+    if is_cache:
+        data = str(folders[0])
+        pyramid = load_json(folders[0] / "manifest.json", "varlab tokenize", TokensManifest)["patch_nums"]
+        tokenizer, var = tokenizer.at(pyramid), var.at(pyramid)
     if is_cache and samples is not None:
         raise ValueError(
             f"samples are compared with training images, and {data} holds tokens only: give shards=PACKED_SET"
@@ -112,7 +120,7 @@ def cached_tokens(data: str, split: str, num_images: int, var: VAR, tokenizer: M
     if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{data} was made by another tokenizer than the checkpoint's")
     var.embedder.check_text(module.text, data)
-    rows = module.read(split)
+    rows = module.read(Path(data), split)
     chosen = np.linspace(0, len(rows) - 1, min(num_images, len(rows))).round().astype(int)
     batch = rows.__getitems__([SampleRequest(int(i), 0, True) for i in chosen])
     return batch.sequence, batch.condition

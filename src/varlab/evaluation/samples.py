@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from varlab import __version__
-from varlab.data.images import CenterCrops, resolution_of
+from varlab.data.images import CenterCrops
+from varlab.data.resolutions import resolution_of
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.distributed import WorkSplit

@@ -9,7 +9,8 @@ from torch import nn
 
 from varlab import __version__, image_grid
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
-from varlab.data.images import CenterCrops, resolution_of
+from varlab.data.images import CenterCrops
+from varlab.data.resolutions import resolution_of
 from varlab.data.shards import ShardReader, fingerprint
 from varlab.data.storage import Storage
 from varlab.evaluation.image_sets import score_name

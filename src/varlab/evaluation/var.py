@@ -10,6 +10,7 @@ from torch import Tensor
 from varlab import __version__
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.data.images import CenterCrops, as_condition
+from varlab.data.manifests import cache_folders, is_token_cache
 from varlab.data.shards import ShardReader
 from varlab.data.storage import Storage
 from varlab.data.token_datamodule import TokenDataModule
@@ -40,13 +41,27 @@ def evaluate_likelihood(
     retrieval: int | None = None,
 ) -> dict[str, Any]:
     """Writes likelihood.json and likelihood.png into `out`: loss, error, calibration per scale. `data`: a packed set,
-    or a token cache, of which the validation split is used. `retrieval`: see `retrieval_scores`. Returns the scores."""
+    or a token cache, of which the validation split is used. Those of several shapes are scored one by one, each in a folder of its
+    name, and the scores are the means over all images. `retrieval`: see `retrieval_scores`. Returns the scores."""
+    is_cache = is_token_cache(data)
+    if is_cache and len(folders := cache_folders(Path(data))) > 1:
+        shared = {"checkpoint": checkpoint, "batch_size": batch_size, "device": device, "retrieval": retrieval}
+        by_shape = {
+            folder.name: evaluate_likelihood(tokenizer, var, str(folder), out / folder.name, **shared)
+            for folder in folders
+        }
+        result = mean_over_images(by_shape)
+        save_json(out / "likelihood.json", {**result, "by_shape": by_shape})
+        return result
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = var.embedder.kind
 
-    def from_tokens() -> Batches:
-        module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
+    module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
+    if is_cache:
         module.setup()
+        tokenizer, var = tokenizer.at(module.pyramids[0]), var.at(module.pyramids[0])
+
+    def from_tokens() -> Batches:
         if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
             raise ValueError(
                 f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by the tokenizer of {checkpoint}"
@@ -63,7 +78,6 @@ def evaluate_likelihood(
         for images, condition in zip(crops, conditions.split(batch_size), strict=True):
             yield torch.cat(tokenizer.encode(images), dim=1), condition
 
-    is_cache = (Path(data) / "val.tokens.npy").is_file()
     read = from_tokens if is_cache else from_images
     result = likelihood_scores(var, tokenizer.quantizer, read())
     if retrieval is not None:
@@ -73,4 +87,16 @@ def evaluate_likelihood(
     shown = {name: result["by_scale"][name] for name in ("loss", "unconditional_loss", "error", "calibration_error")}
     labels = [f"{h}x{w}" for h, w in scales.sides(var.patch_nums)]
     curve_by_scale(shown, labels, out / "likelihood.png")
+    return result
+
+
+def mean_over_images(by_shape: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The means of the scores of several shapes over all of their images; of those of retrieval, over the images compared."""
+    result: dict[str, Any] = {}
+    for name in ("loss", "error", "unconditional_loss", "class_gap", "bits_per_token", "bits_per_image", "retrieval"):
+        count = "retrieval_images" if name == "retrieval" else "num_images"
+        found = [scores for scores in by_shape.values() if scores.get(name) is not None]
+        total = sum(scores[count] for scores in found)
+        if total:
+            result |= {name: sum(scores[name] * scores[count] for scores in found) / total, count: total}
     return result

@@ -1,5 +1,6 @@
 """The tokenizer: encoder, multi-scale residual quantizer, decoder (VAR, section 3.2 and appendix)."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from varlab.models import scales
 from varlab.models.autocast import autocast_of
 from varlab.models.autoencoder import Decoder, Encoder
 from varlab.models.custom_classes import RecordedModule
@@ -57,6 +59,14 @@ class MSVQVAE(RecordedModule):
 
     def resolved(self) -> dict[str, Any]:
         return {"quantizer": self.quantizer}
+
+    def at(self, patch_nums: scales.PatchNums) -> "MSVQVAE":
+        """The tokenizer of another pyramid with as many scales, and so of images of another size; it shares its weights with this
+        one."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "quantizer": self.quantizer.at(patch_nums)}
+        other.patch_nums = other.quantizer.patch_nums
+        return other
 
     @property
     def image_size(self) -> tuple[int, int]:

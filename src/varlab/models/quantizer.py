@@ -4,6 +4,7 @@ The residual loop is implemented once, in `residual_loop`; encoding, decoding, t
 sampling all use it.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -136,6 +137,15 @@ class ResidualQuantizer(RecordedModule):
     def head_arguments(self) -> dict[str, Any]:
         """Further arguments of a VAR that predicts these codes."""
         return {"bases": self.bases} if len(self.bases) > 1 else {}
+
+    def at(self, patch_nums: scales.PatchNums) -> "ResidualQuantizer":
+        """The quantizer of another pyramid with as many scales; it shares its weights with this one."""
+        if len(patch_nums) != self.num_scales:
+            raise ValueError(f"patch_nums={list(patch_nums)}: give as many scales as {self.patch_nums}")
+        other = copy.copy(self)
+        other.patch_nums, other.sides = scales.plain(patch_nums), scales.sides(patch_nums)
+        other.arguments = {**self.arguments, "patch_nums": other.patch_nums}
+        return other
 
     def init_weights(self) -> None:
         """Called once by the tokenizer, which initializes the convolutions."""

@@ -32,6 +32,18 @@ def sides(patch_nums: PatchNums) -> list[tuple[int, int]]:
     return pairs
 
 
+def fitted(patch_nums: PatchNums, size: tuple[int, int]) -> list[int | list[int]]:
+    """The pyramid with a finest map of `size` (h, w), whose other scales have the same shares of it; the coarsest one stays."""
+    pairs = sides(patch_nums)
+    (least_h, least_w), (height, width) = pairs[0], pairs[-1]
+    inner = [
+        (max(least_h, round(h * size[0] / height)), max(least_w, round(w * size[1] / width))) for h, w in pairs[1:-1]
+    ]
+    fitting = [*pairs[: len(pairs) > 1], *inner, size]
+    sides(fitting)
+    return [h if h == w else [h, w] for h, w in fitting]
+
+
 def lengths(patch_nums: PatchNums) -> list[int]:
     """Tokens of each scale, l_k = h_k * w_k."""
     return [h * w for h, w in sides(patch_nums)]

@@ -5,11 +5,12 @@ The network does not depend on the tokenizer: it maps embeddings (sums of coarse
 `ResidualQuantizer.teacher_forcing_inputs`) and a condition, such as a class label, to logits.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder, ConditionEmbedder
 from varlab.models.custom_classes import RecordedModule
+from varlab.models.positions import CoordinatePositions
 from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, BlockCache, Modulation, Split, modulate
 
 MIN_SPLIT_TOKENS = 64  # scales with at least this many tokens get their own attention call
@@ -97,6 +99,10 @@ class VAR(RecordedModule):
     `order="raster"` is the paper's baseline: the same blocks predict the same sequence token by token, scale by scale
     and row by row within a scale, attending to all previous tokens. `step_bounds` are then single tokens.
 
+    `position`: a `learned` embedding of each token, as released, or one of its `coordinates` (models/positions.py), which are
+    defined for maps of any shape, see `at`. `pyramids`: the patch_nums of all shapes that the network is trained on, where there are
+    several.
+
     `attention`: how the block-causal mask is applied in training: `masked` in one call, `split` (see `Split`), or
     `flex`, by FlexAttention (trains on GPUs only); the results are the same.
 
@@ -104,10 +110,14 @@ class VAR(RecordedModule):
     released code drops labels in validation too).
     """
 
-    changeable: ClassVar = frozenset({"drop_path", "label_dropout", "init_head", "init_adaln", "init_adaln_gamma"})
+    changeable: ClassVar = frozenset(
+        {"drop_path", "label_dropout", "pyramids", "init_head", "init_adaln", "init_adaln_gamma"}
+    )
     scale_of_token: Tensor
     beyond: Tensor  # which codes the scale of a token does not have, L V
     mask: Tensor
+    waves: Tensor  # features of the coordinates, L F
+    position: nn.Parameter | CoordinatePositions
     embedder: ConditionEmbedder
     order: scales.Order
     attention: AttentionKind = "split"
@@ -128,6 +138,8 @@ class VAR(RecordedModule):
         shared_adaln: bool | None = None,
         qk_norm: bool = True,
         order: scales.Order = "scales",
+        position: Literal["learned", "coordinates"] = "learned",
+        pyramids: Sequence[scales.PatchNums] | None = None,
         bases: Sequence[int] | None = None,
         codes_by_scale: Sequence[int] | None = None,
         embedder: Callable[..., nn.Module] = ClassEmbedder,
@@ -163,12 +175,11 @@ class VAR(RecordedModule):
                 f"codes_by_scale={self.codes_by_scale}: give one number for each of {len(patch_nums)} scales, the largest"
                 f" {codebook_size}, and no bases"
             )
-        self.patch_nums = scales.plain(patch_nums)
         self.order = order
-        self.step_bounds = scales.step_bounds(patch_nums, order)
+        self.pyramids = None if pyramids is None else [scales.plain(pyramid) for pyramid in pyramids]
+        num_start, *_ = (last for _, last in scales.step_bounds(patch_nums, order))
         self.sizes: dict[str, Any] = {
             "depth": depth,
-            "patch_nums": self.patch_nums,
             "codebook_size": codebook_size,
             "codebook_dim": codebook_dim,
             "num_classes": num_classes,
@@ -180,11 +191,10 @@ class VAR(RecordedModule):
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
             "order": order,
+            "position": position,
             "bases": self.bases,
             "codes_by_scale": self.codes_by_scale,
         }
-        num_tokens, num_start = self.step_bounds[-1][1], self.step_bounds[0][1]
-
         self.embedder = embedder(num_classes=num_classes, width=width, dropout=label_dropout)  # pyright: ignore[reportAttributeAccessIssue]
         self.num_prefix = self.embedder.num_prefix
         if not isinstance(self.embedder, ClassEmbedder):  # what counts of parameters and FLOPs need to know
@@ -192,7 +202,12 @@ class VAR(RecordedModule):
             self.sizes |= {"embedder_params": embedder_params, "num_prefix": self.num_prefix}
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
         self.word_embed = nn.Linear(codebook_dim, width)
-        self.position = nn.Parameter(torch.empty(1, num_tokens, width))
+        num_tokens = scales.num_tokens(patch_nums)
+        self.position = (
+            nn.Parameter(torch.empty(1, num_tokens, width))
+            if position == "learned"
+            else CoordinatePositions(patch_nums, width)
+        )
         self.scale_embedding = nn.Embedding(len(patch_nums), width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -203,12 +218,44 @@ class VAR(RecordedModule):
         self.head_modulation = Modulation(width, 2)
         self.head = nn.Linear(width, sum(self.bases))
 
-        self.register_buffer("scale_of_token", torch.tensor(scales.scale_of_token(patch_nums)), persistent=False)
-        self.register_buffer("mask", block_causal_mask(patch_nums, order, self.num_prefix), persistent=False)
-        if self.codes_by_scale is not None:
-            sizes = torch.tensor(self.codes_by_scale)[self.scale_of_token]
-            self.register_buffer("beyond", torch.arange(codebook_size) >= sizes[:, None], persistent=False)
+        self.fit(patch_nums)
         self.init_weights(init_head, init_adaln, self.init_adaln_gamma)
+
+    def fit(self, patch_nums: scales.PatchNums) -> None:
+        """Sets the pyramid and what follows from it alone."""
+        self.patch_nums = scales.plain(patch_nums)
+        self.step_bounds = scales.step_bounds(patch_nums, self.order)
+        self.sizes = {**self.sizes, "patch_nums": self.patch_nums}
+        found = {"scale_of_token": torch.tensor(scales.scale_of_token(patch_nums))}
+        found["mask"] = block_causal_mask(patch_nums, self.order, self.num_prefix)
+        if self.codes_by_scale is not None:
+            sizes = torch.tensor(self.codes_by_scale)[found["scale_of_token"]]
+            found["beyond"] = torch.arange(self.codebook_size) >= sizes[:, None]
+        if isinstance(self.position, CoordinatePositions):
+            found["waves"] = self.position.features(patch_nums)
+        for name, value in found.items():
+            self.register_buffer(name, value.to(self.head.weight.device), persistent=False)
+
+    def at(self, patch_nums: scales.PatchNums) -> "VAR":
+        """The network of another pyramid with as many scales; it shares its weights with this one. Raises ValueError if positions
+        are learned, so that they have no meaning on other maps."""
+        if scales.plain(patch_nums) == self.patch_nums:
+            return self
+        if not isinstance(self.position, CoordinatePositions):
+            raise ValueError(
+                f"this network knows the positions of patch_nums {self.patch_nums} only, not of {scales.plain(patch_nums)}: train one"
+                " with model.position=coordinates"
+            )
+        num_start = self.start_position.shape[1]
+        if len(patch_nums) != len(self.patch_nums) or scales.step_bounds(patch_nums, self.order)[0][1] != num_start:
+            raise ValueError(
+                f"patch_nums={list(patch_nums)}: give as many scales as {self.patch_nums}, and the same coarsest one"
+            )
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.arguments = {**self.arguments, "patch_nums": scales.plain(patch_nums)}
+        other.fit(patch_nums)
+        return other
 
     def resolved(self) -> dict[str, Any]:
         names = ("width", "num_heads", "drop_path", "shared_adaln", "init_adaln_gamma")
@@ -247,7 +294,8 @@ class VAR(RecordedModule):
                 nn.init.zeros_(module.v_bias)
                 if module.log_scale is not None:
                     nn.init.constant_(module.log_scale, math.log(4))
-        nn.init.normal_(self.position, std=std)
+        if isinstance(self.position, nn.Parameter):
+            nn.init.normal_(self.position, std=std)
         nn.init.normal_(self.start_position, std=std)
         self.head.weight.mul_(init_head)
         self.head_modulation.linear.weight.mul_(init_adaln)
@@ -271,7 +319,11 @@ class VAR(RecordedModule):
         parts = [vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
             parts.append(self.word_embed(inputs))
-        place = self.scale_embedding(self.scale_of_token[first:last]) + self.position[:, first:last]
+        if isinstance(self.position, CoordinatePositions):
+            position = self.position(self.waves[first:last].to(self.scale_embedding.weight.dtype))
+        else:
+            position = self.position[:, first:last]
+        place = self.scale_embedding(self.scale_of_token[first:last]) + position
         return torch.cat([part.float() for part in parts], dim=1) + place
 
     def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l S"]:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from varlab import image_grid
 from varlab.checkpoints.export_folder import fingerprint, tokenizer_fingerprint
+from varlab.data.resolutions import resolution_of
 from varlab.data.shards import ShardReader
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.files import load_json, save_json
@@ -155,6 +156,7 @@ def write_samples(
         image_grid.save_npz(files, out / "samples.npz")
     classes = {"classes": sorted(set(named)), "class_names": list(class_names)} if is_labels else {}
     place = "samples.npz" if npz else "images"
+    protocol |= {"resolution": resolution_of(tokenizer.image_size)}
     save_json(record, {**protocol, "num": num, "images": place, **classes, "labels": named})
     if npz:
         remove_arrays(out)

@@ -139,22 +139,23 @@ def class_rows(
 def resized(
     state: dict[str, Tensor], old: scales.PatchNums, new: scales.PatchNums, start_shape: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Positions, start position and scale embeddings for another pyramid, each scale from the old one of the nearest
-    area."""
+    """Positions (those of coordinates stay), start position and scale embeddings for another pyramid, each scale from the old one
+    of the nearest area."""
     old_sides, bounds = scales.sides(old), scales.scale_bounds(old)
-    position, rows, maps = state["position"], [], []
+    position, rows, maps = state.get("position"), [], []
     for h, w in scales.sides(new):
         nearest = min(
             range(len(old_sides)), key=lambda k: abs((old_sides[k][0] * old_sides[k][1]) ** 0.5 - (h * w) ** 0.5)
         )
         first, last = bounds[nearest]
-        maps.append(resize_map(position[:, first:last], old_sides[nearest], (h, w)))
+        if position is not None:
+            maps.append(resize_map(position[:, first:last], old_sides[nearest], (h, w)))
         rows.append(nearest)
     start = state["start_position"]
     if start.shape != start_shape:
         start = resize_map(start, old_sides[0], scales.sides(new)[0])
     return {
-        "position": torch.cat(maps, dim=1),
+        **({"position": torch.cat(maps, dim=1)} if maps else {}),
         "start_position": start,
         "scale_embedding.weight": state["scale_embedding.weight"][rows],
     }

@@ -9,7 +9,8 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from varlab.checkpoints.load import check_same_arguments, check_same_networks, load_tokenizer, networks_entry
-from varlab.data.images import ImageBatch, height_and_width
+from varlab.data.images import ImageBatch
+from varlab.data.resolutions import height_and_width
 from varlab.models import losses
 from varlab.models.custom_classes import describe
 from varlab.models.msvqvae import MSVQVAE

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-UNDECAYED = ("position", "start_position", "scale_embedding.weight", "modulation_offset")
+UNDECAYED = ("position", "position.linear.weight", "start_position", "scale_embedding.weight", "modulation_offset")
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:

@@ -55,7 +55,8 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
         "width": net.width,
         "order": net.order,
         **parameter_counts(net.sizes),
-        **facts_per_image(module, len(net.patch_nums)),
+        **facts_per_image(module, net.patch_nums),
+        "pyramids": net.pyramids,
         "flops_tokenizer_per_image": 0 if is_tokens else tokenizer_flops(module.tokenizer)["encode"],
         "tokenizer_id": module.tokenizer_fingerprint,
         "codes": net.codebook_size,
@@ -67,9 +68,9 @@ def facts_of(module: VARModule | MSVQVAEModule) -> dict[str, Any]:
     }
 
 
-def facts_per_image(module: VARModule, num_scales: int) -> dict[str, int]:
-    """Tokens and FLOPs per image if `num_scales` scales are trained."""
-    sizes = {**module.net.sizes, "patch_nums": module.net.patch_nums[:num_scales]}
+def facts_per_image(module: VARModule, patch_nums: scales.PatchNums) -> dict[str, int]:
+    """Tokens and FLOPs per image if these scales are trained."""
+    sizes = {**module.net.sizes, "patch_nums": patch_nums}
     cost = 1 if module.objective is None else module.objective.cost
     return {
         "tokens_per_image": scales.num_tokens(sizes["patch_nums"]),
@@ -174,8 +175,8 @@ class RunRecord(Callback):
     ) -> None:
         images, now = len(batch.condition) * trainer.world_size, time.perf_counter()
         facts = self.facts
-        if isinstance(pl_module, VARModule) and pl_module.progressive is not None:
-            facts = {**facts, **facts_per_image(pl_module, pl_module.trained_scales)}
+        if isinstance(pl_module, VARModule) and pl_module.trained_patch_nums != pl_module.net.patch_nums:
+            facts = {**facts, **facts_per_image(pl_module, pl_module.trained_patch_nums)}
         self.counters["images_seen"] += images
         self.counters["tokens_seen"] += images * facts["tokens_per_image"]
         for key in ("flops_exact", "flops_6nd", "flops_tokenizer"):

@@ -12,12 +12,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.checkpoints.load import check_same_networks, load_tokenizer, networks_entry
 from varlab.cost.flops import parameter_counts
-from varlab.data.images import ImageBatch, height_and_width
+from varlab.data.images import ImageBatch
+from varlab.data.resolutions import height_and_width
 from varlab.data.token_datamodule import TokenBatch, TokenDataModule
 from varlab.models import losses, scales
 from varlab.models.conditioning import embedder_arguments
 from varlab.models.custom_classes import describe
 from varlab.models.digits import over_digits
+from varlab.models.quantizer import ResidualQuantizer
 from varlab.models.transformer import AdaLNBlock, AttentionKind, Recompute
 from varlab.models.var import VAR, HiddenStates
 from varlab.training.image_mean import ImageMean
@@ -97,7 +99,7 @@ class VARModule(ScheduledModule):
             base_lr,
             (weight_decay, weight_decay if weight_decay_end is None else weight_decay_end),
             gradient_clip_val,
-            num_scores=2 * len(tokenizer_net.patch_nums) + 1,
+            num_scores=2 * len(tokenizer_net.patch_nums) + 3,
         )
         self.make_net = net
         self.loss = loss or losses.TokenCrossEntropy()
@@ -120,7 +122,8 @@ class VARModule(ScheduledModule):
         self.objective = objective
         self.adapter = adapter
         self.trust_code = trust_code
-        self.trained_scales = len(self.tokenizer.patch_nums)
+        self.trained_patch_nums = self.tokenizer.patch_nums
+        self.of_shapes: dict[int, tuple[VAR, ResidualQuantizer]] = {}
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):
@@ -136,6 +139,7 @@ class VARModule(ScheduledModule):
                 num_classes=self.data.num_classes,
                 **quantizer.head_arguments(),
                 **embedder_arguments(self.make_net, self.data.condition_shape, self.data.text),
+                **({"pyramids": self.pyramids} if len(self.pyramids) > 1 else {}),
             )
         self.check_net()
         self.initialize()
@@ -186,6 +190,12 @@ class VARModule(ScheduledModule):
             raise ValueError(
                 "module.objective and module.adapter do not support trainer=fsdp and hsdp: use trainer=ddp"
             )
+        if len(self.pyramids) > 1:
+            self.net.at(self.pyramids[1])  # raises if it cannot
+            if self.objective is not None or self.device_mesh is not None:
+                raise ValueError(
+                    f"{self.data.path} holds images of several shapes, which module.objective, trainer=fsdp and hsdp do not support"
+                )
         if self.progressive is not None and self.net.order == "raster":
             raise ValueError("module.progressive trains scale by scale: a network with order=raster has no such steps")
 
@@ -217,16 +227,20 @@ class VARModule(ScheduledModule):
     def setup(self, stage: str) -> None:
         data = self.data
         if isinstance(data, TokenDataModule):
-            if data.manifest["patch_nums"] != self.tokenizer.patch_nums:
+            if len(data.pyramids[0]) != len(self.tokenizer.patch_nums):
                 raise ValueError(
-                    f"{data.path} holds tokens of patch_nums {data.manifest['patch_nums']},"
+                    f"{data.path} holds tokens of patch_nums {data.pyramids[0]},"
                     f" but the tokenizer has {self.tokenizer.patch_nums}"
                 )
-            if data.manifest["tokenizer"] != self.tokenizer_fingerprint:
-                raise ValueError(
-                    f"{data.path} was made by tokenizer {data.manifest['tokenizer']}, but this one is {self.tokenizer_fingerprint}:"
-                    " run `varlab tokenize` with it into another folder"
-                )
+            self.tokenizer = self.tokenizer.at(data.pyramids[0])
+            self.tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
+            for folder, manifest in data.caches.items():
+                own = tokenizer_fingerprint(self.tokenizer.at(manifest["patch_nums"]))
+                if manifest["tokenizer"] != own:
+                    raise ValueError(
+                        f"{folder} was made by tokenizer {manifest['tokenizer']}, but this one is {own}:"
+                        " run `varlab tokenize` with it into another folder"
+                    )
             if self.self_correction:
                 raise ValueError(
                     f"module.self_correction={self.self_correction} encodes images anew in each step, but {data.path} holds"
@@ -236,6 +250,21 @@ class VARModule(ScheduledModule):
             raise ValueError(
                 f"data.resolution={data.resolution}, but the tokenizer encodes images of {self.tokenizer.image_size} pixels"
             )
+
+    @property
+    def pyramids(self) -> list[scales.PatchNums]:
+        """patch_nums of all shapes of the images."""
+        return self.data.pyramids if isinstance(self.data, TokenDataModule) else [self.tokenizer.patch_nums]
+
+    def of_shape(self, batch: ImageBatch | TokenBatch) -> tuple[VAR, ResidualQuantizer]:
+        """Network and quantizer for the pyramid of the batch, which share their weights with those of the module."""
+        number = batch.shape if isinstance(batch, TokenBatch) else 0
+        if number == 0:
+            return self.net, self.tokenizer.quantizer
+        if number not in self.of_shapes:
+            pyramid = self.pyramids[number]
+            self.of_shapes[number] = self.net.at(pyramid), self.tokenizer.quantizer.at(pyramid)
+        return self.of_shapes[number]
 
     @property
     def depth_ratio(self) -> float:
@@ -254,7 +283,8 @@ class VARModule(ScheduledModule):
         """The batch's sequence (B L), and the token maps that the network sees: those of the sequence, unless there is
         `self_correction`."""
         if isinstance(batch, TokenBatch):
-            return batch.sequence, list(batch.sequence.split(scales.lengths(self.tokenizer.patch_nums), dim=1))
+            _, quantizer = self.of_shape(batch)
+            return batch.sequence, list(batch.sequence.split(scales.lengths(quantizer.patch_nums), dim=1))
         images = batch.images.float()
         rates = self_correction * torch.rand(len(images), device=images.device) if self_correction else None
         with torch.autocast(self.device.type, enabled=False):
@@ -262,29 +292,27 @@ class VARModule(ScheduledModule):
             token_maps, seen = self.tokenizer.quantizer.encode_with_errors(features, rates)
         return torch.cat(token_maps, dim=1), seen
 
-    @torch.no_grad()
-    def inputs(self, token_maps: list[Tensor]) -> Tensor:
-        """The network's teacher-forcing inputs."""
-        return self.tokenizer.quantizer.teacher_forcing_inputs(token_maps, self.net.order)
-
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
+        net, quantizer = self.of_shape(batch)
         sequence, token_maps = self.tokens(batch, self.self_correction)
         if self.objective is not None:
-            loss, logits, values = self.objective(self.net, self.inputs(token_maps), sequence, batch.condition)
+            loss, logits, values = self.objective(
+                net, quantizer.teacher_forcing_inputs(token_maps, net.order), sequence, batch.condition
+            )
             if self.is_logged:
-                found = losses.token_scores(logits.detach(), sequence, self.net.patch_nums, self.net.bases)
+                found = losses.token_scores(logits.detach(), sequence, net.patch_nums, net.bases)
                 means = found.loss.mean(dim=0), found.error.mean(dim=0)
-                self.log_scores("train", *means, {"train/objective": loss, **values})
+                self.log_scores("train", *means, net.patch_nums, {"train/objective": loss, **values})
                 self.log("lr", self.lr)
             return loss
         num_scales, newest_weight = self.active_scales()
-        self.trained_scales = num_scales
-        num_active = scales.scale_bounds(self.net.patch_nums)[num_scales - 1][1]
-        target, is_logged, bases = sequence[:, :num_active], self.is_logged, self.net.bases
+        self.trained_patch_nums = net.patch_nums[:num_scales]
+        num_active = scales.scale_bounds(net.patch_nums)[num_scales - 1][1]
+        target, is_logged, bases = sequence[:, :num_active], self.is_logged, net.bases
 
         def loss_fn(logits: Tensor, token_slice: slice) -> Tensor:
             """Training loss and, on logged steps, cross entropy and error (B l n)."""
-            tokens, logits = target[:, token_slice], self.net.within_scales(logits, token_slice.start)
+            tokens, logits = target[:, token_slice], net.within_scales(logits, token_slice.start)
             loss = over_digits(self.loss, logits, tokens, bases)
             if not is_logged:
                 return loss[..., None]
@@ -293,19 +321,21 @@ class VARModule(ScheduledModule):
                 scores = entropy, losses.token_errors(logits, tokens, bases)
             return torch.stack([loss, *scores], dim=-1)
 
-        hidden = self.net(self.inputs(token_maps[:num_scales]), batch.condition, returns_hidden=True)
+        inputs = quantizer.teacher_forcing_inputs(token_maps[:num_scales], net.order)
+        hidden = net(inputs, batch.condition, returns_hidden=True)
         assert isinstance(hidden, HiddenStates)
-        head = partial(self.net.predict, vector=hidden.vector)
+        head = partial(net.predict, vector=hidden.vector)
         by_token, *scores = losses.in_chunks(head, hidden.x, loss_fn, self.loss_chunks).unbind(dim=-1)
         if newest_weight != 1:
-            newest = scales.lengths(self.net.patch_nums)[num_scales - 1]
+            newest = scales.lengths(net.patch_nums)[num_scales - 1]
             by_token = torch.cat([by_token[:, :-newest], newest_weight * by_token[:, -newest:]], dim=1)
         loss = by_token.sum(dim=1).mean() / sequence.shape[1]  # weight 1/L per token, no matter how many are active
         if is_logged:
             loss_by_scale, error_by_scale = (
-                losses.by_scale(score, self.net.patch_nums[:num_scales]).mean(dim=0) for score in scores
+                losses.by_scale(score, self.trained_patch_nums).mean(dim=0) for score in scores
             )
-            self.log_scores("train", loss_by_scale, error_by_scale, {"train/objective": loss})
+            others = {"train/objective": loss}
+            self.log_scores("train", loss_by_scale, error_by_scale, self.trained_patch_nums, others)
             self.log("lr", self.lr)
             if self.progressive is not None:
                 self.log("train/num_scales", float(num_scales))
@@ -319,31 +349,43 @@ class VARModule(ScheduledModule):
         warmup_steps = self.schedule.warmup_steps(self.total_steps)
         return self.progressive.stage(self.global_step, self.total_steps, warmup_steps, num_scales)
 
-    def log_scores(self, split: str, loss: Tensor, error: Tensor, others: dict[str, Tensor] | None = None) -> None:
+    def log_scores(
+        self,
+        split: str,
+        loss: Tensor,
+        error: Tensor,
+        patch_nums: scales.PatchNums,
+        others: dict[str, Tensor] | None = None,
+    ) -> None:
         """Logs loss (nats per token, without label smoothing) and error (percent): over all active tokens, of the last
         scale, and of each scale."""
-        patch_nums = self.net.patch_nums[: len(loss)]
-        values = dict(others or {})
+        overall = {f"{split}/{name}": losses.over_tokens(x, patch_nums) for name, x in [("loss", loss), ("err", error)]}
+        self.log_by_scale(split, loss, error, {**overall, **(others or {})})
+
+    def log_by_scale(self, split: str, loss: Tensor, error: Tensor, others: dict[str, Tensor]) -> None:
+        """Logs loss and error of each scale, and other values."""
+        values = dict(others)
         for name, by_scale in [("loss", loss), ("err", error)]:
-            values[f"{split}/{name}"] = losses.over_tokens(by_scale, patch_nums)
             values[f"{split}/{name}_last"] = by_scale[-1]
             values |= {f"{split}/{name}_scale_{k:02d}": value for k, value in enumerate(by_scale)}
         self.log_means(values, prog_bar=(f"{split}/loss", f"{split}/err"))
 
     def score(self, batch: ImageBatch | TokenBatch, scores: ImageMean) -> None:
-        """Adds loss and error of a batch per scale, and the square of the loss."""
+        """Adds loss and error of a batch per scale and over all tokens, and the square of the loss."""
+        net, quantizer = self.of_shape(batch)
         sequence, token_maps = self.tokens(batch)
-        logits = self.net(self.inputs(token_maps), batch.condition)
-        found = losses.token_scores(logits, sequence, self.net.patch_nums, self.net.bases)
-        square = losses.over_tokens(found.loss, self.net.patch_nums).square()
-        scores.update(torch.cat([found.loss, found.error, square[:, None]], dim=1), batch.weight)
+        logits = net(quantizer.teacher_forcing_inputs(token_maps, net.order), batch.condition)
+        found = losses.token_scores(logits, sequence, net.patch_nums, net.bases)
+        loss, error = (losses.over_tokens(by_scale, net.patch_nums) for by_scale in found)
+        overall = torch.stack([loss, error, loss.square()], dim=1)
+        scores.update(torch.cat([found.loss, found.error, overall], dim=1), batch.weight)
 
     def log_validation(self, split: str, means: Tensor) -> None:
         num_scales = len(self.net.patch_nums)
-        loss, error, square = means.tensor_split([num_scales, 2 * num_scales])
-        variance = square[0] - losses.over_tokens(loss, self.net.patch_nums).square()
-        standard_error = (variance.clamp(min=0) / self.data.num_val).sqrt()
-        self.log_scores(split, loss, error, {f"{split}/loss_se": standard_error})
+        by_scale_loss, by_scale_error, (loss, error, square) = means.tensor_split([num_scales, 2 * num_scales])
+        standard_error = ((square - loss.square()).clamp(min=0) / self.data.num_val).sqrt()
+        overall = {f"{split}/loss": loss, f"{split}/err": error, f"{split}/loss_se": standard_error}
+        self.log_by_scale(split, by_scale_loss, by_scale_error, overall)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

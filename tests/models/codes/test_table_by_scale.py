@@ -37,7 +37,7 @@ def test_loss_in_training_and_sampling_know_the_size_of_each_table():
     for chunks in (1, 3):
         module = SimpleNamespace(
             net=var, objective=None, self_correction=0.0, tokens=lambda batch, strength: (sequence, token_maps),
-            inputs=tokenizer.quantizer.teacher_forcing_inputs, active_scales=lambda: (4, 1.0), loss=TokenCrossEntropy(),
+            of_shape=lambda batch: (var, tokenizer.quantizer), active_scales=lambda: (4, 1.0), loss=TokenCrossEntropy(),
             loss_chunks=chunks, is_logged=False,
         )  # fmt: skip
         loss = VARModule.training_step(module, TokenBatch(sequence, torch.tensor([0, 1]), torch.ones(2)), 0)
