@@ -164,6 +164,7 @@ def test_a_killed_run_of_several_shapes_resumes_to_the_same_losses(tmp_path, sha
     assert rows[0]["val_loss"] == rows[1]["val_loss"] and rows[0]["flops_exact"] == rows[1]["flops_exact"]
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_same_losses(tmp_path, shapes_run, settings):
     still = [*settings, "model.drop_path=0.0", "model.label_dropout=0.0"]
     fit(tmp_path / "one", *still)
@@ -195,7 +196,7 @@ def test_a_cache_of_one_shape_is_a_cache(tmp_path, shapes_cache, settings):
     }
 
 
-def test_samples_of_any_shape(tmp_path, shapes_run):
+def test_samples_of_any_shape(tmp_path, shapes_run, shapes_cache):
     checkpoint = shapes_run / "checkpoints/last.ckpt"
     export.run(config(tmp_path, f"checkpoint={checkpoint}", f"out={tmp_path / 'model'}", verb="export"))
     for given, size in (("null", (24, 16)), ("[16,24]", (16, 24)), ("20", (20, 20)), ("[32,48]", (32, 48))):
@@ -212,6 +213,8 @@ def test_samples_of_any_shape(tmp_path, shapes_run):
     pipeline = VARPipeline.from_pretrained(tmp_path / "model")
     assert [image.size for image in pipeline([0, 1], image_size=(16, 24))] == [(24, 16)] * 2
     assert pipeline([0])[0].size == (16, 24)
+    made = draw(tmp_path / "model", tmp_path / "likewise", "classes=data", f"shards={shapes_cache}")
+    assert len(made) == 7
 
 
 def test_a_photo_is_edited_at_its_own_aspect(tmp_path, shapes_run):
@@ -226,8 +229,18 @@ def test_a_photo_is_edited_at_its_own_aspect(tmp_path, shapes_run):
     assert Image.open(tmp_path / "other/edit-000.png").size == (24, 16)
 
 
-def test_what_several_shapes_cannot_have_is_refused(tmp_path, settings, shapes_cache, shapes_run):
+def test_a_model_of_one_shape_becomes_one_of_several_and_what_cannot_be_is_refused(
+    tmp_path, settings, shapes_cache, shapes_run
+):
     learned = [o for o in settings if not o.startswith("model.position")]
+    alone = [f"data.path={shapes_cache / '24x16'}" if o.startswith("data.path") else o for o in learned]
+    fit(tmp_path / "tall", *alone)
+    start = f"module.init_from={tmp_path / 'tall/checkpoints/last.ckpt'}"
+    with pytest.raises(ValueError, match="position=learned, but this run has position=coordinates"):
+        fit(tmp_path / "refused", *settings, start)
+    fit(tmp_path / "started", *settings, start, "module.reinitialized=[position.*]", "steps=1", "val_every=1")
+    before, after = (load(tmp_path / name / "checkpoints/last.ckpt")[1] for name in ("tall", "started"))
+    assert (before.word_embed.weight - after.word_embed.weight).norm() < 0.1 * before.word_embed.weight.norm()
     with pytest.raises(ValueError, match="train one with model.position=coordinates"):
         fit(tmp_path / "learned", *learned)
     objective = "module.objective={_target_: varlab.training.tuning.ConditionContrast}"

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from varlab import image_grid
 from varlab.checkpoints.export_folder import fingerprint, tokenizer_fingerprint
+from varlab.data.manifests import cache_folders, is_token_cache, open_array
 from varlab.data.resolutions import resolution_of
 from varlab.data.shards import ShardReader
 from varlab.distributed import WorkSplit, wait_for_files
@@ -57,8 +58,9 @@ def labels_of(
 def labels_like(data: str, split: str, num: int, num_classes: int) -> list[int]:
     """Classes of `num` images in the proportions of a packed set or token cache: evenly spaced among its sorted labels.
     Raises ValueError if the set has other classes than the network."""
-    token_labels = Path(data) / f"{split}.labels.npy"
-    labels = np.load(token_labels, mmap_mode="r") if token_labels.is_file() else ShardReader(data, split).labels
+    folders = cache_folders(Path(data)) if is_token_cache(data) else []
+    found = [np.asarray(open_array(folder / f"{split}.labels.npy", (None,))) for folder in folders]
+    labels = np.concatenate(found) if found else ShardReader(data, split).labels
     if len(labels) and int(max(labels)) >= num_classes:
         raise ValueError(f"{data} has class {int(max(labels))}, but the network has {num_classes} classes")
     return np.sort(np.asarray(labels))[((np.arange(num) + 0.5) * len(labels) / num).astype(int)].tolist()

@@ -75,6 +75,9 @@ def start_from(
         raise ValueError(
             f"{source.path} has a {was}, but this run a {now}: start this part anew with module.reinitialized=[embedder.*]"
         )
+    if all(name in kept for name in own if name.split(".")[0] == "position"):  # another kind of position
+        differing |= {"position"}
+        state.pop("position", None)
     compare_arguments("VAR", describe(source.var), describe(net), net.changeable | differing, source.path)
     if source.encoding is not None and "head.weight" not in kept and not same_encoding(source.encoding, encoding):
         raise ValueError(
