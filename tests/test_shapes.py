@@ -80,9 +80,12 @@ def test_each_image_is_in_the_cache_of_its_shape(shapes_cache, mixed_shards, tok
     tokenize.run(config(shapes_cache, *files, SHAPES, "part_images=10", verb="tokenize"))
     assert "32 train, " in capsys.readouterr().out
     assert (shapes_cache / "24x16/train.tokens.npy").stat().st_mtime_ns == before
-    for wrong in ("shapes=[[16,24],[24,16]]", "shapes=[32]", "shapes=[]"):
+    for wrong in ("shapes=[[16,24],[24,16]]", "shapes=[[32,32]]", "shapes=[]"):
         with pytest.raises(ValueError, match="already holds"):
             tokenize.run(config(shapes_cache, *files, wrong, verb="tokenize"))
+    with pytest.raises(ValueError, match="already holds a token cache with different .*shapes"):
+        inner = [f"out={shapes_cache / '24x16'}" if o.startswith("out") else o for o in files]
+        tokenize.run(config(shapes_cache, *inner, verb="tokenize"))
     with pytest.raises(ValueError, match=r"shapes: \[18, 24\] pixels: this tokenizer needs multiples of 4"):
         tokenize.run(config(shapes_cache, *files, "shapes=[[18,24]]", verb="tokenize"))
 
@@ -108,10 +111,12 @@ def test_a_killed_call_continues_and_the_tokens_are_those_of_the_images(
     with pytest.raises(KeyboardInterrupt):
         tokenize.run(config(tmp_path, *files, verb="tokenize"))
     monkeypatch.undo()
+    (tmp_path / "again/16x64/precious.txt").write_text("not of this command")
     with pytest.raises(ValueError, match="different shapes"):
         tokenize.run(config(tmp_path, *files[:-4], "shapes=[[16,24]]", *files[-3:], verb="tokenize"))
     assert not (tmp_path / "again/manifest.json").exists()
     tokenize.run(config(tmp_path, *files, verb="tokenize"))
+    assert [file.name for file in (tmp_path / "again/16x64").iterdir()] == ["precious.txt"]
     for folder in cache_folders(tmp_path / "again"):
         for name in ("train.tokens.npy", "val.tokens.npy", "val.labels.npy"):
             assert (folder / name).read_bytes() == (shapes_cache / folder.name / name).read_bytes()
@@ -141,13 +146,14 @@ def test_shapes_of_other_lengths_cost_what_they_cost(tmp_path, mixed_shards, tok
         f"shards={mixed_shards}",
         f"out={tmp_path / 'tokens'}",
     ]
-    tokenize.run(config(tmp_path, *made, "shapes=[[16,24],[24,16],[8,12]]", "resize_ratio=1.0", verb="tokenize"))
+    tokenize.run(config(tmp_path, *made, "shapes=[[16,24],[28,20]]", "resize_ratio=1.0", verb="tokenize"))
     changed = [f"data.path={tmp_path / 'tokens'}" if o.startswith("data.path") else o for o in settings]
     fit(tmp_path / "run", *changed)
     row = json.loads((tmp_path / "run/run.json").read_text())
     data = TokenDataModule(str(tmp_path / "tokens"), global_batch_size=8)
     data.setup()
-    batches = [*data.train_dataloader(), *data.train_dataloader()][:9]
+    loader = data.train_dataloader()
+    batches = [*loader, *loader][:9]
     pyramids = [data.pyramids[batch.shape] for batch in batches]
     assert row["tokens_seen"] == sum(8 * batch.sequence.shape[1] for batch in batches)
     sizes = load(tmp_path / "run/checkpoints/last.ckpt")[1].sizes
@@ -185,6 +191,37 @@ def test_scores_are_those_of_each_shape_and_their_mean_over_images(tmp_path, sha
     assert alone["loss"] == found["by_shape"]["16x24"]["loss"] != found["by_shape"]["24x16"]["loss"]
 
 
+def test_a_shape_without_validation_images_is_trained_and_left_out_of_scores(tmp_path, shapes_run, shapes_cache):
+    shutil.copytree(shapes_cache, tmp_path / "few")
+    file = tmp_path / "few/16x24/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["splits"]["val"]["num_images"] = 0
+    file.write_text(json.dumps(manifest))
+    for name in ("tokens", "labels"):
+        array = np.load(tmp_path / f"few/16x24/val.{name}.npy")
+        np.save(tmp_path / f"few/16x24/val.{name}.npy", array[:0])
+    data = TokenDataModule(str(tmp_path / "few"), global_batch_size=8, keep="memory")
+    data.setup()
+    assert {batch.shape for batch in data.train_dataloader()} == {0, 1}
+    assert {batch.shape for batch in data.val_dataloader()} == {0}
+    assert len(data.marginal_entropies()) == 4
+    score(tmp_path, f"checkpoint={shapes_run / 'checkpoints/last.ckpt'}", f"shards={tmp_path / 'few'}")
+    found = json.loads((tmp_path / "scores/likelihood.json").read_text())
+    assert list(found["by_shape"]) == ["24x16"] and found["num_images"] == data.num_val
+
+
+def test_an_objective_counts_the_tokens_of_its_shape(tmp_path, shapes_cache, settings):
+    own = [f"data.path={shapes_cache / '16x24'}" if o.startswith("data.path") else o for o in settings]
+    objective = "module.objective={_target_: varlab.training.tuning.ConditionContrast}"
+    fit(tmp_path, *own, objective, "model.label_dropout=0.0", "model.drop_path=0.0", "steps=2", "val_every=2")
+    assert json.loads((tmp_path / "run.json").read_text())["tokens_seen"] == 2 * 8 * 43
+
+
+def test_a_plan_knows_the_tokens_of_the_shapes(tmp_path, settings, capsys):
+    fit(tmp_path, *settings, "plan=true")
+    assert "43 tokens" in capsys.readouterr().out
+
+
 def test_a_cache_of_one_shape_is_a_cache(tmp_path, shapes_cache, settings):
     """With learned positions, too: the network is made for the shape."""
     alone = [f"data.path={shapes_cache / '16x24'}" if o.startswith("data.path") else o for o in settings]
@@ -213,6 +250,9 @@ def test_samples_of_any_shape(tmp_path, shapes_run, shapes_cache):
     pipeline = VARPipeline.from_pretrained(tmp_path / "model")
     assert [image.size for image in pipeline([0, 1], image_size=(16, 24))] == [(24, 16)] * 2
     assert pipeline([0])[0].size == (16, 24)
+    kept = pipeline.of_sizes[16, 24]
+    pipeline([0], image_size=[16, 24])
+    assert pipeline.of_sizes[16, 24] is kept and not pipeline.to("cpu").of_sizes
     made = draw(tmp_path / "model", tmp_path / "likewise", "classes=data", f"shards={shapes_cache}")
     assert len(made) == 7
 
@@ -251,6 +291,12 @@ def test_a_model_of_one_shape_becomes_one_of_several_and_what_cannot_be_is_refus
     with pytest.raises(ValueError, match="learns positions, it has no coordinates"):
         made = [f"checkpoint={shapes_run / 'checkpoints/last.ckpt'}", f"out={tmp_path / 'var.pth'}", "to=released"]
         export.run(config(tmp_path, *made, verb="export"))
+    with pytest.raises(ValueError, match=r"16x24 has 16 training images, fewer than data.global_batch_size=24"):
+        fit(tmp_path / "large", *settings, "data.global_batch_size=24")
+    with pytest.raises(ValueError, match="train one with model.position=coordinates"):
+        fit(tmp_path / "planned", *learned, "plan=true")
+    back = f"module.init_from={shapes_run / 'checkpoints/last.ckpt'}"
+    fit(tmp_path / "back", *alone, back, "module.reinitialized=[position]", "steps=1", "val_every=1")
     broken = tmp_path / "broken"
     shutil.copytree(shapes_cache, broken)
     for key, value, told in [

@@ -13,7 +13,7 @@ from varlab import image_grid
 from varlab.checkpoints import hub
 from varlab.checkpoints.export_folder import save_pretrained
 from varlab.checkpoints.load import load
-from varlab.data.resolutions import Resolution
+from varlab.data.resolutions import Resolution, height_and_width
 from varlab.distributed import default_device
 from varlab.models.conditioning import label_of
 from varlab.models.msvqvae import MSVQVAE
@@ -45,6 +45,7 @@ class VARPipeline:
         """`dtype`: torch.bfloat16 keeps the weights of transformer and decoder in bf16 from now on. `compiled`: see
         `generate`. `text_encoder`: by default the one that the checkpoint names, loaded with the first text."""
         self.tokenizer, self.var, self.class_names = tokenizer.eval(), var.eval(), list(class_names or [])
+        self.of_sizes: dict[tuple[int, int], tuple[MSVQVAE, VAR]] = {}  # kept, so that they are compiled once
         self.compiled, self.dtype, self.text_encoder = compiled, dtype, text_encoder
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype}: choose torch.float32 or torch.bfloat16")
@@ -91,6 +92,7 @@ class VARPipeline:
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Moves both networks."""
         self.tokenizer, self.var = self.tokenizer.to(device), self.var.to(device)
+        self.of_sizes.clear()
         return self
 
     @property
@@ -126,7 +128,10 @@ class VARPipeline:
         if condition is None:
             named = [labels] if isinstance(labels, int | str) else list(labels or [])
             condition = torch.tensor([label_of(label, self.class_names, self.var.num_classes) for label in named])
-        tokenizer, var = at_size(self.tokenizer, self.var, image_size)
+        size = self.tokenizer.image_size if image_size is None else height_and_width(image_size, "image_size")
+        if size not in self.of_sizes:
+            self.of_sizes[size] = at_size(self.tokenizer, self.var, size)
+        tokenizer, var = self.of_sizes[size]
         seeds = image_seeds(seed, len(condition))
         images = []
         for first in range(0, len(condition), batch_size):

@@ -23,7 +23,7 @@ def test_a_pixel_is_as_large_in_images_of_all_shapes():
 
 
 def test_the_waves_tell_neighbors_apart_and_do_not_favor_any():
-    positions = CoordinatePositions([1, 2, 4, 8], 16)
+    positions = CoordinatePositions([[1, 2, 4, 8]], 16)
     waves = positions.features([1, 2, 4, 8])
     assert waves.shape == (85, 16)
     assert torch.allclose(waves.square().sum(dim=1), torch.ones(85), atol=1e-5)
@@ -61,7 +61,7 @@ def test_the_cache_of_a_shape_gives_the_logits_of_teacher_forcing():
 
 def test_position_depends_on_the_place_alone():
     """Two shapes of the same place on the image have the same embedding there, whatever their pyramid."""
-    positions = CoordinatePositions([1, 2, 4, 8], 16)
+    positions = CoordinatePositions([[1, 2, 4, 8]], 16)
     small, large = positions(positions.features([1, 2, 4]))[0], positions(positions.features([1, 4, 12]))[0]
     assert torch.allclose(small[0], large[0])
     corner = small[-16:].view(4, 4, 16)[0, 0]  # at 1/8 of the side, as the token 1, 1 of 12
@@ -86,6 +86,7 @@ def test_networks_that_cannot_change_their_shape_say_so():
 @pytest.mark.parametrize("patch_nums", [PATCH_NUMS, WIDE, [1, 3, 17]])
 def test_parameters_are_counted(patch_nums):
     var = make_var(position="coordinates", patch_nums=patch_nums)
+    assert make_var(position="coordinates", pyramids=[patch_nums, [1, 2, [2, 40]]]).position.num_waves == 7
     assert parameter_counts(var.sizes)["params_total"] == sum(parameter.numel() for parameter in var.parameters())
 
 

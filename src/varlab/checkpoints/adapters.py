@@ -66,6 +66,7 @@ def save_adapter(
     folder, checkpoint or name, as every command takes it; a path is recorded relative to the adapter's folder. Raises
     ValueError if `base` is not what was tuned."""
     (tokenizer, base_var), var = base_networks, networks[1]
+    tokenizer = tokenizer.at(var.patch_nums)
     if tokenizer_fingerprint(networks[0]) != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"base={base} has another tokenizer than the tuned model: an adapter does not hold one")
     config = {
@@ -89,9 +90,12 @@ def with_adapter(
 ) -> tuple[MSVQVAE, VAR, list[str] | None]:
     """The networks of an adapter's folder, given those of its base. Raises ValueError if these are not the ones it was trained
     on."""
-    for network, key in ((tokenizer, "tokenizer_fingerprint"), (base, "base_fingerprint")):
+
+    def check(network: MSVQVAE | VAR, key: str) -> None:
         if fingerprint(network) != config.get(key):
             raise ValueError(f"{folder} adapts another model than {config['base']} is now: its {key} differs")
+
+    check(base, "base_fingerprint")
     file = folder / "adapter.safetensors"
     parts, state = read_safetensors(file), base.state_dict()
     for key in parts:
@@ -103,4 +107,6 @@ def with_adapter(
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit its base: {reason_of(error)}") from None
     var = build_with(VAR, config["var"], whole, Trust(str(folder), trust_code), file)
+    tokenizer = tokenizer.at(var.patch_nums)
+    check(tokenizer, "tokenizer_fingerprint")
     return tokenizer.eval(), var.eval(), config["class_names"]

@@ -14,7 +14,7 @@ def run(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from varlab.checkpoints.load import load_tokenizer
-    from varlab.data.resolutions import height_and_width
+    from varlab.data.resolutions import different_shapes
     from varlab.data.token_cache import write_cache
     from varlab.distributed import WorkSplit, default_device, use_exact_fp32
     from varlab.models.text_encoder import TextEncoder
@@ -23,7 +23,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(
             f"max_captions={cfg.max_captions} text_tokens={cfg.text_tokens}: give 1 or more captions, and 0 to 512 tokens"
         )
-    shapes: Any = OmegaConf.to_container(cfg.shapes)
+    given: Any = OmegaConf.to_container(cfg)
+    shapes = different_shapes(given["shapes"])
     use_exact_fp32()
     share, device = WorkSplit.of_environment(), default_device(cfg.device)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.patch_nums, trust_code=cfg.trust_code)
@@ -43,7 +44,7 @@ def run(cfg: DictConfig) -> None:
             instantiate(cfg.storage),
             None if cfg.text is None else TextEncoder(cfg.text, device, cfg.text_tokens),
             cfg.max_captions,
-            [height_and_width(shape, "shapes") for shape in shapes],
+            shapes,
         )
     for folder, manifest in manifests.items():
         counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())

@@ -57,11 +57,8 @@ def block_bytes(sizes: dict[str, Any], precision: str, recompute: str, loss_chun
 
 def kept_sizes(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The arguments that the small networks share with the large one."""
-    names = ("codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm", "drop_path", "position")
-    return (
-        ("patch_nums", tuple(scales.sides(sizes["patch_nums"]))),
-        *((name, sizes[name]) for name in names if name in sizes),
-    )
+    names = ("codebook_dim", "num_classes", "mlp_ratio", "shared_adaln", "qk_norm", "drop_path")
+    return (("patch_nums", tuple(scales.sides(sizes["patch_nums"]))), *((name, sizes[name]) for name in names))
 
 
 @cache

@@ -8,7 +8,6 @@ is two FLOPs; a training step costs three forward passes.
 from typing import TYPE_CHECKING, Any
 
 from varlab.models import scales
-from varlab.models.positions import num_waves
 
 if TYPE_CHECKING:
     from varlab.models.msvqvae import MSVQVAE
@@ -49,9 +48,7 @@ def parameter_counts(sizes: Sizes) -> dict[str, int]:
 
 def num_positions(sizes: Sizes) -> int:
     """Vectors that positions are made of: one for each token, or for each wave of its coordinates."""
-    if sizes.get("position") == "coordinates":
-        return 4 * num_waves(sizes["patch_nums"])
-    return scales.num_tokens(sizes["patch_nums"])
+    return 4 * sizes["num_waves"] if "num_waves" in sizes else scales.num_tokens(sizes["patch_nums"])
 
 
 def num_logits(sizes: Sizes) -> int:

@@ -203,7 +203,9 @@ class TrainBatches:
             yield from ((0, batch) for batch in range(first, self.num_batches))
             return
         steps = np.repeat(np.arange(len(self.steps)), self.steps)
-        batches = np.repeat(np.random.default_rng([self.orders[0].seed, epoch, 0]).permutation(steps), self.accumulate)
+        batches = np.repeat(
+            np.random.default_rng([self.orders[0].seed, epoch, 2**32 - 1]).permutation(steps), self.accumulate
+        )
         used = np.bincount(batches[:first], minlength=len(self.steps))
         for chosen in batches[first:]:
             yield int(chosen), int(used[chosen])

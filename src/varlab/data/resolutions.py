@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 Resolution = int | Sequence[int]
 
@@ -9,10 +10,21 @@ Resolution = int | Sequence[int]
 def height_and_width(resolution: Resolution, name: str = "resolution") -> tuple[int, int]:
     """(height, width) in pixels: of a square given its side, or of a pair. Raises ValueError for anything else, with
     the `name` of the setting."""
-    pair = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-    if len(pair) != 2 or min(pair) < 1:
+    given: Any = resolution
+    pair = tuple(given) if isinstance(given, Sequence) else (given, given)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ValueError(f"{name}={resolution}: give the side of a square, or [height, width], in pixels")
     return pair
+
+
+def different_shapes(given: Any) -> list[tuple[int, int]]:
+    """The setting `shapes`, a list of pairs. Raises ValueError for anything else, and for two shapes of one aspect ratio."""
+    if not isinstance(given, list) or not all(isinstance(shape, list) for shape in given):
+        raise ValueError(f"shapes={given}: give a list of [height, width], in pixels")
+    shapes = [height_and_width(shape, "shapes") for shape in given]
+    if len({height / width for height, width in shapes}) < len(shapes):
+        raise ValueError(f"shapes={given}: each image goes to the nearest aspect ratio, so give each aspect ratio once")
+    return shapes
 
 
 def resolution_of(size: tuple[int, int]) -> int | list[int]:

@@ -13,7 +13,7 @@ manifest.json beside them names the folders.
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ def write_cache(
             raise ValueError(
                 f"{path} already holds token caches of {', '.join(folder.name for folder in found)}: choose another folder or remove it"
             )
+        remove_parts(tokenizers)
         return {folder: load_json(folder / "manifest.json", "varlab tokenize", TokensManifest) for folder in found}
     for folder, manifest in manifests.items():
         save_json(folder / "parts/manifest.json", {**manifest, "part_images": part_images})
@@ -162,15 +163,33 @@ def write_cache(
             files = [folder / name for name in parts]
             wait_for_files(files)
             manifest["splits"][split] = join_parts(folder, split, files, tokenizers[folder], len(views))
-    used = [folder for folder in manifests if manifests[folder]["splits"]["train"]["num_images"] or not shapes]
-    used.sort(key=lambda folder: -manifests[folder]["splits"]["train"]["num_images"])
+    counts = {
+        folder: [entry["num_images"] for entry in manifest["splits"].values()] for folder, manifest in manifests.items()
+    }
+    used = sorted(
+        (folder for folder in manifests if counts[folder][0] or not shapes), key=lambda folder: -counts[folder][0]
+    )
     for folder in used:
         save_json(folder / "manifest.json", manifests[folder])
     if shapes:
         save_json(path / "manifest.json", {"kind": "shapes", "format": 1, "shapes": [folder.name for folder in used]})
-    for folder in manifests:
-        shutil.rmtree(folder / "parts" if folder in used else folder)
+    for folder in tokenizers.keys() - set(used):
+        log.warning(
+            "%s: no training image is nearest to this shape; %d others are left out", folder, sum(counts[folder])
+        )
+        for split in manifests[folder]["splits"]:
+            for file in folder.glob(f"{split}.*.npy"):
+                file.unlink()
+    remove_parts(tokenizers)
     return {folder: manifests[folder] for folder in used}
+
+
+def remove_parts(folders: Iterable[Path]) -> None:
+    """Removes what an unfinished call leaves behind; other files stay."""
+    for folder in folders:
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def tokenizers_of(path: Path, tokenizer: MSVQVAE, shapes: Sequence[tuple[int, int]]) -> dict[Path, MSVQVAE]:
@@ -191,7 +210,11 @@ def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
     if not file.is_file():
         return
     found = load_json(file, "varlab tokenize")
-    changed = [key for key in {**manifest, "text": None} if key != "splits" and found.get(key) != manifest.get(key)]
+    changed = [
+        key
+        for key in {**manifest, "text": None, "shapes": None}
+        if key != "splits" and found.get(key) != manifest.get(key)
+    ]
     if changed:
         raise ValueError(
             f"{file.parent} already holds a token cache with different {', '.join(changed)}: choose another folder or remove it"

@@ -184,7 +184,15 @@ class TokenDataModule(OrderedDataModule):
         self.shard_counts, self.num_val = [len(part) for part in self.train_parts], sum(self.val_counts())
 
     def orders(self) -> list[Order]:
-        return [Order([num], self.seed + i, self.lanes, self.window) for i, num in enumerate(self.shard_counts)]
+        if len(self.caches) > 1:
+            for folder, num in zip(self.caches, self.shard_counts, strict=True):
+                if num < self.global_batch_size:
+                    raise ValueError(
+                        f"{folder} has {num} training images, fewer than data.global_batch_size={self.global_batch_size}: tokenize"
+                        " without this shape, or train with smaller batches"
+                    )
+        seeds = (self.seed + (i << 32) for i in range(len(self.caches)))
+        return [Order([num], seed, self.lanes, self.window) for num, seed in zip(self.shard_counts, seeds, strict=True)]
 
     def val_counts(self) -> list[int]:
         return [len(part) for part in self.val_parts]

@@ -10,14 +10,14 @@ from torch import Tensor
 from varlab import __version__
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
 from varlab.data.images import CenterCrops, as_condition
-from varlab.data.manifests import cache_folders, is_token_cache
+from varlab.data.manifests import TokensManifest, cache_folders, is_token_cache
 from varlab.data.shards import ShardReader
 from varlab.data.storage import Storage
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.evaluation.likelihood import likelihood_scores
 from varlab.evaluation.plots import curve_by_scale
 from varlab.evaluation.retrieval import retrieval_scores
-from varlab.files import save_json
+from varlab.files import load_json, save_json
 from varlab.models import scales
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
@@ -49,9 +49,11 @@ def evaluate_likelihood(
         by_shape = {
             folder.name: evaluate_likelihood(tokenizer, var, str(folder), out / folder.name, **shared)
             for folder in folders
+            if load_json(folder / "manifest.json", "varlab tokenize", TokensManifest)["splits"]["val"]["num_images"]
         }
+        protocol = {"data": data, "split": "val", "varlab": __version__, "checkpoint": checkpoint}
         result = mean_over_images(by_shape)
-        save_json(out / "likelihood.json", {**result, "by_shape": by_shape})
+        save_json(out / "likelihood.json", {**result, "by_shape": by_shape, "protocol": protocol})
         return result
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = var.embedder.kind

@@ -1,6 +1,7 @@
 """Positions of tokens from their coordinates, so that they have a meaning on maps of any shape."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,17 +22,17 @@ def coordinates(patch_nums: scales.PatchNums) -> Float[Tensor, "L 2"]:
     return torch.cat(found)
 
 
-def num_waves(patch_nums: scales.PatchNums) -> int:
-    """Number of wavelengths, from two sides of the image down to two tokens of the longer side of the finest map."""
-    return 1 + math.ceil(math.log2(max(scales.sides(patch_nums)[-1])))
+def num_waves(pyramids: Sequence[scales.PatchNums]) -> int:
+    """Number of wavelengths, from two sides of the image down to two tokens of the longest side of the finest maps."""
+    return 1 + math.ceil(math.log2(max(max(scales.sides(pyramid)[-1]) for pyramid in pyramids)))
 
 
 class CoordinatePositions(nn.Module):
-    """A linear map of sines and cosines of the coordinates, with `num_waves` wavelengths of the given pyramid."""
+    """A linear map of sines and cosines of the coordinates, with the `num_waves` wavelengths of the given pyramids."""
 
-    def __init__(self, patch_nums: scales.PatchNums, width: int) -> None:
+    def __init__(self, pyramids: Sequence[scales.PatchNums], width: int) -> None:
         super().__init__()
-        self.num_waves = num_waves(patch_nums)
+        self.num_waves = num_waves(pyramids)
         self.linear = nn.Linear(4 * self.num_waves, width, bias=False)
 
     def features(self, patch_nums: scales.PatchNums) -> Float[Tensor, "L F"]:

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from varlab.models import scales
 from varlab.models.conditioning import ClassEmbedder, ConditionEmbedder
 from varlab.models.custom_classes import RecordedModule
-from varlab.models.positions import CoordinatePositions
+from varlab.models.positions import CoordinatePositions, num_waves
 from varlab.models.transformer import AdaLNBlock, Attention, AttentionKind, BlockCache, Modulation, Split, modulate
 
 MIN_SPLIT_TOKENS = 64  # scales with at least this many tokens get their own attention call
@@ -191,7 +191,7 @@ class VAR(RecordedModule):
             "shared_adaln": shared_adaln,
             "qk_norm": qk_norm,
             "order": order,
-            "position": position,
+            **({} if position == "learned" else {"num_waves": num_waves([patch_nums, *(pyramids or [])])}),
             "bases": self.bases,
             "codes_by_scale": self.codes_by_scale,
         }
@@ -206,7 +206,7 @@ class VAR(RecordedModule):
         self.position = (
             nn.Parameter(torch.empty(1, num_tokens, width))
             if position == "learned"
-            else CoordinatePositions(patch_nums, width)
+            else CoordinatePositions([patch_nums, *(pyramids or [])], width)
         )
         self.scale_embedding = nn.Embedding(len(patch_nums), width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]

@@ -77,7 +77,7 @@ def start_from(
         )
     if all(name in kept for name in own if name.split(".")[0] == "position"):  # another kind of position
         differing |= {"position"}
-        state.pop("position", None)
+        state = {name: value for name, value in state.items() if name.split(".")[0] != "position"}
     compare_arguments("VAR", describe(source.var), describe(net), net.changeable | differing, source.path)
     if source.encoding is not None and "head.weight" not in kept and not same_encoding(source.encoding, encoding):
         raise ValueError(

@@ -147,6 +147,9 @@ class VARModule(ScheduledModule):
         self.schedule = self.warmed_up_by_size(self.data.global_batch_size)
         if self.trainer.precision == "bf16-true":
             self.net.to(torch.bfloat16)
+        if self.compiles:  # training and validation are variants of each shape
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 4 * len(self.pyramids))
         for block in self.net.blocks:
             assert isinstance(block, AdaLNBlock)
             block.recompute = self.recompute
@@ -294,6 +297,7 @@ class VARModule(ScheduledModule):
 
     def training_step(self, batch: ImageBatch | TokenBatch, batch_idx: int) -> Tensor:
         net, quantizer = self.of_shape(batch)
+        self.trained_patch_nums = net.patch_nums
         sequence, token_maps = self.tokens(batch, self.self_correction)
         if self.objective is not None:
             loss, logits, values = self.objective(
