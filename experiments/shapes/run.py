@@ -1,7 +1,7 @@
 """Does one VAR of two shapes predict each as well as a VAR of that shape alone? Glyphs in tall and in wide boxes, three seeds. Finished
 steps are skipped; an interrupted run continues.
 
-    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: half an hour)
+    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: an hour)
 
 Writes results.csv and samples.png beside this file and prints means and 95 % intervals over seeds.
 """
@@ -29,6 +29,11 @@ GLYPHS, DATA, RUNS = Path("data/glyphs32/shards"), Path("data/glyphs_boxes"), Pa
 SHAPES = {"tall": (40, 24), "wide": (24, 40)}
 MARGIN, NUM = 3, {"train": 40_000, "val": 4_000}
 STEPS, SEEDS = 300, (0, 1, 2)
+ALONE = {  # position and steps of a network of one shape
+    "learned": ("learned", STEPS),  # as many images of the shape as the network of both
+    "coordinates": ("coordinates", STEPS),
+    "long": ("learned", 2 * STEPS),  # as many steps
+}
 LETTERS, SEEN, UNSEEN = "ABRagk58", [(40, 24), (24, 40)], [(32, 32), (48, 32), (24, 56)]
 
 
@@ -109,18 +114,17 @@ def main() -> None:
     for seed in SEEDS:
         both = train("both", seed, cache, "coordinates", 2 * STEPS)
         for name, own in caches.items():
-            alone = {
-                position: loss_of(train(f"{name}-{position}", seed, own, position, STEPS), own)
-                for position in ("learned", "coordinates")
-            }
+            alone = {arm: loss_of(train(f"{name}-{arm}", seed, own, *given), own) for arm, given in ALONE.items()}
             rows.append({"shape": name, "seed": seed, "both": loss_of(both, own), **alone})
     write_table(HERE / "results.csv", rows)
-    print("| shape | both shapes | alone, learned positions | alone, coordinates | both / learned - 1, % |")
-    print("|---" * 5 + "|")
+    print(
+        "| shape | both shapes | alone: as many images | the same, coordinates | as many steps | both / as many steps - 1, % |"
+    )
+    print("|---" * 6 + "|")
     for name in SHAPES:
         own = [row for row in rows if row["shape"] == name]
-        means = [interval([row[arm] for row in own]) for arm in ("both", "learned", "coordinates")]
-        means.append(interval([100 * (row["both"] / row["learned"] - 1) for row in own]))
+        means = [interval([row[arm] for row in own]) for arm in ("both", *ALONE)]
+        means.append(interval([100 * (row["both"] / row["long"] - 1) for row in own]))
         print(f"| {name} |", " | ".join(means), "|")
     draw(RUNS / "both-0")
 
