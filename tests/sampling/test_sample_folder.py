@@ -108,6 +108,7 @@ def test_png_images_of_an_earlier_call_stay_and_their_record_does_not_stand_for_
     assert np.load(out / "samples.npz")["arr_0"].shape[0] == 6 and not list((out / "images").glob("*.npy"))
 
 
+@pytest.mark.slow
 def test_a_compiled_network_draws_the_same_images(export_folder, tmp_path):
     """In a process without the tests' type checks; the last batch is not full."""
     eager = draw(export_folder, tmp_path / "eager", "batch_size=4")

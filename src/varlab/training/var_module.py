@@ -235,10 +235,13 @@ class VARModule(ScheduledModule):
                     f"{data.path} holds tokens of patch_nums {data.pyramids[0]},"
                     f" but the tokenizer has {self.tokenizer.patch_nums}"
                 )
-            self.tokenizer = self.tokenizer.at(data.pyramids[0])
-            self.tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
-            for folder, manifest in data.caches.items():
-                own = tokenizer_fingerprint(self.tokenizer.at(manifest["patch_nums"]))
+            if data.pyramids[0] != self.tokenizer.patch_nums:
+                self.tokenizer = self.tokenizer.at(data.pyramids[0])
+                self.tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
+            for number, (folder, manifest) in enumerate(data.caches.items()):
+                own = self.tokenizer_fingerprint
+                if number > 0:
+                    own = tokenizer_fingerprint(self.tokenizer.at(manifest["patch_nums"]))
                 if manifest["tokenizer"] != own:
                     raise ValueError(
                         f"{folder} was made by tokenizer {manifest['tokenizer']}, but this one is {own}:"
@@ -380,7 +383,7 @@ class VARModule(ScheduledModule):
         sequence, token_maps = self.tokens(batch)
         logits = net(quantizer.teacher_forcing_inputs(token_maps, net.order), batch.condition)
         found = losses.token_scores(logits, sequence, net.patch_nums, net.bases)
-        loss, error = (losses.over_tokens(by_scale, net.patch_nums) for by_scale in found)
+        loss, error = losses.over_tokens(torch.stack(found), net.patch_nums)
         overall = torch.stack([loss, error, loss.square()], dim=1)
         scores.update(torch.cat([found.loss, found.error, overall], dim=1), batch.weight)
 
