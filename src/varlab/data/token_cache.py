@@ -164,18 +164,20 @@ def write_cache(
             wait_for_files(files)
             manifest["splits"][split] = join_parts(folder, split, files, tokenizers[folder], len(views))
     counts = {
-        folder: [entry["num_images"] for entry in manifest["splits"].values()] for folder, manifest in manifests.items()
+        folder: {split: entry["num_images"] for split, entry in manifest["splits"].items()}
+        for folder, manifest in manifests.items()
     }
-    used = sorted(
-        (folder for folder in manifests if counts[folder][0] or not shapes), key=lambda folder: -counts[folder][0]
-    )
+    used = sorted(manifests, key=lambda folder: -counts[folder].get("train", 0))
+    used = [folder for folder in used if counts[folder].get("train", 0) or not shapes]
     for folder in used:
         save_json(folder / "manifest.json", manifests[folder])
     if shapes:
         save_json(path / "manifest.json", {"kind": "shapes", "format": 1, "shapes": [folder.name for folder in used]})
     for folder in tokenizers.keys() - set(used):
         log.warning(
-            "%s: no training image is nearest to this shape; %d others are left out", folder, sum(counts[folder])
+            "%s: no training image is nearest to this shape; %d others are left out",
+            folder,
+            sum(counts[folder].values()),
         )
         for split in manifests[folder]["splits"]:
             for file in folder.glob(f"{split}.*.npy"):

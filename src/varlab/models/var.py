@@ -177,7 +177,7 @@ class VAR(RecordedModule):
             )
         self.order = order
         self.pyramids = None if pyramids is None else [scales.plain(pyramid) for pyramid in pyramids]
-        num_start, *_ = (last for _, last in scales.step_bounds(patch_nums, order))
+        num_tokens, num_start = scales.num_tokens(patch_nums), scales.step_bounds(patch_nums, order)[0][1]
         self.sizes: dict[str, Any] = {
             "depth": depth,
             "codebook_size": codebook_size,
@@ -202,7 +202,6 @@ class VAR(RecordedModule):
             self.sizes |= {"embedder_params": embedder_params, "num_prefix": self.num_prefix}
         self.start_position = nn.Parameter(torch.empty(1, num_start, width))
         self.word_embed = nn.Linear(codebook_dim, width)
-        num_tokens = scales.num_tokens(patch_nums)
         self.position = (
             nn.Parameter(torch.empty(1, num_tokens, width))
             if position == "learned"

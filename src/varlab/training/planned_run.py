@@ -44,11 +44,12 @@ def planned_run(
     if has_data and cfg.data.condition != "label":
         data.setup("fit")
         given |= embedder_arguments(make_net, data.condition_shape, data.text)
-    if has_data and isinstance(data, TokenDataModule):
-        given["patch_nums"] = max(data.pyramids, key=scales.num_tokens)
+    pyramids = data.pyramids if has_data and isinstance(data, TokenDataModule) else []
+    if pyramids:
+        given["patch_nums"] = max(pyramids, key=scales.num_tokens)
     with torch.device("meta"):
         net = make_net(**given)
-        for pyramid in data.pyramids if has_data and isinstance(data, TokenDataModule) else []:
+        for pyramid in pyramids:
             net.at(pyramid)  # raises if it cannot
         if cfg.tokenizer is None and net.shared_adaln:  # the paper's d36, at 512 px
             given["patch_nums"] = scales.RELEASED_512
