@@ -1,7 +1,7 @@
 """Does one VAR of two shapes predict each as well as a VAR of that shape alone? Glyphs in tall and in wide boxes, three seeds. Finished
 steps are skipped; an interrupted run continues.
 
-    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: an hour)
+    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: about an hour; not run to the end yet)
 
 Writes results.csv and samples.png beside this file and prints means and 95 % intervals over seeds.
 """
