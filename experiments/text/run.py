@@ -2,7 +2,7 @@
 seeds; validation holds concepts that training does not. Finished steps are skipped; an interrupted run continues.
 
     python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py    (data and tokenizer)
-    python experiments/text/run.py                                                      (one CPU core: about two hours; not run to the end yet)
+    python experiments/text/run.py    (one CPU core: about two hours; not run to the end yet)
 
 Writes results.csv and words.png beside this file and prints means and 95 % intervals over seeds.
 """
