@@ -17,7 +17,9 @@ from varlab.checkpoints.load import load, load_tokenizer
 from varlab.commands import edit, export, tokenize
 from varlab.cost.flops import training_flops
 from varlab.data import token_cache as cache
+from varlab.data.decoding import open_image
 from varlab.data.manifests import cache_folders
+from varlab.data.shards import ShardReader
 from varlab.data.sources.items import Item
 from varlab.data.token_datamodule import TokenDataModule
 from varlab.data.write_shards import Source, pack
@@ -74,6 +76,10 @@ def test_each_image_is_in_the_cache_of_its_shape(shapes_cache, mixed_shards, tok
     assert [manifest["patch_nums"] for manifest in manifests] == [TALL, WIDE]
     assert [manifest["splits"]["train"]["num_images"] for manifest in manifests] == [32, 16]
     assert sum(manifest["splits"]["val"]["num_images"] for manifest in manifests) == 11
+    reader = ShardReader(str(mixed_shards), "train")
+    is_tall = np.array([image.height > image.width for image in (open_image(reader.read(i), str) for i in range(48))])
+    for folder, own in zip(cache_folders(shapes_cache), (is_tall, ~is_tall), strict=True):
+        assert np.array_equal(np.load(folder / "train.labels.npy"), np.asarray(reader.labels)[own])
     files = [f"tokenizer={tokenizer_run / 'checkpoints/last.ckpt'}", f"shards={mixed_shards}", f"out={shapes_cache}"]
     files += ["resize_ratio=1.0", "flips=true"]
     before = (shapes_cache / "24x16/train.tokens.npy").stat().st_mtime_ns
