@@ -7,11 +7,10 @@ from typing import Any
 Resolution = int | Sequence[int]
 
 
-def height_and_width(resolution: Resolution, name: str = "resolution") -> tuple[int, int]:
+def height_and_width(resolution: Any, name: str = "resolution") -> tuple[int, int]:
     """(height, width) in pixels: of a square given its side, or of a pair. Raises ValueError for anything else, with
     the `name` of the setting."""
-    given: Any = resolution
-    pair = tuple(given) if isinstance(given, Sequence) else (given, given)
+    pair = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ValueError(f"{name}={resolution}: give the side of a square, or [height, width], in pixels")
     return pair
