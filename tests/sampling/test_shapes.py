@@ -38,7 +38,7 @@ def test_the_default_is_the_network_as_it_is():
     tokenizer, var = make_tokenizer(), make_var()
     for size in (None, 16, [16, 16]):
         assert at_size(tokenizer, var, size) == (tokenizer, var)
-    with pytest.raises(ValueError, match=r"image_size=18: this tokenizer needs multiples of 4"):
+    with pytest.raises(ValueError, match="images of 18 x 18 pixels: this tokenizer needs multiples of 4"):
         at_size(tokenizer, var, 18)
     with pytest.raises(ValueError, match=r"image_size=\[16\]: give the side of a square"):
         at_size(tokenizer, var, [16])

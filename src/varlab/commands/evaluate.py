@@ -48,7 +48,8 @@ def run(cfg: DictConfig) -> None:
             retrieval=cfg.retrieval,
             **shared,
         )
-        print_scores(result, f"{cfg.out}: likelihood.json, likelihood.png (of several shapes: in a folder of each)")
+        each = ", and a folder with both for each shape" if "by_shape" in result else ", likelihood.png"
+        print_scores(result, f"{cfg.out}: likelihood.json{each}")
         return
     metrics = instantiate(cfg.metrics, _convert_="all")
     if (perceptual := instantiate(cfg.perceptual)) is not None:

@@ -116,8 +116,9 @@ class ImageDataset(Dataset):
             raise ValueError(
                 f"resize_ratio={resize_ratio}: must be at least 1, so that the resized image is not smaller than the crop"
             )
-        self.reader, self.resolution, self.resize_ratio = reader, resolution, resize_ratio
-        self.random_crop, self.random_flip, self.seed, self.shapes = random_crop, random_flip, seed, list(shapes)
+        self.reader, self.resize_ratio = reader, resize_ratio
+        self.shapes = list(shapes) or [height_and_width(resolution)]
+        self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
         self.kind: ConditionKind = condition
         self.conditions = reader.conditions(condition)
 
@@ -134,8 +135,7 @@ class ImageDataset(Dataset):
     def image(self, i: int, crop: Crop) -> np.ndarray:
         """Sample i as uint8 (H, W, 3). Raises ValueError naming it if it cannot be decoded."""
         image = open_image(self.reader.read(i), lambda: self.reader.name_of(i))
-        resolution = nearest_shape((image.height, image.width), self.shapes) if self.shapes else self.resolution
-        return preprocess(image, resolution, self.resize_ratio, crop)
+        return preprocess(image, nearest_shape((image.height, image.width), self.shapes), self.resize_ratio, crop)
 
     def readable(self, request: SampleRequest, crop: Crop | None = None) -> tuple[np.ndarray, int, bool]:
         """(image, its number, whether it replaces another one), cropped to `crop`, by default the request's crop."""

@@ -125,7 +125,8 @@ def write_cache(
             "captions": num_captions,
             "data": json_hash(captions),
         }
-    tokenizers = tokenizers_of(path, tokenizer.to(device).eval(), shapes)
+    tokenizer = tokenizer.to(device).eval()
+    tokenizers = {path / f"{h}x{w}": tokenizer.at(tokenizer.pyramid_of((h, w))) for h, w in shapes} or {path: tokenizer}
     manifests = {
         folder: {**shared, "tokenizer": tokenizer_fingerprint(own), "patch_nums": own.patch_nums}
         for folder, own in tokenizers.items()
@@ -192,19 +193,6 @@ def remove_parts(folders: Iterable[Path]) -> None:
         shutil.rmtree(folder / "parts", ignore_errors=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def tokenizers_of(path: Path, tokenizer: MSVQVAE, shapes: Sequence[tuple[int, int]]) -> dict[Path, MSVQVAE]:
-    """The tokenizer of the images of each folder. Raises ValueError for a shape that is no multiple of the tokenizer's patches."""
-    found = {}
-    for shape in shapes:
-        if any(side % tokenizer.downsample for side in shape) or min(shape) < tokenizer.downsample:
-            raise ValueError(
-                f"shapes: {list(shape)} pixels: this tokenizer needs multiples of {tokenizer.downsample} as height and width"
-            )
-        h, w = (side // tokenizer.downsample for side in shape)
-        found[path / f"{shape[0]}x{shape[1]}"] = tokenizer.at(scales.fitted(tokenizer.patch_nums, (h, w)))
-    return found or {path: tokenizer}
 
 
 def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:

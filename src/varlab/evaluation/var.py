@@ -53,7 +53,8 @@ def evaluate_likelihood(
         }
         protocol = {"data": data, "split": "val", "varlab": __version__, "checkpoint": checkpoint}
         result = mean_over_images(by_shape)
-        save_json(out / "likelihood.json", {**result, "by_shape": by_shape, "protocol": protocol})
+        result |= {"by_shape": by_shape}
+        save_json(out / "likelihood.json", {**result, "protocol": protocol})
         return result
     tokenizer, var = tokenizer.to(device), var.to(device)
     kind = var.embedder.kind

@@ -68,6 +68,16 @@ class MSVQVAE(RecordedModule):
         other.patch_nums = other.quantizer.patch_nums
         return other
 
+    def pyramid_of(self, size: tuple[int, int], like: scales.PatchNums | None = None) -> scales.PatchNums:
+        """patch_nums for images of a size (height, width) in pixels: those of this tokenizer, or `like` these, fitted to it. Raises
+        ValueError for a size that is no multiple of `downsample`."""
+        if min(size) < self.downsample or any(side % self.downsample for side in size):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels: this tokenizer needs multiples of {self.downsample} as height and width"
+            )
+        h, w = (side // self.downsample for side in size)
+        return scales.fitted(like or self.patch_nums, (h, w))
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the images that the pyramid encodes."""

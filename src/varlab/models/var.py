@@ -217,10 +217,10 @@ class VAR(RecordedModule):
         self.head_modulation = Modulation(width, 2)
         self.head = nn.Linear(width, sum(self.bases))
 
-        self.fit(patch_nums)
+        self.set_patch_nums(patch_nums)
         self.init_weights(init_head, init_adaln, self.init_adaln_gamma)
 
-    def fit(self, patch_nums: scales.PatchNums) -> None:
+    def set_patch_nums(self, patch_nums: scales.PatchNums) -> None:
         """Sets the pyramid and what follows from it alone."""
         self.patch_nums = scales.plain(patch_nums)
         self.step_bounds = scales.step_bounds(patch_nums, self.order)
@@ -253,7 +253,7 @@ class VAR(RecordedModule):
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
         other.arguments = {**self.arguments, "patch_nums": scales.plain(patch_nums)}
-        other.fit(patch_nums)
+        other.set_patch_nums(patch_nums)
         return other
 
     def resolved(self) -> dict[str, Any]:

@@ -21,14 +21,10 @@ def at_size(tokenizer: MSVQVAE, var: VAR, image_size: Resolution | None) -> tupl
     """
     if image_size is None or (size := height_and_width(image_size, "image_size")) == tokenizer.image_size:
         return tokenizer, var
-    if any(side % tokenizer.downsample for side in size):
-        raise ValueError(f"image_size={image_size}: this tokenizer needs multiples of {tokenizer.downsample}")
-    h, w = size[0] // tokenizer.downsample, size[1] // tokenizer.downsample
 
     def distance(pyramid: scales.PatchNums) -> float:
-        height, width = scales.sides(pyramid)[-1]
-        return abs(math.log(height / h)) + abs(math.log(width / w))
+        h, w = scales.sides(pyramid)[-1]
+        return abs(math.log(tokenizer.downsample * h / size[0])) + abs(math.log(tokenizer.downsample * w / size[1]))
 
-    nearest = min(var.pyramids or [var.patch_nums], key=distance)
-    pyramid = scales.fitted(nearest, (h, w))
+    pyramid = tokenizer.pyramid_of(size, min(var.pyramids or [var.patch_nums], key=distance))
     return tokenizer.at(pyramid), var.at(pyramid)
