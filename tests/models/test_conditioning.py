@@ -7,7 +7,7 @@ import torch
 from support.networks import CLASS_NAMES, make_tokenizer, make_var
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
-from varlab.models.conditioning import ClassEmbedder
+from varlab.models.conditioning import ClassEmbedder, ImageEmbedder
 from varlab.pipeline import label_of
 from varlab.sampling.generate import generate
 
@@ -81,3 +81,23 @@ def test_a_number_that_names_another_class_is_refused():
             label_of(number, names, 12)
     digits = [str(number) for number in range(10)]
     assert [label_of(number, digits, 10) for number in range(11)] == list(range(11))
+
+
+def test_an_image_is_a_prefix_of_its_patches_in_reading_order():
+    embedder = ImageEmbedder(0, width=24, image_size=(4, 8), patch=2).eval()
+    assert embedder.num_prefix == 8 and embedder.condition_shape == (3, 4, 8) and embedder.kind == "image"
+    image = torch.randn(1, 3, 4, 8)
+    other = image.clone()
+    other[:, :, 2:, 4:6] += 1  # the third patch of the second row
+    differs = (embedder.prefix(other) != embedder.prefix(image)).any(dim=2)[0]
+    assert differs.tolist() == [False] * 6 + [True, False]
+    assert not torch.equal(embedder(other), embedder(image))
+    places = embedder.prefix(torch.zeros(1, 3, 4, 8))[0]
+    assert len(torch.unique(places, dim=0)) == 8
+    torch.testing.assert_close(embedder.null(image), torch.zeros_like(image))
+    with pytest.raises(
+        ValueError, match=r"condition of an image has shape \(3, 8, 4\), ImageEmbedder takes \(3, 4, 8\)"
+    ):
+        embedder.check(torch.zeros(1, 3, 8, 4))
+    dropped = embedder.train().drop(torch.ones(2000, 3, 4, 8))
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)

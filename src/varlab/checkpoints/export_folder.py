@@ -53,7 +53,12 @@ from varlab import VARPipeline
 images = VARPipeline.from_pretrained("{name}")({condition}, cfg_scale=1.5, seed=0)
 ```
 """
-EXAMPLES = {"label": "labels=[0, 1]", "text": 'text=["a red heart", "a cat"]', "vector": "condition=vectors"}
+EXAMPLES = {
+    "label": "labels=[0, 1]",
+    "text": 'text=["a red heart", "a cat"]',
+    "vector": "condition=vectors",
+    "image": "condition=images",
+}
 
 
 def tokenizer_fingerprint(tokenizer: MSVQVAE) -> str:
@@ -219,6 +224,8 @@ def described_condition(var: VAR | None, class_names: list[str] | None) -> list[
         return [f"conditioned on text, by the encoder {var.embedder.encoder} ({var.embedder.fingerprint})"]
     if var is not None and var.embedder.kind == "vector":
         return [f"conditioned on vectors of shape {var.embedder.condition_shape}"]
+    if var is not None and var.embedder.kind == "image":
+        return ["conditioned on images of {} x {} pixels in [-1, 1]".format(*var.embedder.condition_shape[1:])]
     return [f"{len(class_names)} classes"] if class_names else []
 
 

@@ -23,6 +23,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(
             f"max_captions={cfg.max_captions} text_tokens={cfg.text_tokens}: give 1 or more captions, and 0 to 512 tokens"
         )
+    if not isinstance(cfg.low_res, int) or cfg.low_res < 0:
+        raise ValueError(f"low_res={cfg.low_res}: give by how many times smaller images are stored, too; 0 for none")
     given: Any = OmegaConf.to_container(cfg)
     shapes = different_shapes(given["shapes"])
     use_exact_fp32()
@@ -45,6 +47,7 @@ def run(cfg: DictConfig) -> None:
             None if cfg.text is None else TextEncoder(cfg.text, device, cfg.text_tokens),
             cfg.max_captions,
             shapes,
+            cfg.low_res,
         )
     for folder, manifest in manifests.items():
         counts = ", ".join(f"{split['num_images']} {name}" for name, split in manifest["splits"].items())

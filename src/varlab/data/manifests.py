@@ -101,6 +101,7 @@ class TokensManifest(Schema):
     views: Annotated[list[View], Field(min_length=1, max_length=4096)]
     class_names: ClassNames
     text: TextEntry | None = None
+    low_res: Annotated[int, Field(ge=2, le=64)] | None = None
     splits: dict[str, TokenSplit]
 
 

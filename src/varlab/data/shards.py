@@ -29,7 +29,7 @@ from varlab.files import atomic_write, json_hash, load_json, parse_json, save_js
 
 FORMAT = 2
 MAX_OPEN_SHARDS = 128
-ConditionKind = Literal["label", "vector", "text"]
+ConditionKind = Literal["label", "vector", "text", "image"]
 
 
 def save_index(out: Path, split: str, indexes: Sequence[ShardIndex]) -> dict[str, Any]:
@@ -143,13 +143,18 @@ class ShardReader:
     def conditions(self, kind: ConditionKind) -> np.ndarray:
         """The conditions of all images, memory-mapped: labels (N,), or the vectors (N, ...) that the shards hold.
 
-        Raises ValueError if vectors are requested from a set without them, and for texts, which are encoded beforehand.
+        Raises ValueError if vectors are requested from a set without them, and for texts and images, which are prepared beforehand.
         """
         if kind == "label":
             return self.labels
         if kind == "text":
             raise ValueError(
                 f"{self.path} holds captions, and the network takes vectors of them: `varlab tokenize text=minilm` writes a token"
+                " cache that has them; use that"
+            )
+        if kind == "image":
+            raise ValueError(
+                f"{self.path} holds images, and the network takes smaller versions of them: `varlab tokenize low_res=2` writes a token"
                 " cache that has them; use that"
             )
         if "condition" not in self.described:

@@ -6,6 +6,7 @@ train.labels.npy              (N,)
 train.condition.npy           (N, ...) if the shards hold a vector per image
 train.text.npy                (N, captions, D) in float16, if captions are encoded, or (N, captions, 1 + tokens, D) with vectors of
                               their tokens; zeros for images without
+train.image.npy               (N, views, 3, h, w) in uint8, each view at a fraction of its size, if `low_res` says so
 
 With `shapes`, there is such a cache in a folder HEIGHTxWIDTH for each, with the images whose aspect ratio is nearest to it, and
 manifest.json beside them names the folders.
@@ -87,14 +88,16 @@ def write_cache(
     text: TextEncoder | None = None,
     max_captions: int = 4,
     shapes: Sequence[tuple[int, int]] = (),
+    low_res: int = 0,
 ) -> dict[Path, dict[str, Any]]:
     """Encodes all splits of a packed set; returns the manifest of the cache in each folder, its `splits` empty on all ranks but the
     first. With `text`, the first `max_captions` captions of each image, too; the captions of images with fewer are repeated in turn.
-    `shapes`: (height, width) in pixels, see above; the one with the most training images comes first.
+    `shapes`: (height, width) in pixels, see above; the one with the most training images comes first. `low_res`: each view is also
+    stored this many times smaller, every pixel the mean of a block, as a condition for super-resolution; 0 for none.
 
     Work is done in parts of `part_images`, each written atomically: an interrupted call continues with the missing
     parts, and several processes share the parts. An existing cache of the same tokenizer, data and views is kept.
-    Raises ValueError if they differ.
+    Raises ValueError if they differ, and for a `low_res` that does not divide the sides of the images.
     """
     work = work or WorkSplit()
     shard_manifest = load_manifest(shards, storage)
@@ -108,6 +111,7 @@ def write_cache(
         "views": views,
         "class_names": shard_manifest["class_names"],
         **({"shapes": [list(shape) for shape in shapes]} if shapes else {}),
+        **({"low_res": low_res} if low_res else {}),
         "splits": {},
     }
     readers = {split: ShardReader(shards, split, storage) for split in shard_manifest["splits"]}
@@ -127,6 +131,12 @@ def write_cache(
         }
     tokenizer = tokenizer.to(device).eval()
     tokenizers = {path / f"{h}x{w}": tokenizer.at(tokenizer.pyramid_of((h, w))) for h, w in shapes} or {path: tokenizer}
+    for own in tokenizers.values():
+        height, width = own.image_size
+        if low_res and (low_res == 1 or height % low_res or width % low_res):
+            raise ValueError(
+                f"low_res={low_res}: give 2 or more, a divisor of the sides of the images, {height} x {width}"
+            )
     manifests = {
         folder: {**shared, "tokenizer": tokenizer_fingerprint(own), "patch_nums": own.patch_nums}
         for folder, own in tokenizers.items()
@@ -155,7 +165,7 @@ def write_cache(
         for name, start in tqdm(own, desc=f"tokenize {split}", unit="part"):
             if not all((folder / name).is_file() for folder in tokenizers):
                 samples = range(start, min(start + part_images, len(images)))
-                write_part(name, images, samples, tokenizers, views, batch_size, vectors.get(split))
+                write_part(name, images, samples, tokenizers, views, batch_size, vectors.get(split), low_res)
     if work.rank:
         return {folder: {**manifest, "splits": {}} for folder, manifest in manifests.items()}
     for folder, manifest in manifests.items():
@@ -202,7 +212,7 @@ def check_same_cache(file: Path, manifest: dict[str, Any]) -> None:
     found = load_json(file, "varlab tokenize")
     changed = [
         key
-        for key in {**manifest, "text": None, "shapes": None}
+        for key in {**manifest, "text": None, "shapes": None, "low_res": None}
         if key != "splits" and found.get(key) != manifest.get(key)
     ]
     if changed:
@@ -220,10 +230,12 @@ def write_part(
     views: list[dict[str, Any]],
     batch_size: int,
     captions: CaptionVectors | None,
+    low_res: int = 0,
 ) -> None:
     """Encodes a range of samples in all views into one file in each folder: tokens (n, views, L), labels (n,), skipped (n,), vectors
-    (n, ...) if the shards hold them, and those of `captions`."""
+    (n, ...) if the shards hold them, and those of `captions`; with `low_res`, the views at a fraction of their size, too."""
     rows: dict[Path, list[tuple[Tensor, int, bool]]] = {folder: [] for folder in tokenizers}
+    smaller: dict[Path, list[np.ndarray]] = {folder: [] for folder in tokenizers}
     for first in range(samples.start, samples.stop, batch_size):
         batch = range(first, min(first + batch_size, samples.stop))
         images.reader.prepare(batch)
@@ -234,6 +246,9 @@ def write_part(
                 encoded = [encode(tokenizer, [pixels for pixels, _, _ in view]) for view in zip(*own, strict=True)]
                 tokens = torch.stack(encoded, dim=1)
                 rows[folder] += [(row, *views[0][1:]) for row, views in zip(tokens, own, strict=True)]
+                if low_res:
+                    pixels = np.array([[pixels for pixels, _, _ in view] for view in own])
+                    smaller[folder].append(block_means(pixels.transpose(0, 1, 4, 2, 3), low_res))
     for folder, tokenizer in tokenizers.items():
         numbers = [number for _, number, _ in rows[folder]]
         tokens = np.zeros((len(numbers), len(views), scales.num_tokens(tokenizer.patch_nums)), smallest_type(tokenizer))
@@ -245,8 +260,18 @@ def write_part(
             arrays["condition"] = images.reader.conditions("vector")[numbers]
         if captions is not None:
             arrays["text"] = captions.of(numbers)
+        if low_res:
+            height, width = (side // low_res for side in tokenizer.image_size)
+            arrays["image"] = np.concatenate([np.zeros((0, len(views), 3, height, width), np.uint8), *smaller[folder]])
         with atomic_write(folder / name) as partial, open(partial, "wb") as stream:
             np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """uint8 images (..., H, W), `factor` times smaller: the mean of each block, rounded."""
+    *rest, height, width = pixels.shape
+    blocks = pixels.reshape(*rest, height // factor, factor, width // factor, factor)
+    return blocks.mean(axis=(-3, -1)).round().astype(np.uint8)
 
 
 def encode(tokenizer: MSVQVAE, images: list[np.ndarray]) -> Int[Tensor, "B L"]:
@@ -264,26 +289,35 @@ def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, nu
     """Joins the parts of a split into its arrays; returns its entry in the manifest."""
     tokens_file = path / f"{split}.tokens.npy"
     found: dict[str, list[np.ndarray]] = {}
-    num_skipped = 0
+    num_skipped, smaller = 0, None
     for part in parts:
         with np.load(part) as loaded:
             num_skipped += int(loaded["skipped"].sum())
             for name in {"labels", "condition", "text"} & set(loaded):
                 found.setdefault(name, []).append(loaded[name])
+            smaller = loaded["image"].shape[1:] if "image" in loaded else None
     num_images, kind = sum(map(len, found["labels"])), smallest_type(tokenizer)
-    with atomic_write(tokens_file) as partial:
-        shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
-        tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
-        first = 0
-        for part in parts:
-            with np.load(part) as loaded:
-                tokens[first : first + len(loaded["tokens"])] = loaded["tokens"]
-                first += len(loaded["tokens"])
-        tokens.flush()
-        del tokens
+    shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
+    join_rows(parts, "tokens", tokens_file, shape, kind)
+    if smaller is not None:
+        join_rows(parts, "image", path / f"{split}.image.npy", (num_images, *smaller), np.dtype(np.uint8))
     for name, arrays in found.items():
         with atomic_write(path / f"{split}.{name}.npy") as partial, open(partial, "wb") as stream:
             np.save(stream, np.concatenate(arrays))
     if num_skipped:
         log.warning("%s: %d images could not be read and were replaced by the next ones", split, num_skipped)
     return {"num_images": num_images, "skipped": num_skipped, "sha256": sha256(tokens_file), "dtype": str(kind)}
+
+
+def join_rows(parts: list[Path], name: str, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Writes the rows of one array of all parts into a file of this shape, one part in memory at a time."""
+    with atomic_write(file) as partial:
+        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        first = 0
+        for part in parts:
+            with np.load(part) as loaded:
+                own = loaded[name]
+            rows[first : first + len(own)] = own
+            first += len(own)
+        rows.flush()
+        del rows

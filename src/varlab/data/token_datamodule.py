@@ -48,8 +48,8 @@ class TokenBatch(NamedTuple):
 
 
 class TokenDataset(Dataset):
-    """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views; so do the captions of an image, each of which
-    meets every view."""
+    """Rows of the cache. Views alternate: sample i uses view (i + epoch) % views, of an image that is its condition, too; so do the
+    captions of an image, each of which meets every view."""
 
     def __init__(
         self,
@@ -81,6 +81,8 @@ class TokenDataset(Dataset):
         views, chosen = turns % num_views, (samples,)
         if self.kind == "text":
             chosen = samples, (turns // num_views + views) % self.conditions.shape[1]
+        elif self.kind == "image":
+            chosen = samples, views
         weight = torch.from_numpy(is_real.astype(np.float32))
         if isinstance(self.tokens, Tensor):
             device = self.tokens.device
@@ -118,9 +120,9 @@ class TokenDataModule(OrderedDataModule):
 
     `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
     host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token up to 32,768 codes, 1.7 GB for one view of
-    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, `vector` if the cache holds a vector per image, or
-    `text` if it holds vectors of captions. Raises ValueError for a cache that is missing, damaged, or of another format. The
-    VARModule checks that it matches the tokenizer.
+    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, `vector` if the cache holds a vector per image, `text` if
+    it holds vectors of captions, or `image` if it holds smaller versions of its images. Raises ValueError for a cache that is missing,
+    damaged, or of another format. The VARModule checks that it matches the tokenizer.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class TokenDataModule(OrderedDataModule):
         self.pyramids = [manifest["patch_nums"] for manifest in self.caches.values()]
         self.manifest = next(iter(self.caches.values()))
         for folder, manifest in self.caches.items():
-            for key in ("data", "class_names", "codebook_size", "views", "text"):
+            for key in ("data", "class_names", "codebook_size", "views", "text", "low_res"):
                 if manifest.get(key) != self.manifest.get(key):
                     raise ValueError(
                         f"{folder}: its {key} differs from that of {next(iter(self.caches))}: tokenize anew"
@@ -178,8 +180,10 @@ class TokenDataModule(OrderedDataModule):
             parts[0] if len(parts) == 1 else TokensOfShapes(parts) for parts in (self.train_parts, self.val_parts)
         )
         first = self.train_parts[0]
+        if self.condition == "image" and len(self.caches) > 1:
+            raise ValueError(f"data.condition=image takes images of one shape: set data.path={next(iter(self.caches))}")
         self.views = first.tokens.shape[1]
-        self.condition_shape = tuple(first.conditions.shape[2 if self.condition == "text" else 1 :])
+        self.condition_shape = tuple(first.conditions.shape[2 if self.condition in ("text", "image") else 1 :])
         self.text = self.manifest.get("text") if self.condition == "text" else None
         self.shard_counts, self.num_val = [len(part) for part in self.train_parts], sum(self.val_counts())
 
@@ -225,8 +229,15 @@ class TokenDataModule(OrderedDataModule):
             raise ValueError(
                 f"data.condition=text: {path} holds no vectors of captions: make it with `varlab tokenize text=minilm`"
             )
+        if self.condition == "image" and manifest.get("low_res") is None:
+            raise ValueError(
+                f"data.condition=image: {path} holds no smaller images: make it with `varlab tokenize low_res=2`"
+            )
         if self.condition == "label":
             conditions = open_array(path / f"{split}.labels.npy", (num_images,))
+        elif self.condition == "image":
+            conditions = open_array(path / f"{split}.image.npy", (num_images, shape[1], 3, None, None), np.uint8)
+            conditions = conditions if split == "train" else conditions[:, :1]
         elif self.condition == "text":
             text = manifest["text"]
             rows = [1 + text["tokens"]] if text["tokens"] else []

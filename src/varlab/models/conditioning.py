@@ -2,7 +2,7 @@
 
 A custom embedder subclasses `ConditionEmbedder`; VAR builds it with `num_classes`, `width` and `dropout` in addition to
 its own arguments. A class label is one kind of condition, one number per image; a vector, such as the embedding of a text, is
-another.
+another; an image is a third.
 """
 
 import difflib
@@ -11,8 +11,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from varlab.models.positions import CoordinatePositions
 
 
 class ConditionEmbedder(nn.Module):
@@ -27,7 +30,7 @@ class ConditionEmbedder(nn.Module):
     num_prefix: int = 0
 
     @property
-    def kind(self) -> Literal["label", "vector", "text"]:
+    def kind(self) -> Literal["label", "vector", "text", "image"]:
         """The kind of condition in data sets."""
         return "vector" if self.condition_shape else "label"
 
@@ -142,7 +145,7 @@ class TextEmbedder(VectorEmbedder):
             self.condition_shape = (1 + tokens, dim)
 
     @property
-    def kind(self) -> Literal["label", "vector", "text"]:
+    def kind(self) -> Literal["label", "vector", "text", "image"]:
         return "text"
 
     @classmethod
@@ -167,6 +170,53 @@ class TextEmbedder(VectorEmbedder):
                 f"{data}: vectors of {text['encoder']} ({text['fingerprint']}), but the network takes those of"
                 f" {self.encoder} ({self.fingerprint})"
             )
+
+
+class ImageEmbedder(ConditionEmbedder):
+    """Smaller versions of the images, for super-resolution: `image_size` (height, width) in pixels, values in [-1, 1]. Patches of
+    `patch` pixels are a prefix to which all scales attend, and their mean modulates every block; gray (zeros) is the null condition."""
+
+    def __init__(
+        self, num_classes: int, width: int, image_size: Sequence[int], patch: int = 4, dropout: float = 0.1
+    ) -> None:
+        super().__init__(dropout)
+        height, width_px = image_size
+        if patch < 1 or height % patch or width_px % patch:
+            raise ValueError(
+                f"patch={patch} of the condition: give a divisor of its sides, {height} and {width_px} pixels"
+            )
+        self.condition_shape, self.patch = (3, height, width_px), patch
+        sides = [(height // patch, width_px // patch)]
+        self.num_prefix = sides[0][0] * sides[0][1]
+        self.linear, self.of_mean = nn.Linear(3 * patch**2, width), nn.Linear(width, width)
+        self.position = CoordinatePositions([sides], width)
+        self.register_buffer("waves", self.position.features(sides), persistent=False)
+
+    @property
+    def kind(self) -> Literal["label", "vector", "text", "image"]:
+        return "image"
+
+    @classmethod
+    def arguments_from(cls, shape: tuple[int, ...], text: dict[str, Any] | None) -> dict[str, Any]:
+        if len(shape) != 3:
+            raise ValueError(
+                "model.embedder=image takes images: set data.condition=image, and data.path to a cache of `varlab tokenize low_res=2`"
+            )
+        return {"image_size": shape[1:]}
+
+    def patches(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B p D"]:
+        """The embedded patches, without their positions."""
+        size = {"a": self.patch, "b": self.patch}
+        return self.linear(rearrange(condition, "B c (h a) (w b) -> B (h w) (c a b)", **size))
+
+    def forward(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+        return self.of_mean(self.patches(condition).mean(dim=1))
+
+    def prefix(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B p D"]:
+        return self.patches(condition) + self.position(self.waves)
+
+    def null(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 h w"]:
+        return torch.zeros_like(condition)
 
 
 def embedder_arguments(

@@ -1,0 +1,225 @@
+"""Super-resolution, from a token cache with smaller images to larger ones."""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from support.networks import make_tokenizer, make_var
+from support.runs import SHORT, VAR, command, config, fit, kill_at, log_to, logged_losses
+from torch.utils.flop_counter import FlopCounterMode
+
+from varlab.commands import audit, edit, evaluate, export, sample, tokenize, train
+from varlab.cost.flops import training_flops
+from varlab.data.images import CenterCrops
+from varlab.data.order import SampleRequest
+from varlab.data.shards import ShardReader
+from varlab.data.token_datamodule import TokenDataModule
+from varlab.models.conditioning import ImageEmbedder
+from varlab.pipeline import VARPipeline
+from varlab.sampling.upscaling import match_means, upscale
+
+LAST = "checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory, digits_folder, tokenizer_run):
+    """A token cache in two views, each also stored at half its size."""
+    out = tmp_path_factory.mktemp("halves") / "tokens"
+    settings = [f"tokenizer={tokenizer_run / LAST}", f"shards={digits_folder}", f"out={out}", "part_images=20"]
+    tokenize.run(config(out, *settings, "resize_ratio=1.0", "flips=true", "low_res=2", verb="tokenize"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def settings(tokens, tokenizer_run):
+    image = ["embedder@model.embedder=image", "data.condition=image"]
+    return [*VAR, *SHORT, *image, f"tokenizer={tokenizer_run / LAST}", f"data.path={tokens}"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, settings):
+    folder = tmp_path_factory.mktemp("trained")
+    fit(folder, *settings, *log_to(folder / "losses"))
+    return folder
+
+
+def crops(digits_folder, split):
+    """The images of a split, in [0, 255]."""
+    return (
+        torch.cat(list(CenterCrops(ShardReader(digits_folder, split), 16, 1.0, None, 8, torch.device("cpu")))) + 1
+    ) * 127.5
+
+
+def test_the_cache_holds_the_block_means_of_each_view(tokens, digits_folder):
+    halves = {split: np.load(tokens / f"{split}.image.npy") for split in ("train", "val")}
+    assert halves["train"].shape == (48, 2, 3, 8, 8) and halves["train"].dtype == np.uint8
+    for split, found in halves.items():
+        expected = F.avg_pool2d(crops(digits_folder, split), 2)
+        assert np.abs(found[:, 0] - expected.numpy()).max() <= 0.5 + 1e-4
+        np.testing.assert_array_equal(found[:, 1], found[:, 0, :, :, ::-1])
+    assert json.loads((tokens / "manifest.json").read_text())["low_res"] == 2 and not (tokens / "parts").exists()
+
+
+def test_a_view_meets_its_own_image(tokens):
+    data = TokenDataModule(str(tokens), 8, condition="image")
+    data.setup()
+    halves, rows = np.load(tokens / "train.image.npy"), np.load(tokens / "train.tokens.npy")
+    assert data.condition_shape == (3, 8, 8)
+    for dataset in (data.train_set, data.train_set.on_device(torch.device("cpu"))):
+        for epoch, view in ((0, 1), (1, 0)):
+            batch = dataset.__getitems__([SampleRequest(7, epoch, True)])
+            np.testing.assert_array_equal(batch.sequence[0], rows[7, view])
+            np.testing.assert_allclose(batch.condition[0], halves[7, view] / 127.5 - 1, atol=1e-6)
+    validated = data.val_set.__getitems__([SampleRequest(3, 1, True)]).condition
+    np.testing.assert_allclose(validated[0], np.load(tokens / "val.image.npy")[3, 0] / 127.5 - 1, atol=1e-6)
+
+
+def test_a_killed_run_continues_bit_by_bit(settings, trained, tmp_path):
+    command(tmp_path / "run", *settings, "ckpt_path=last", *log_to(tmp_path / "losses"), *kill_at(5))
+    fit(tmp_path / "run", *settings, "ckpt_path=last", *log_to(tmp_path / "losses"))
+    assert logged_losses(tmp_path / "losses") == logged_losses(trained / "losses")
+
+
+def test_parameters_and_flops_are_counted(settings, trained, tmp_path, capsys):
+    told, network = json.loads((trained / "run.json").read_text()), VARPipeline.from_pretrained(trained / LAST).var
+    assert told["params_total"] == sum(parameter.numel() for parameter in network.parameters())
+    image = torch.zeros(1, 3, 8, 8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        network.to("meta")(torch.zeros(1, 29, network.codebook_dim, device="meta"), image)
+    pairs = 4 * 4 + 1 * 5 + 4 * 9 + 9 * 18 + 16 * 34
+    masked = 4 * 32 * 2 * (34**2 - pairs)  # the counter knows no mask
+    patches, mean, places = 2 * 2 * 48 * 32 * 4, 2 * 32 * 32, 2 * 4 * network.embedder.position.linear.in_features * 32
+    assert training_flops(network.sizes) == 3 * (counter.get_total_flops() - masked - patches - mean - places)
+    train.run(config(tmp_path, *settings, "plan=true"))
+    assert "30 tokens" in capsys.readouterr().out
+
+
+def test_the_command_enlarges_a_picture_and_keeps_its_pixels_as_means(trained, digits_folder, tmp_path):
+    small = F.avg_pool2d(crops(digits_folder, "val")[:1], 2).round().byte()[0].permute(1, 2, 0).numpy()
+    Image.fromarray(small).save(tmp_path / "small.png")
+    given = [f"checkpoint={trained / LAST}", f"image={tmp_path / 'small.png'}", f"out={tmp_path / 'out'}"]
+    edit.run(config(tmp_path, *given, "num=3", "upscale=2", "cfg_scale=1", verb="edit"))
+    told = json.loads((tmp_path / "out/edit.json").read_text())
+    assert told["upscale"] == 2 and told["fitted"] == "center crop of 8 x 8 pixels, resized to 8 x 8"
+    assert told["errors_in_levels"]["result"] < 0.01 < told["errors_in_levels"]["network"]
+    assert "strength" not in told and told["cfg_scale"] == 1
+    results = [np.asarray(Image.open(tmp_path / f"out/edit-00{i}.png")).astype(float) for i in range(3)]
+    assert results[0].shape == (16, 16, 3) and (results[0] != results[1]).any()
+    for result in results:
+        assert np.abs(result.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)) - small).max() <= 0.5
+    assert Image.open(tmp_path / "out/edit.png").width == 4 * 66 - 2
+    edit.run(config(tmp_path, *given, "num=3", "upscale=2", "cfg_scale=1", "composite=false", verb="edit"))
+    raw = [np.asarray(Image.open(tmp_path / f"out/edit-00{i}.png")) for i in range(3)]
+    pipeline = VARPipeline.from_pretrained(trained / LAST)
+    condition = torch.from_numpy(small.copy()).permute(2, 0, 1)[None].repeat(3, 1, 1, 1) / 127.5 - 1
+    drawn = pipeline(condition=condition, seed=0, cfg_scale=1.0, top_p=0.95)
+    assert all((np.asarray(image) == array).all() for image, array in zip(drawn, raw, strict=True))
+
+
+def test_what_is_drawn_depends_on_where_the_image_is_dark():
+    """Two images of the same mean color, so that the prefix alone tells them apart."""
+    var = make_var(embedder=partial(ImageEmbedder, image_size=(8, 8))).eval()
+    with torch.no_grad():
+        var.embedder.linear.weight.mul_(20)
+    image = torch.zeros(1, 3, 8, 8)
+    image[:, :, :4], image[:, :, 4:] = -1, 1
+    images = torch.cat([image, image.flip(2)])
+    torch.testing.assert_close(var.embedder(images[:1]), var.embedder(images[1:]))
+    drawn = [upscale(var, make_tokenizer().eval(), image, seed=3, composite=False) for image in images.split(1)]
+    assert not torch.equal(*drawn)
+
+
+def test_scores_samples_exports_and_audits_take_images(trained, tokens, digits_folder, tmp_path):
+    given = [f"checkpoint={trained / LAST}", f"shards={tokens}"]
+    evaluate.run(config(tmp_path, *given, f"out={tmp_path / 'likelihood'}", "retrieval=4", verb="evaluate"))
+    found = json.loads((tmp_path / "likelihood/likelihood.json").read_text())
+    assert found["retrieval_candidates"] == 4 and found["num_images"] == 11
+    with pytest.raises(ValueError, match="the network takes smaller versions of them: `varlab tokenize low_res=2`"):
+        plain = [given[0], f"shards={digits_folder}", f"out={tmp_path / 'plain'}"]
+        evaluate.run(config(tmp_path, *plain, verb="evaluate"))
+    audit.run(config(tmp_path, *given, f"out={tmp_path / 'audit'}", "num_images=8", verb="audit"))
+    assert "membership" in json.loads((tmp_path / "audit/audit.json").read_text())
+    export.run(config(tmp_path, given[0], f"out={tmp_path / 'model'}", verb="export"))
+    card = (tmp_path / "model/README.md").read_text()
+    assert "conditioned on images of 8 x 8 pixels in [-1, 1]" in card and "condition=images" in card
+    images = np.load(tokens / "val.image.npy")[:2, 0].astype(np.float32) / 127.5 - 1
+    np.save(tmp_path / "images.npy", images)
+    settings = [f"checkpoint={tmp_path / 'model'}", f"condition={tmp_path / 'images.npy'}", "num=2", "seed=4"]
+    sample.run(config(tmp_path, *settings, f"out={tmp_path / 'samples'}", verb="sample"))
+    drawn = VARPipeline.from_pretrained(tmp_path / "model")(condition=torch.from_numpy(images), seed=4)
+    files = sorted((tmp_path / "samples").rglob("*.png"))
+    arrays = [np.asarray(Image.open(file)) for file in files if file.name not in ("grid.png", "samples.png")]
+    assert all(
+        any((np.asarray(image) == array).all() for array in arrays if array.shape == (16, 16, 3)) for image in drawn
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["upscale=4"], "upscale=4: this network turns 8 x 8 pixels into 16 x 16: give upscale=2"),
+        (["upscale=2", "label=3"], "upscale=2 and label=3: super-resolution takes the image alone"),
+        (["upscale=2", "box=[0,0,1,1]"], r"upscale=2 and box=\[0, 0, 1, 1\]: super-resolution takes the image alone"),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, message, trained, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "small.png")
+    given = [f"checkpoint={trained / LAST}", f"image={tmp_path / 'small.png'}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=message):
+        edit.run(config(tmp_path, *given, *changed, verb="edit"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_and_caches_without_images_are_named(settings, tokens, token_cache, export_folder, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "small.png")
+    given = [f"checkpoint={export_folder}", f"image={tmp_path / 'small.png'}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="this network does not take images: train one with embedder@model"):
+        edit.run(config(tmp_path, *given, "upscale=2", verb="edit"))
+    with pytest.raises(ValueError, match=rf"data.condition=image: {token_cache} holds no smaller images: make it with"):
+        fit(tmp_path / "a", *settings, f"data.path={token_cache}")
+    with pytest.raises(ValueError, match="model.embedder=image takes images: set data.condition=image"):
+        fit(tmp_path / "b", *settings, "data.condition=label")
+    with pytest.raises(ValueError, match="patch=3 of the condition: give a divisor of its sides, 8 and 8 pixels"):
+        fit(tmp_path / "c", *settings, "model.embedder.patch=3")
+    shutil.copytree(tokens, tmp_path / "two/16x16")
+    (tmp_path / "two/manifest.json").write_text(
+        json.dumps({"kind": "shapes", "format": 1, "shapes": ["16x16", "16x24"]})
+    )
+    shutil.copytree(tokens, tmp_path / "two/16x24")
+    with pytest.raises(ValueError, match="data.condition=image takes images of one shape: set data.path=.*16x16"):
+        fit(tmp_path / "d", *settings, f"data.path={tmp_path / 'two'}")
+
+
+@pytest.mark.parametrize("low_res", [1, 3, -2])
+def test_a_factor_that_does_not_divide_the_images_is_named(low_res, digits_folder, tokenizer_run, tokens, tmp_path):
+    given = [f"tokenizer={tokenizer_run / LAST}", f"shards={digits_folder}", f"low_res={low_res}", "resize_ratio=1.0"]
+    with pytest.raises(ValueError, match=f"low_res={low_res}: give "):
+        tokenize.run(config(tmp_path, *given, f"out={tmp_path / 'tokens'}", verb="tokenize"))
+    with pytest.raises(ValueError, match=f"{tokens} already holds a token cache with different low_res"):
+        tokenize.run(config(tmp_path, *given, "low_res=4", "flips=true", f"out={tokens}", verb="tokenize"))
+
+
+def test_the_nearest_images_with_these_means():
+    """Against a projection by a general solver: alternating projections of Dykstra on the means and on [0, 1]."""
+    drawn, images = torch.rand(2, 3, 8, 8).double(), torch.rand(2, 3, 4, 4).double() ** 3
+    images[0, 0, 0, 0], images[1, 2, 3, 3] = 0.0, 1.0
+    found = match_means(drawn.float(), images.float()).double()
+    torch.testing.assert_close(F.avg_pool2d(found, 2), images, atol=1e-6, rtol=0)
+    expected, correction = drawn.clone(), torch.zeros_like(drawn)
+    for _ in range(500):
+        matched = expected + F.interpolate(images - F.avg_pool2d(expected, 2), scale_factor=2.0)
+        expected = (matched + correction).clamp(0, 1)
+        correction = matched + correction - expected
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    within = drawn.float()
+    torch.testing.assert_close(match_means(within, F.avg_pool2d(within, 2)), within, atol=1e-6, rtol=0)
+
+
+def test_a_network_of_classes_is_refused():
+    with pytest.raises(ValueError, match="this network does not take images"):
+        upscale(make_var().eval(), make_tokenizer().eval(), torch.zeros(1, 3, 8, 8))
