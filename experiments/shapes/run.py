@@ -1,9 +1,9 @@
 """Does one VAR of two shapes predict each as well as a VAR of that shape alone? Glyphs in tall and in wide boxes, three seeds. Finished
 steps are skipped; an interrupted run continues.
 
-    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: about an hour; not run to the end yet)
+    python experiments/data/glyphs.py && python experiments/shapes/run.py      (one CPU core: about an hour and a half)
 
-Writes results.csv and samples.png beside this file and prints means and 95 % intervals over seeds.
+Writes results.csv, longer.csv and samples.png beside this file and prints means and 95 % intervals over seeds.
 """
 
 import json
@@ -28,7 +28,7 @@ from varlab.data.write_shards import Source, pack  # noqa: E402
 GLYPHS, DATA, RUNS = Path("data/glyphs32/shards"), Path("data/glyphs_boxes"), Path("runs/shapes")
 SHAPES = {"tall": (40, 24), "wide": (24, 40)}
 MARGIN, NUM = 3, {"train": 40_000, "val": 4_000}
-STEPS, SEEDS = 300, (0, 1, 2)
+STEPS, SEEDS, MORE_STEPS = 300, (0, 1, 2), 1200
 ALONE = {  # position and steps of a network of one shape
     "learned": ("learned", STEPS),  # as many images of the shape as the network of both
     "coordinates": ("coordinates", STEPS),
@@ -116,7 +116,12 @@ def main() -> None:
         for name, own in caches.items():
             alone = {arm: loss_of(train(f"{name}-{arm}", seed, own, *given), own) for arm, given in ALONE.items()}
             rows.append({"shape": name, "seed": seed, "both": loss_of(both, own), **alone})
+    both, longer = train("both-longer", 0, cache, "coordinates", MORE_STEPS), []
+    for name, own in caches.items():
+        alone = train(f"{name}-longer", 0, own, "learned", MORE_STEPS)
+        longer.append({"shape": name, "seed": 0, "both": loss_of(both, own), "long": loss_of(alone, own)})
     write_table(HERE / "results.csv", rows)
+    write_table(HERE / "longer.csv", longer)
     print(
         "| shape | both shapes | alone: as many images | the same, coordinates | as many steps | both / as many steps - 1, % |"
     )
@@ -126,7 +131,11 @@ def main() -> None:
         means = [interval([row[arm] for row in own]) for arm in ("both", *ALONE)]
         means.append(interval([100 * (row["both"] / row["long"] - 1) for row in own]))
         print(f"| {name} |", " | ".join(means), "|")
-    draw(RUNS / "both-0")
+    for row in longer:
+        print(
+            f"{MORE_STEPS} steps each, {row['shape']}: {row['both']:.3f} and {row['long']:.3f}, {row['both'] / row['long'] - 1:+.1%}"
+        )
+    draw(RUNS / "both-longer-0")
 
 
 if __name__ == "__main__":
