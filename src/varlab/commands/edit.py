@@ -92,8 +92,7 @@ def run(cfg: DictConfig) -> None:
         "precision": precision,
         **settings,
     }
-    scale = min(image.size[0] / width, image.size[1] / height)
-    fitted = f"center crop of {round(height * scale)} x {round(width * scale)} pixels, resized to {height} x {width}"
+    fitted = how_fitted(image, size)
     save_json(out / "edit.json", {**protocol, "fitted": fitted, "errors_in_levels": errors})
     print(f"{out}: {cfg.num} edits, edit.png (original | mask | results), edit.json; image: {fitted}")
     print(
@@ -140,10 +139,7 @@ def write_upscaled(cfg: DictConfig, tokenizer: "MSVQVAE", var: "VAR", image: "Im
     bicubic = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
     shown = torch.cat([to_tensor([bicubic]) / 2 + 0.5, results.cpu()])
     image_grid.save(image_grid.grid(shown, columns=len(shown)), out / "edit.png")
-    scale = min(image.size[0] / size[1], image.size[1] / size[0])
-    fitted = (
-        f"center crop of {round(size[0] * scale)} x {round(size[1] * scale)} pixels, resized to {size[0]} x {size[1]}"
-    )
+    fitted = how_fitted(image, size)
     protocol = {"checkpoint": str(cfg.checkpoint), "image": str(cfg.image), "upscale": factor, "seed": cfg.seed}
     save_json(
         out / "edit.json",
@@ -153,6 +149,12 @@ def write_upscaled(cfg: DictConfig, tokenizer: "MSVQVAE", var: "VAR", image: "Im
         f"{out}: {cfg.num} images of {height} x {width} pixels, edit.png (bicubic | results), edit.json; image: {fitted}"
     )
     print(f"before compositing: the means of the blocks differ from the image by {errors['network']:.1f} levels")
+
+
+def how_fitted(image: "Image.Image", size: tuple[int, int]) -> str:
+    """What `preprocess` makes of an image, for the record."""
+    (height, width), scale = size, min(image.width / size[1], image.height / size[0])
+    return f"center crop of {round(height * scale)} x {round(width * scale)} pixels, resized to {height} x {width}"
 
 
 def mask_of(cfg: DictConfig, given: tuple[int, int], size: tuple[int, int]):
