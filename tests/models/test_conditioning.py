@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import CLASS_NAMES, make_tokenizer, make_var
 
 from varlab.checkpoints.export_folder import load_pretrained, save_pretrained
@@ -83,21 +84,24 @@ def test_a_number_that_names_another_class_is_refused():
     assert [label_of(number, digits, 10) for number in range(11)] == list(range(11))
 
 
-def test_an_image_is_a_prefix_of_its_patches_in_reading_order():
+def test_what_an_image_adds_to_a_token_is_what_lies_under_it():
     embedder = ImageEmbedder(0, width=24, image_size=(4, 8), patch=2).eval()
-    assert embedder.num_prefix == 8 and embedder.condition_shape == (3, 4, 8) and embedder.kind == "image"
-    image = torch.randn(1, 3, 4, 8)
+    assert embedder.num_prefix == 0 and embedder.condition_shape == (3, 4, 8) and embedder.kind == "image"
+    image, pyramid = torch.randn(1, 3, 4, 8), [1, [1, 2], [2, 4]]
     other = image.clone()
-    other[:, :, 2:, 4:6] += 1  # the third patch of the second row
-    differs = (embedder.prefix(other) != embedder.prefix(image)).any(dim=2)[0]
-    assert differs.tolist() == [False] * 6 + [True, False]
-    assert not torch.equal(embedder(other), embedder(image))
-    places = embedder.prefix(torch.zeros(1, 3, 4, 8))[0]
-    assert len(torch.unique(places, dim=0)) == 8
-    torch.testing.assert_close(embedder.null(image), torch.zeros_like(image))
+    other[:, :, 2:, 4:6] += 1  # under the third token of the second row of the finest map
+    differs = (embedder.at_tokens(other, pyramid) - embedder.at_tokens(image, pyramid)).abs().amax(dim=2)[0] > 1e-6
+    assert differs.tolist() == [True, False, True, *[False] * 6, True, False]
+    fine = embedder.part(image[:, :, 2:, 4:6].flatten(1))
+    torch.testing.assert_close(embedder.at_tokens(image, pyramid)[:, 9], fine)
+    torch.testing.assert_close(embedder(image), embedder.whole(F.adaptive_avg_pool2d(image, 2).flatten(1)))
+    nothing = embedder.null(image)
+    assert not nothing.any() and not embedder.at_tokens(nothing, pyramid).any()
     with pytest.raises(
         ValueError, match=r"condition of an image has shape \(3, 8, 4\), ImageEmbedder takes \(3, 4, 8\)"
     ):
         embedder.check(torch.zeros(1, 3, 8, 4))
     dropped = embedder.train().drop(torch.ones(2000, 3, 4, 8))
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    with pytest.raises(ValueError, match="patch=0 of the condition: give 1 or more values per side of a token"):
+        ImageEmbedder(0, width=24, image_size=(4, 8), patch=0)

@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> None:
     if resolution is None:
         resolution = nearest_shape((image.height, image.width), trained_sizes(tokenizer, var))
     tokenizer, var = at_size(tokenizer, var, resolution)
-    height, width = size = tokenizer.image_size
+    size = tokenizer.image_size
     original = to_tensor([preprocess(image, size, 1.0, Crop())]).to(device).repeat(cfg.num, 1, 1, 1)
     keep = mask_of(cfg, image.size, size).to(device)
     shape = var.embedder.condition_shape

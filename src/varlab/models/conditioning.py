@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from varlab.models.positions import CoordinatePositions
+from varlab.models import scales
 
 
 class ConditionEmbedder(nn.Module):
@@ -52,6 +53,10 @@ class ConditionEmbedder(nn.Module):
     def prefix(self, condition: Tensor) -> Float[Tensor, "B p D"]:
         """The tokens before those of the image."""
         raise NotImplementedError
+
+    def at_tokens(self, condition: Tensor, patch_nums: scales.PatchNums) -> Float[Tensor, "B L D"] | None:
+        """What is added to the embeddings of the tokens of all maps; None for nothing."""
+        return None
 
     def null(self, condition: Tensor) -> Tensor:
         """The null condition ("no condition"), repeated for each row of `condition`."""
@@ -173,24 +178,18 @@ class TextEmbedder(VectorEmbedder):
 
 
 class ImageEmbedder(ConditionEmbedder):
-    """Smaller versions of the images, for super-resolution: `image_size` (height, width) in pixels, values in [-1, 1]. Patches of
-    `patch` pixels are a prefix to which all scales attend, and their mean modulates every block; gray (zeros) is the null condition."""
+    """Smaller versions of the images, for super-resolution: `image_size` (height, width) in pixels, values in [-1, 1]. What lies
+    under a token is added to its embedding, resized (area) to `patch` x `patch` values, and the whole image, of this size, modulates
+    every block. Gray (zeros) is the null condition."""
 
     def __init__(
-        self, num_classes: int, width: int, image_size: Sequence[int], patch: int = 4, dropout: float = 0.1
+        self, num_classes: int, width: int, image_size: Sequence[int], patch: int = 8, dropout: float = 0.1
     ) -> None:
         super().__init__(dropout)
-        height, width_px = image_size
-        if patch < 1 or height % patch or width_px % patch:
-            raise ValueError(
-                f"patch={patch} of the condition: give a divisor of its sides, {height} and {width_px} pixels"
-            )
-        self.condition_shape, self.patch = (3, height, width_px), patch
-        sides = [(height // patch, width_px // patch)]
-        self.num_prefix = sides[0][0] * sides[0][1]
-        self.linear, self.of_mean = nn.Linear(3 * patch**2, width), nn.Linear(width, width)
-        self.position = CoordinatePositions([sides], width)
-        self.register_buffer("waves", self.position.features(sides), persistent=False)
+        if patch < 1:
+            raise ValueError(f"patch={patch} of the condition: give 1 or more values per side of a token")
+        self.condition_shape, self.patch = (3, *image_size), patch
+        self.whole, self.part = nn.Linear(3 * patch**2, width), nn.Linear(3 * patch**2, width, bias=False)
 
     @property
     def kind(self) -> Literal["label", "vector", "text", "image"]:
@@ -204,18 +203,18 @@ class ImageEmbedder(ConditionEmbedder):
             )
         return {"image_size": shape[1:]}
 
-    def patches(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B p D"]:
-        """The embedded patches, without their positions."""
-        size = {"a": self.patch, "b": self.patch}
-        return self.linear(rearrange(condition, "B c (h a) (w b) -> B (h w) (c a b)", **size))
+    def patches(self, condition: Float[Tensor, "B 3 H W"], h: int, w: int) -> Float[Tensor, "B l c"]:
+        """What lies under each token of a map."""
+        resized = F.interpolate(condition, size=(h * self.patch, w * self.patch), mode="area")
+        return rearrange(resized, "B c (h a) (w b) -> B (h w) (c a b)", h=h, w=w)
 
-    def forward(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
-        return self.of_mean(self.patches(condition).mean(dim=1))
+    def forward(self, condition: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.whole(self.patches(condition, 1, 1)[:, 0])
 
-    def prefix(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B p D"]:
-        return self.patches(condition) + self.position(self.waves)
+    def at_tokens(self, condition: Float[Tensor, "B 3 H W"], patch_nums: scales.PatchNums) -> Float[Tensor, "B L D"]:
+        return self.part(torch.cat([self.patches(condition, h, w) for h, w in scales.sides(patch_nums)], dim=1))
 
-    def null(self, condition: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 h w"]:
+    def null(self, condition: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return torch.zeros_like(condition)
 
 

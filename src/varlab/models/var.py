@@ -79,6 +79,7 @@ class ScaleCache:
 
     vector: Float[Tensor, "B D"]  # starts the sequence
     cond: Float[Tensor, "B *six D"]  # modulates the blocks
+    added: Float[Tensor, "B L D"] | None  # to the embeddings of all tokens
     head: Float[Tensor, "B 2 D"]  # scale and shift of the head
     blocks: list[BlockCache]
 
@@ -94,7 +95,7 @@ class VAR(RecordedModule):
     but for those of `predict`. None: all scales have all codes.
 
     `embedder`: class of the condition embedder (models/conditioning.py), called with num_classes, width and
-    dropout=`label_dropout`. The tokens of its prefix, if it has one, precede the sequence.
+    dropout=`label_dropout`. The tokens of its prefix, if it has one, precede the sequence; what it has for each token is added.
 
     `order="raster"` is the paper's baseline: the same blocks predict the same sequence token by token, scale by scale
     and row by row within a scale, attending to all previous tokens. `step_bounds` are then single tokens.
@@ -311,9 +312,15 @@ class VAR(RecordedModule):
                 block.modulation_offset[2:].mul_(init_adaln)
 
     def embed(
-        self, inputs: Float[Tensor, "B l C"] | None, vector: Float[Tensor, "B D"], k_first: int, k_last: int
+        self,
+        inputs: Float[Tensor, "B l C"] | None,
+        vector: Float[Tensor, "B D"],
+        added: Float[Tensor, "B L D"] | None,
+        k_first: int,
+        k_last: int,
     ) -> Float[Tensor, "B m D"]:
-        """Embeddings of steps k_first..k_last; step 0 comes from the conditioning vector, the others from `inputs`."""
+        """Embeddings of steps k_first..k_last; step 0 comes from the conditioning vector, the others from `inputs`. `added`: what
+        the condition adds to all tokens."""
         first, last = self.step_bounds[k_first][0], self.step_bounds[k_last][1]
         parts = [vector[:, None] + self.start_position] if k_first == 0 else []
         if inputs is not None and inputs.shape[1]:
@@ -323,6 +330,8 @@ class VAR(RecordedModule):
         else:
             position = self.position[:, first:last]
         place = self.scale_embedding(self.scale_of_token[first:last]) + position
+        if added is not None:
+            place = place + added[:, first:last]
         return torch.cat([part.float() for part in parts], dim=1) + place
 
     def predict(self, x: Float[Tensor, "B l D"], vector: Float[Tensor, "B D"]) -> Float[Tensor, "B l S"]:
@@ -357,7 +366,8 @@ class VAR(RecordedModule):
         condition = self.embedder.drop(condition)
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
-        x = self.embed(inputs, vector, 0, ends.index(length))
+        added = self.embedder.at_tokens(condition, self.patch_nums)
+        x = self.embed(inputs, vector, added, 0, ends.index(length))
         if self.num_prefix:
             x = torch.cat([self.embedder.prefix(condition).float(), x], dim=1)
         visible = self.visible(length)
@@ -391,12 +401,13 @@ class VAR(RecordedModule):
             x = self.embedder.prefix(condition).float()
             for block, block_cache in zip(self.blocks, blocks, strict=True):
                 x = block(x, cond, cache=block_cache)
-        return ScaleCache(vector, cond, self.head_modulation(vector), blocks)
+        added = self.embedder.at_tokens(condition, self.patch_nums)
+        return ScaleCache(vector, cond, added, self.head_modulation(vector), blocks)
 
     def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m S"]:
         """Logits of step k alone, given steps 0..k-1 in `cache`, to which it adds step k. No mask is needed: step k
         attends to everything cached. `inputs` is None at step 0."""
-        x = self.embed(inputs, cache.vector, k, k)
+        x = self.embed(inputs, cache.vector, cache.added, k, k)
         for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
             x = block(x, cache.cond, cache=block_cache)
         return self.within_scales(self.logits(x, cache.head), self.step_bounds[k][0])
