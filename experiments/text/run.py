@@ -1,5 +1,6 @@
 """Does a VAR use the words it is given? Emoji with their names and keywords against the same images with captions of others, three
-seeds; validation holds concepts that training does not. Finished steps are skipped; an interrupted run continues.
+seeds; validation holds concepts that training does not, and in a further run the drawings of another vendor. Finished
+steps are skipped; an interrupted run continues.
 
     python experiments/tokenizer/prepare.py && python experiments/tokenizer/late.py    (data and tokenizer)
     python experiments/text/run.py    (one CPU core: about two hours)
@@ -20,10 +21,12 @@ sys.path.insert(0, str(HERE.parent))
 from steps import finished, interval, varlab, write_table  # noqa: E402
 
 from varlab import VARPipeline, image_grid  # noqa: E402
+from varlab.files import sha256  # noqa: E402
 
 SHARDS, RUNS = Path("data/emoji64/shards"), Path("runs/text")
 TOKENIZER = Path("runs/emoji64/long_continued/checkpoints/last.ckpt")
-SEEDS, STEPS, FURTHER, CANDIDATES = (0, 1, 2), 1000, 3000, 16
+SEEDS, STEPS, FURTHER, CANDIDATES = (0, 1, 2), 1000, 2000, 16
+VENDOR = "twitter"  # whose drawings a further run holds out
 SEEN = ("octopus", "red heart", "smiling face", "house", "snowman", "taxi")
 UNSEEN = ("a blue heart", "a green car", "a sad cat", "an orange flower", "two stars", "a purple hat")
 
@@ -47,6 +50,26 @@ def shuffled(cache: Path) -> Path:
             vectors = np.load(cache / f"{split}.text.npy")
             np.save(out / f"{split}.text.npy", vectors[np.random.default_rng(0).permutation(len(vectors))])
         shutil.copy(cache / "manifest.json", out)
+    return out
+
+
+def by_vendor(cache: Path) -> Path:
+    """The same rows split anew: validation holds those of one vendor, training all others."""
+    out, splits = cache.with_name("by_vendor"), ("train", "val")
+    if not (out / "manifest.json").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        sources = [line for split in splits for line in (SHARDS / f"{split}.sources.txt").read_text().splitlines()]
+        held = np.array([Path(line).name.startswith(f"{VENDOR}-") for line in sources])
+        manifest = json.loads((cache / "manifest.json").read_text())
+        for name in ("tokens", "labels", "text"):
+            rows = np.concatenate([np.load(cache / f"{split}.{name}.npy") for split in splits])
+            for split, chosen in zip(splits, (~held, held), strict=True):
+                np.save(out / f"{split}.{name}.npy", rows[chosen])
+                manifest["splits"][split] |= {"num_images": int(chosen.sum()), "skipped": 0}
+        for split in splits:
+            manifest["splits"][split]["sha256"] = sha256(out / f"{split}.tokens.npy")
+        (out / "manifest.json").write_text(json.dumps(manifest))
     return out
 
 
@@ -78,9 +101,10 @@ def main() -> None:
     cache = tokens()
     caches = {"captions": cache, "shuffled": shuffled(cache)}
     rows = [score(arm, folder, seed) for seed in SEEDS for arm, folder in caches.items()]
+    vendor = score("vendor", by_vendor(cache), 0)
     start = RUNS / "captions-0/checkpoints/last.ckpt"
     longer = score("longer", cache, 0, FURTHER, f"module.init_from={start}")
-    write_table(HERE / "results.csv", [*rows, longer])
+    write_table(HERE / "results.csv", [*rows, vendor, longer])
     print(f"| captions | loss, nats per token | gain from the caption | retrieval among {CANDIDATES}, % |")
     print("|---" * 4 + "|")
     for arm in caches:
@@ -91,7 +115,7 @@ def main() -> None:
         print(f"| {arm} |", " | ".join(means), "|")
     losses = {arm: [float(row["loss"]) for row in rows if row["arm"] == arm] for arm in caches}
     print("shuffled - captions:", interval([b - a for a, b in zip(*losses.values(), strict=True)]), "nats per token")
-    print("seed 0 after further training:", longer)
+    print(f"{VENDOR} held out: {vendor}\nseed 0 after further training: {longer}")
     pipeline = VARPipeline.from_pretrained(RUNS / "longer-0/checkpoints/last.ckpt")
     drawn = [pipeline(text=[word] * 6, seed=0, cfg_scale=3.0, top_p=0.95) for word in SEEN + UNSEEN]
     pixels = np.stack([np.asarray(image) for images in drawn for image in images]) / 255
