@@ -13,6 +13,7 @@ from support.networks import make_tokenizer, make_var
 from support.runs import SHORT, VAR, command, config, fit, kill_at, log_to, logged_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from varlab.app.session import Model
 from varlab.commands import audit, edit, evaluate, export, sample, tokenize, train
 from varlab.cost.flops import training_flops
 from varlab.data.images import CenterCrops
@@ -106,18 +107,33 @@ def test_the_command_enlarges_a_picture_and_keeps_its_pixels_as_means(trained, d
     told = json.loads((tmp_path / "out/edit.json").read_text())
     assert told["upscale"] == 2 and told["fitted"] == "center crop of 8 x 8 pixels, resized to 8 x 8"
     assert told["errors_in_levels"]["result"] < 0.01 < told["errors_in_levels"]["network"]
-    assert "strength" not in told and told["cfg_scale"] == 1
+    assert "strength" not in told and told["cfg_scale"] == 1 and told["num"] == 3 and told["composite"] is True
     results = [np.asarray(Image.open(tmp_path / f"out/edit-00{i}.png")).astype(float) for i in range(3)]
     assert results[0].shape == (16, 16, 3) and (results[0] != results[1]).any()
     for result in results:
         assert np.abs(result.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)) - small).max() <= 0.5
     assert Image.open(tmp_path / "out/edit.png").width == 4 * 66 - 2
     edit.run(config(tmp_path, *given, "num=3", "upscale=2", "cfg_scale=1", "composite=false", verb="edit"))
+    assert json.loads((tmp_path / "out/edit.json").read_text())["composite"] is False
     raw = [np.asarray(Image.open(tmp_path / f"out/edit-00{i}.png")) for i in range(3)]
     pipeline = VARPipeline.from_pretrained(trained / LAST)
     condition = torch.from_numpy(small.copy()).permute(2, 0, 1)[None].repeat(3, 1, 1, 1) / 127.5 - 1
     drawn = pipeline(condition=condition, seed=0, cfg_scale=1.0, top_p=0.95)
     assert all((np.asarray(image) == array).all() for image, array in zip(drawn, raw, strict=True))
+
+
+def test_a_large_photo_is_reduced_as_in_training_and_older_results_are_removed(trained, digits_folder, tmp_path):
+    large = crops(digits_folder, "val")[:1].round().byte()
+    Image.fromarray(large[0].permute(1, 2, 0).numpy()).save(tmp_path / "large.png")
+    given = [f"checkpoint={trained / LAST}", f"image={tmp_path / 'large.png'}", f"out={tmp_path / 'out'}", "upscale=2"]
+    edit.run(config(tmp_path, *given, "num=3", "cfg_scale=[0,0,1,1]", verb="edit"))
+    result = np.asarray(Image.open(tmp_path / "out/edit-000.png")).astype(float)
+    means = F.avg_pool2d(large.float(), 2)[0].permute(1, 2, 0).round().numpy()
+    assert np.abs(result.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)) - means).max() <= 0.5
+    told = json.loads((tmp_path / "out/edit.json").read_text())
+    assert told["cfg_scale"] == [0, 0, 1, 1] and told["fitted"] == "center crop of 16 x 16 pixels, resized to 8 x 8"
+    edit.run(config(tmp_path, *given, "num=1", verb="edit"))
+    assert [file.name for file in sorted((tmp_path / "out").glob("edit-*.png"))] == ["edit-000.png"]
 
 
 def test_every_step_sees_its_part_of_the_image():
@@ -139,36 +155,105 @@ def test_every_step_sees_its_part_of_the_image():
         assert changed[-16:].argmax() == 15
 
 
-def test_scores_samples_exports_and_audits_take_images(trained, tokens, digits_folder, tmp_path):
-    given = [f"checkpoint={trained / LAST}", f"shards={tokens}"]
-    evaluate.run(config(tmp_path, *given, f"out={tmp_path / 'likelihood'}", "retrieval=4", verb="evaluate"))
-    found = json.loads((tmp_path / "likelihood/likelihood.json").read_text())
-    assert found["retrieval_candidates"] == 4 and found["num_images"] == 11
-    with pytest.raises(ValueError, match="the network takes smaller versions of them: `varlab tokenize low_res=2`"):
-        plain = [given[0], f"shards={digits_folder}", f"out={tmp_path / 'plain'}"]
-        evaluate.run(config(tmp_path, *plain, verb="evaluate"))
-    audit.run(config(tmp_path, *given, f"out={tmp_path / 'audit'}", "num_images=8", verb="audit"))
-    assert "membership" in json.loads((tmp_path / "audit/audit.json").read_text())
-    export.run(config(tmp_path, given[0], f"out={tmp_path / 'model'}", verb="export"))
+def test_scores_of_a_token_cache_and_of_shards_agree(trained, tokens, digits_folder, tmp_path):
+    given = f"checkpoint={trained / LAST}"
+    for name, data in (("cache", tokens), ("shards", digits_folder)):
+        settings = [given, f"shards={data}", f"out={tmp_path / name}", "retrieval=4"]
+        evaluate.run(config(tmp_path, *settings, "resize_ratio=1.0", verb="evaluate"))
+    cache, shards = (json.loads((tmp_path / name / "likelihood.json").read_text()) for name in ("cache", "shards"))
+    assert cache["retrieval_candidates"] == 4 and cache["num_images"] == 11
+    for name in ("loss", "unconditional_loss", "retrieval"):
+        assert cache[name] == pytest.approx(shards[name], rel=1e-5)
+    assert cache["loss"] != cache["unconditional_loss"]
+
+
+def test_an_audit_compares_samples_with_training_images(trained, tokens, digits_folder, tmp_path):
+    given = [f"checkpoint={trained / LAST}", "num_images=8"]
+    audit.run(config(tmp_path, *given, f"shards={tokens}", f"out={tmp_path / 'a'}", verb="audit"))
+    np.savez(
+        tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(256, size=(4, 16, 16, 3), dtype=np.uint8)
+    )
+    more = [
+        f"shards={digits_folder}",
+        f"out={tmp_path / 'b'}",
+        f"samples={tmp_path / 'samples.npz'}",
+        "resize_ratio=1.0",
+    ]
+    audit.run(config(tmp_path, *given, *more, verb="audit"))
+    found = [json.loads((tmp_path / name / "audit.json").read_text()) for name in "ab"]
+    assert all("membership" in audit for audit in found) and "memorization" in found[1]
+
+
+def test_other_sizes_of_the_condition_are_refused(trained, digits_folder, tokenizer_run, tmp_path):
+    quarters = [f"tokenizer={tokenizer_run / LAST}", f"shards={digits_folder}", f"out={tmp_path / 'quarters'}"]
+    tokenize.run(config(tmp_path, *quarters, "resize_ratio=1.0", "low_res=4", verb="tokenize"))
+    given = [f"checkpoint={trained / LAST}", f"shards={tmp_path / 'quarters'}", f"out={tmp_path / 'out'}"]
+    for verb, scored in (("evaluate", evaluate), ("audit", audit)):
+        with pytest.raises(
+            ValueError, match=r"quarters gives conditions of shape \(3, 4, 4\), but ImageEmbedder takes \(3, 8, 8"
+        ):
+            scored.run(config(tmp_path, *given, verb=verb))
+    with pytest.raises(
+        ValueError, match=r"image_size=\[32, 32\]: this network enlarges images of one size, to \[16, 16\]"
+    ):
+        VARPipeline.from_pretrained(trained / LAST)(condition=torch.zeros(1, 3, 8, 8), image_size=32)
+
+
+def test_samples_of_an_exported_network_take_images_of_a_file(trained, tokens, tmp_path):
+    export.run(config(tmp_path, f"checkpoint={trained / LAST}", f"out={tmp_path / 'model'}", verb="export"))
     card = (tmp_path / "model/README.md").read_text()
     assert "conditioned on images of 8 x 8 pixels in [-1, 1]" in card and "condition=images" in card
-    images = np.load(tokens / "val.image.npy")[:2, 0].astype(np.float32) / 127.5 - 1
-    np.save(tmp_path / "images.npy", images)
-    settings = [f"checkpoint={tmp_path / 'model'}", f"condition={tmp_path / 'images.npy'}", "num=2", "seed=4"]
-    sample.run(config(tmp_path, *settings, f"out={tmp_path / 'samples'}", verb="sample"))
-    drawn = VARPipeline.from_pretrained(tmp_path / "model")(condition=torch.from_numpy(images), seed=4)
-    files = sorted((tmp_path / "samples").rglob("*.png"))
-    arrays = [np.asarray(Image.open(file)) for file in files if file.name not in ("grid.png", "samples.png")]
-    assert all(
-        any((np.asarray(image) == array).all() for array in arrays if array.shape == (16, 16, 3)) for image in drawn
-    )
+    pixels = np.load(tokens / "val.image.npy")[:2, 0]
+    images = torch.from_numpy(pixels / 127.5 - 1)
+    drawn = VARPipeline.from_pretrained(tmp_path / "model")(condition=images.float(), seed=4, cfg_scale=1.0)
+    for name, rows in (("bytes", pixels), ("fp32", images.float().numpy()), ("fp64", images.numpy())):
+        np.save(tmp_path / f"{name}.npy", rows)
+        settings = [f"checkpoint={tmp_path / 'model'}", f"condition={tmp_path / name}.npy", "num=2", "seed=4"]
+        sample.run(config(tmp_path, *settings, "cfg_scale=1", f"out={tmp_path / name}", verb="sample"))
+        files = [tmp_path / name / f"images/00000{i}.png" for i in (0, 1)]
+        assert all((np.asarray(image) == Image.open(file)).all() for image, file in zip(drawn, files, strict=True))
+        told = json.loads((tmp_path / name / "samples.json").read_text())["labels"]
+        assert len(set(told)) == 2 and all(len(row) == 16 for row in told)
+    for name, rows, message in (
+        ("levels", 255 * np.ones((1, 3, 8, 8), np.float32), "have values from 255 to 255: give -1 to 1"),
+        ("nothing", np.full((1, 3, 8, 8), np.nan, np.float32), "have values from nan to nan: give -1 to 1"),
+        ("number", np.float32(1), "is not an array of numbers with a row for each image"),
+        ("other", np.zeros((1, 3, 4, 4), np.float32), r"has shape \(1, 3, 4, 4\), but the network takes rows of shape"),
+    ):
+        np.save(tmp_path / f"{name}.npy", rows)
+        given = [f"checkpoint={tmp_path / 'model'}", f"condition={tmp_path / name}.npy", f"out={tmp_path / name}"]
+        with pytest.raises(
+            ValueError, match=f"{name}.npy:? {message}|{name}.npy: the images of the condition {message}"
+        ):
+            sample.run(config(tmp_path, *given, "num=2", verb="sample"))
+        assert not (tmp_path / name / "begun.json").exists()
+    with pytest.raises(ValueError, match="takes no class label: give condition=FILE.npy, images of shape"):
+        sample.run(
+            config(tmp_path, f"checkpoint={tmp_path / 'model'}", f"out={tmp_path / 'x'}", "num=2", verb="sample")
+        )
+    with pytest.raises(
+        ValueError, match="the page draws classes and texts, and this network takes conditions of shape"
+    ):
+        Model(str(tmp_path / "model"), "cpu")
+    with pytest.raises(ValueError, match="no ImageEmbedder"):
+        export.run(
+            config(tmp_path, f"checkpoint={trained / LAST}", "to=released", f"out={tmp_path / 'r'}", verb="export")
+        )
+    assert not (tmp_path / "r/tokenizer.pth").exists()
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (["upscale=4"], "upscale=4: this network turns 8 x 8 pixels into 16 x 16: give upscale=2"),
+        (["upscale='2'"], "upscale='2': this network turns"),
         (["upscale=2", "label=3"], "upscale=2 and label=3: super-resolution takes the image alone"),
+        (
+            ["upscale=2", "strength=0.5", "outpaint=true"],
+            "upscale=2 and outpaint=True and strength=0.5: super-resolution",
+        ),
+        (["upscale=2", "num=1.5"], "num=1.5: give the number of images, 1 or more"),
+        (["upscale=2", "composite=maybe"], "composite=maybe: give true or false"),
         (["upscale=2", "box=[0,0,1,1]"], r"upscale=2 and box=\[0, 0, 1, 1\]: super-resolution takes the image alone"),
     ],
 )
@@ -187,6 +272,10 @@ def test_networks_and_caches_without_images_are_named(settings, tokens, token_ca
         edit.run(config(tmp_path, *given, "upscale=2", verb="edit"))
     with pytest.raises(ValueError, match=rf"data.condition=image: {token_cache} holds no smaller images: make it with"):
         fit(tmp_path / "a", *settings, f"data.path={token_cache}")
+    with pytest.raises(
+        ValueError, match="data.condition=image: the size of such a network follows from the data: set data.path"
+    ):
+        train.run(config(tmp_path, *settings, "data.path=???", "plan=true"))
     with pytest.raises(ValueError, match="model.embedder=image takes images: set data.condition=image"):
         fit(tmp_path / "b", *settings, "data.condition=label")
     with pytest.raises(ValueError, match="patch=0 of the condition: give 1 or more"):
@@ -200,10 +289,10 @@ def test_networks_and_caches_without_images_are_named(settings, tokens, token_ca
         fit(tmp_path / "d", *settings, f"data.path={tmp_path / 'two'}")
 
 
-@pytest.mark.parametrize("low_res", [1, 3, -2])
+@pytest.mark.parametrize("low_res", [1, 3, -2, 128, "'2'"])
 def test_a_factor_that_does_not_divide_the_images_is_named(low_res, digits_folder, tokenizer_run, tokens, tmp_path):
     given = [f"tokenizer={tokenizer_run / LAST}", f"shards={digits_folder}", f"low_res={low_res}", "resize_ratio=1.0"]
-    with pytest.raises(ValueError, match=f"low_res={low_res}: give "):
+    with pytest.raises(ValueError, match=f"low_res={low_res}: give [2a]"):
         tokenize.run(config(tmp_path, *given, f"out={tmp_path / 'tokens'}", verb="tokenize"))
     with pytest.raises(ValueError, match=f"{tokens} already holds a token cache with different low_res"):
         tokenize.run(config(tmp_path, *given, "low_res=4", "flips=true", f"out={tokens}", verb="tokenize"))

@@ -71,6 +71,11 @@ class Model:
         self.var: VAR
         tokenizer, var, names = load(path, trust_code=trust_code)
         self.tokenizer, self.var = at_size(tokenizer, var, image_size)
+        if self.var.embedder.kind not in ("label", "text"):
+            raise ValueError(
+                f"checkpoint={path}: the page draws classes and texts, and this network takes conditions of shape"
+                f" {self.var.embedder.condition_shape}: use varlab edit upscale=2 for images, varlab sample condition=FILE.npy for vectors"
+            )
         if default_precision(device) == "bf16":
             use_bf16(self.tokenizer, self.var)
         self.tokenizer, self.var, self.device = self.tokenizer.to(device), self.var.to(device), device

@@ -9,6 +9,7 @@ from varlab.config import hydra_command
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from varlab.models.msvqvae import MSVQVAE
     from varlab.models.var import VAR
@@ -17,26 +18,15 @@ if TYPE_CHECKING:
 def run(cfg: DictConfig) -> None:
     """Writes `num` edits of one image, edit.png (original | mask | results, or for super-resolution bicubic | results) and edit.json
     with errors and settings."""
-    from dataclasses import asdict
-
-    import torch
-    from PIL import Image
-
-    from varlab import image_grid
     from varlab.checkpoints.load import load
     from varlab.data.decoding import open_image
-    from varlab.data.images import Crop, preprocess, to_tensor
-    from varlab.data.resolutions import nearest_shape
     from varlab.distributed import default_device, use_exact_fp32
-    from varlab.files import save_json
-    from varlab.models.conditioning import label_of
-    from varlab.models.text_encoder import text_encoder_of, texts_of
     from varlab.sampling.acceleration import default_precision, use_bf16
-    from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
-    from varlab.sampling.shapes import at_size, trained_sizes
 
-    if cfg.num < 1:
-        raise ValueError(f"num={cfg.num} must be positive")
+    if not isinstance(cfg.num, int) or cfg.num < 1:
+        raise ValueError(f"num={cfg.num}: give the number of images, 1 or more")
+    if not isinstance(cfg.composite, bool):
+        raise ValueError(f"composite={cfg.composite}: give true or false")
     device = default_device(cfg.device)
     tokenizer, var, names = load(cfg.checkpoint, trust_code=cfg.trust_code)
     precision = default_precision(device)
@@ -45,10 +35,33 @@ def run(cfg: DictConfig) -> None:
         use_bf16(tokenizer, var)
     tokenizer, var = tokenizer.to(device), var.to(device)
     image = open_image(cfg.image, f"image={cfg.image}")
-    if cfg.upscale is not None:
-        return write_upscaled(cfg, tokenizer, var, image, precision)
     given: Any = OmegaConf.to_container(cfg)
-    resolution = given["image_size"]
+    if given["upscale"] is None:
+        results, record = edited(cfg, given, tokenizer, var, names, image)
+    else:
+        results, record = upscaled(given, tokenizer, var, image)
+    names_of_settings = ("checkpoint", "image", "num", "seed", "composite")
+    write_results(
+        Path(cfg.out), *results, {**{name: given[name] for name in names_of_settings}, "precision": precision, **record}
+    )
+
+
+def edited(
+    cfg: DictConfig, given: dict[str, Any], tokenizer: "MSVQVAE", var: "VAR", names: list[str], image: "Image.Image"
+) -> tuple[tuple["Tensor", "Tensor"], dict[str, Any]]:
+    """((results, images of the sheet), record) of zero-shot editing."""
+    from dataclasses import asdict
+
+    import torch
+
+    from varlab.data.images import Crop, preprocess, to_tensor
+    from varlab.data.resolutions import nearest_shape
+    from varlab.models.conditioning import label_of
+    from varlab.models.text_encoder import text_encoder_of, texts_of
+    from varlab.sampling.editing import composite, edit, edit_errors, latent_mask
+    from varlab.sampling.shapes import at_size, trained_sizes
+
+    device, resolution = var.head.weight.device, given["image_size"]
     if resolution is None:
         resolution = nearest_shape((image.height, image.width), trained_sizes(tokenizer, var))
     tokenizer, var = at_size(tokenizer, var, resolution)
@@ -65,90 +78,80 @@ def run(cfg: DictConfig) -> None:
         if shape:
             raise ValueError(f"label={cfg.label}: this network takes no class label")
         condition.fill_(label_of(str(cfg.label), names, var.num_classes))
-    settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
-    edited = edit(
-        var,
-        tokenizer,
-        original,
-        latent_mask(keep, tokenizer.quantizer.sides[-1]),
-        condition.to(device),
-        seed=cfg.seed,
-        **settings,
-    )
+    settings = {key: given[key] for key in ("cfg_scale", "top_k", "top_p", "smooth", "strength", "blend")}
+    latent = latent_mask(keep, tokenizer.quantizer.sides[-1])
+    drawn = edit(var, tokenizer, original, latent, condition.to(device), seed=cfg.seed, **settings)
     pixels = original / 2 + 0.5
-    before = edit_errors(edited, pixels, keep)
-    results = composite(edited, pixels, keep, cfg.feather) if cfg.composite else edited
-    errors = {"network": asdict(before), "result": asdict(edit_errors(results, pixels, keep))}
-    out = Path(cfg.out)
-    for i, array in enumerate(image_grid.to_uint8(results)):
-        image_grid.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
-    shown = torch.cat([pixels[:1], (1 - keep).expand(1, 3, -1, -1), results]).cpu()
-    image_grid.save(image_grid.grid(shown, columns=len(shown)), out / "edit.png")
-    protocol = {
-        "checkpoint": str(cfg.checkpoint),
-        "image": str(cfg.image),
-        **({"text": cfg.text} if shape else {"label": int(condition[0])}),
-        "seed": cfg.seed,
-        "precision": precision,
-        **settings,
-    }
-    fitted = how_fitted(image, size)
-    save_json(out / "edit.json", {**protocol, "fitted": fitted, "errors_in_levels": errors})
-    print(f"{out}: {cfg.num} edits, edit.png (original | mask | results), edit.json; image: {fitted}")
+    before = edit_errors(drawn, pixels, keep)
+    results = composite(drawn, pixels, keep, cfg.feather) if cfg.composite else drawn
     print(
         f"before compositing: mean error outside the mask {before.outside:.1f} levels,"
         f" seam {before.seam:.1f} (usual step {before.usual:.1f})"
     )
+    return (results, torch.cat([pixels[:1], (1 - keep).expand(1, 3, -1, -1), results])), {
+        **({"text": cfg.text} if shape else {"label": int(condition[0])}),
+        **settings,
+        "fitted": how_fitted(image, size),
+        "errors_in_levels": {"network": asdict(before), "result": asdict(edit_errors(results, pixels, keep))},
+    }
 
 
-def write_upscaled(cfg: DictConfig, tokenizer: "MSVQVAE", var: "VAR", image: "Image.Image", precision: str) -> None:
-    """Writes `num` larger versions of one image."""
+def upscaled(
+    given: dict[str, Any], tokenizer: "MSVQVAE", var: "VAR", image: "Image.Image"
+) -> tuple[tuple["Tensor", "Tensor"], dict[str, Any]]:
+    """((results, images of the sheet), record) of super-resolution. A photo as large as the results is reduced as in training."""
     import numpy as np
     import torch
     import torch.nn.functional as F
     from PIL import Image
 
-    from varlab import image_grid
-    from varlab.data.images import Crop, preprocess, to_tensor
-    from varlab.files import save_json
+    from varlab.data.images import Crop, block_means, preprocess, to_tensor
     from varlab.sampling.upscaling import match_means, upscale, upscaling_factor
 
     factor, (height, width) = upscaling_factor(var, tokenizer), tokenizer.image_size
     size = height // factor, width // factor
-    if cfg.upscale != factor:
+    if given["upscale"] != factor:
         raise ValueError(
-            f"upscale={cfg.upscale}: this network turns {size[0]} x {size[1]} pixels into {height} x {width}: give upscale={factor}"
+            f"upscale={given['upscale']!r}: this network turns {size[0]} x {size[1]} pixels into {height} x {width}: give upscale={factor}"
         )
-    useless = [
-        f"{name}={cfg[name]}" for name in ("mask", "box", "label", "text", "image_size") if cfg[name] is not None
-    ]
+    defaults = {"outpaint": False, "strength": 1.0, "blend": "tokens", "feather": 0}
+    defaults |= dict.fromkeys(("mask", "box", "label", "text", "text_encoder", "image_size"))
+    useless = [f"{name}={given[name]}" for name, value in defaults.items() if given[name] != value]
     if useless:
-        raise ValueError(f"upscale={cfg.upscale} and {' and '.join(useless)}: super-resolution takes the image alone")
-    pixels = np.asarray(preprocess(image, size, 1.0, Crop()))
-    given = to_tensor([pixels]).to(var.head.weight.device).repeat(cfg.num, 1, 1, 1)
-    settings = {key: cfg[key] for key in ("cfg_scale", "top_k", "top_p", "smooth")}
-    drawn = upscale(var, tokenizer, given, seed=cfg.seed, composite=False, **settings)
-    results = match_means(drawn, given / 2 + 0.5) if cfg.composite else drawn
+        raise ValueError(f"upscale={factor} and {' and '.join(useless)}: super-resolution takes the image alone")
+    is_large = image.height >= height and image.width >= width
+    pixels = np.asarray(preprocess(image, (height, width) if is_large else size, 1.0, Crop()))
+    pixels = block_means(pixels, factor) if is_large else pixels
+    small = to_tensor([pixels]).to(var.head.weight.device).repeat(given["num"], 1, 1, 1)
+    settings = {key: given[key] for key in ("cfg_scale", "top_k", "top_p", "smooth")}
+    drawn = upscale(var, tokenizer, small, seed=given["seed"], composite=False, **settings)
+    results = match_means(drawn, small / 2 + 0.5) if given["composite"] else drawn
     errors = {
-        name: 255 * float((F.avg_pool2d(images, factor) - given / 2 - 0.5).abs().mean())
+        name: 255 * float((F.avg_pool2d(images, factor) - small / 2 - 0.5).abs().mean())
         for name, images in (("network", drawn), ("result", results))
     }
-    out = Path(cfg.out)
+    print(f"before compositing: the means of the blocks differ from the image by {errors['network']:.1f} levels")
+    bicubic = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    shown = torch.cat([to_tensor([bicubic]).to(results) / 2 + 0.5, results])
+    record = {"upscale": factor, **settings, "fitted": how_fitted(image, size), "errors_in_levels": errors}
+    return (results, shown), record
+
+
+def write_results(out: Path, results: "Tensor", shown: "Tensor", record: dict[str, Any]) -> None:
+    """Writes the results, the sheet and the record, and removes results of an earlier call."""
+    from PIL import Image
+
+    from varlab import image_grid
+    from varlab.files import save_json
+
+    for file in out.glob("edit-[0-9][0-9][0-9].png"):
+        file.unlink()
     for i, array in enumerate(image_grid.to_uint8(results)):
         image_grid.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
-    bicubic = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    shown = torch.cat([to_tensor([bicubic]) / 2 + 0.5, results.cpu()])
-    image_grid.save(image_grid.grid(shown, columns=len(shown)), out / "edit.png")
-    fitted = how_fitted(image, size)
-    protocol = {"checkpoint": str(cfg.checkpoint), "image": str(cfg.image), "upscale": factor, "seed": cfg.seed}
-    save_json(
-        out / "edit.json",
-        {**protocol, "precision": precision, **settings, "fitted": fitted, "errors_in_levels": errors},
-    )
-    print(
-        f"{out}: {cfg.num} images of {height} x {width} pixels, edit.png (bicubic | results), edit.json; image: {fitted}"
-    )
-    print(f"before compositing: the means of the blocks differ from the image by {errors['network']:.1f} levels")
+    image_grid.save(image_grid.grid(shown.cpu(), columns=len(shown)), out / "edit.png")
+    save_json(out / "edit.json", {**record, "checkpoint": str(record["checkpoint"]), "image": str(record["image"])})
+    what = "bicubic | results" if "upscale" in record else "original | mask | results"
+    print(f"{out}: {len(results)} results, edit.png ({what}), edit.json; image: {record['fitted']}")
 
 
 def how_fitted(image: "Image.Image", size: tuple[int, int]) -> str:

@@ -57,10 +57,11 @@ def run(cfg: DictConfig) -> None:
             except ValueError as error:
                 raise ValueError(f"{error}; {out} is complete: `hf upload {cfg.hub} {out}` tries again") from None
     elif cfg.to == "released":
-        for name, network in [("tokenizer", tokenizer), ("var", var)]:
-            if network is not None:
-                with atomic_write(out / f"{name}.pth") as partial:
-                    torch.save(to_released(network), partial)
+        networks = {"tokenizer": tokenizer} if var is None else {"tokenizer": tokenizer, "var": var}
+        states = {name: to_released(network) for name, network in networks.items()}
+        for name, state in states.items():
+            with atomic_write(out / f"{name}.pth") as partial:
+                torch.save(state, partial)
         print(f"{out}: tokenizer.pth{', var.pth' if var else ''}, as the released code loads them")
     else:
         from varlab.checkpoints import programs

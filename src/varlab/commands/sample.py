@@ -42,11 +42,12 @@ def run(cfg: DictConfig) -> None:
     texts = None if cfg.text is None else texts_of(given["text"], cfg.num)
     if shape and cfg.condition is None and texts is None:
         wanted = "text='...'" if isinstance(var.embedder, TextEmbedder) else "condition=FILE.npy"
-        raise ValueError(f"this network takes no class label: give {wanted}, vectors of shape {shape}")
+        what = "images" if var.embedder.kind == "image" else "vectors"
+        raise ValueError(f"this network takes no class label: give {wanted}, {what} of shape {shape}")
     if texts is not None:
         conditions = text_encoder_of(var, cfg.text_encoder)(texts).numpy()
     elif cfg.condition is not None:
-        conditions = read_conditions(cfg.condition, cfg.num, shape)
+        conditions = read_conditions(cfg.condition, cfg.num, var.embedder)
     elif given["classes"] == "data":
         if cfg.shards is None:
             raise ValueError("classes=data draws classes in the proportions of a data set: give shards=FOLDER")

@@ -23,8 +23,10 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(
             f"max_captions={cfg.max_captions} text_tokens={cfg.text_tokens}: give 1 or more captions, and 0 to 512 tokens"
         )
-    if not isinstance(cfg.low_res, int) or cfg.low_res < 0:
-        raise ValueError(f"low_res={cfg.low_res}: give by how many times smaller images are stored, too; 0 for none")
+    if not isinstance(cfg.low_res, int):
+        raise ValueError(
+            f"low_res={cfg.low_res!r}: give a whole number, by which the sides of the images are divided; 0 for none"
+        )
     given: Any = OmegaConf.to_container(cfg)
     shapes = different_shapes(given["shapes"])
     use_exact_fp32()

@@ -19,6 +19,7 @@ from varlab.data.order import Order, SampleRequest
 from varlab.data.resolutions import Resolution, height_and_width, nearest_shape
 from varlab.data.shards import ConditionKind, ShardReader, fingerprint, load_manifest
 from varlab.data.storage import Storage, is_remote
+from varlab.models.conditioning import ConditionEmbedder
 
 LANCZOS_RADIUS = 3
 HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
@@ -80,6 +81,13 @@ def resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int,
     within = (box[0] - low[0], box[1] - low[1], box[2] - low[0], box[3] - low[1])
     out = (part[2] - part[0], part[3] - part[1])
     return seen.resize(out, Image.Resampling.LANCZOS, box=within)
+
+
+def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """uint8 images (..., H, W, 3), `factor` times smaller: the mean of each block, rounded."""
+    *rest, height, width, channels = pixels.shape
+    blocks = pixels.reshape(*rest, height // factor, factor, width // factor, factor, channels)
+    return blocks.mean(axis=(-4, -2)).round().astype(np.uint8)
 
 
 def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:
@@ -190,6 +198,14 @@ class CenterCrops:
         """The images with these numbers."""
         self.images.reader.prepare(samples)
         return to_tensor([self.images.readable(SampleRequest(i, 0, True), Crop())[0] for i in samples]).to(self.device)
+
+    def conditions(self, embedder: ConditionEmbedder) -> Tensor:
+        """The conditions of all images, which the set holds; smaller versions are made of the images."""
+        if embedder.kind != "image":
+            return as_condition(self.images.reader.conditions(embedder.kind)[self.samples], embedder.kind)
+        pixels = torch.cat([((batch + 1) * 127.5).round().byte() for batch in self]).permute(0, 2, 3, 1).cpu().numpy()
+        means = block_means(pixels, pixels.shape[1] // embedder.condition_shape[1])
+        return as_condition(means.transpose(0, 3, 1, 2), "image")
 
     def sample_images(self, num: int) -> Float[Tensor, "B 3 H W"]:
         """Some images, for a figure."""

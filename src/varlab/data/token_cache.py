@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from varlab.checkpoints.load import tokenizer_fingerprint
-from varlab.data.images import Crop, ImageDataset, to_tensor
+from varlab.data.images import Crop, ImageDataset, block_means, to_tensor
 from varlab.data.manifests import TokensManifest, cache_folders
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader, load_manifest
@@ -133,9 +133,9 @@ def write_cache(
     tokenizers = {path / f"{h}x{w}": tokenizer.at(tokenizer.pyramid_of((h, w))) for h, w in shapes} or {path: tokenizer}
     for own in tokenizers.values():
         height, width = own.image_size
-        if low_res and (low_res == 1 or height % low_res or width % low_res):
+        if low_res and (not 2 <= low_res <= 64 or height % low_res or width % low_res):
             raise ValueError(
-                f"low_res={low_res}: give 2 or more, a divisor of the sides of the images, {height} x {width}"
+                f"low_res={low_res}: give 2 to 64, a divisor of the sides of the images, {height} x {width}"
             )
     manifests = {
         folder: {**shared, "tokenizer": tokenizer_fingerprint(own), "patch_nums": own.patch_nums}
@@ -173,7 +173,7 @@ def write_cache(
         for split, parts in names.items():
             files = [folder / name for name in parts]
             wait_for_files(files)
-            manifest["splits"][split] = join_parts(folder, split, files, tokenizers[folder], len(views))
+            manifest["splits"][split] = join_parts(folder, split, files, tokenizers[folder], len(views), low_res)
     counts = {
         folder: {split: entry["num_images"] for split, entry in manifest["splits"].items()}
         for folder, manifest in manifests.items()
@@ -247,8 +247,8 @@ def write_part(
                 tokens = torch.stack(encoded, dim=1)
                 rows[folder] += [(row, *views[0][1:]) for row, views in zip(tokens, own, strict=True)]
                 if low_res:
-                    pixels = np.array([[pixels for pixels, _, _ in view] for view in own])
-                    smaller[folder].append(block_means(pixels.transpose(0, 1, 4, 2, 3), low_res))
+                    means = block_means(np.array([[pixels for pixels, _, _ in view] for view in own]), low_res)
+                    smaller[folder].append(means.transpose(0, 1, 4, 2, 3))
     for folder, tokenizer in tokenizers.items():
         numbers = [number for _, number, _ in rows[folder]]
         tokens = np.zeros((len(numbers), len(views), scales.num_tokens(tokenizer.patch_nums)), smallest_type(tokenizer))
@@ -267,13 +267,6 @@ def write_part(
             np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """uint8 images (..., H, W), `factor` times smaller: the mean of each block, rounded."""
-    *rest, height, width = pixels.shape
-    blocks = pixels.reshape(*rest, height // factor, factor, width // factor, factor)
-    return blocks.mean(axis=(-3, -1)).round().astype(np.uint8)
-
-
 def encode(tokenizer: MSVQVAE, images: list[np.ndarray]) -> Int[Tensor, "B L"]:
     """Sequences of uint8 images, on the CPU."""
     device = tokenizer.quantizer.hits.device
@@ -285,22 +278,24 @@ def smallest_type(tokenizer: MSVQVAE) -> np.dtype:
     return np.min_scalar_type(tokenizer.quantizer.codebook_size - 1)
 
 
-def join_parts(path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, num_views: int) -> dict[str, Any]:
+def join_parts(
+    path: Path, split: str, parts: list[Path], tokenizer: MSVQVAE, num_views: int, low_res: int
+) -> dict[str, Any]:
     """Joins the parts of a split into its arrays; returns its entry in the manifest."""
     tokens_file = path / f"{split}.tokens.npy"
     found: dict[str, list[np.ndarray]] = {}
-    num_skipped, smaller = 0, None
+    num_skipped = 0
     for part in parts:
         with np.load(part) as loaded:
             num_skipped += int(loaded["skipped"].sum())
             for name in {"labels", "condition", "text"} & set(loaded):
                 found.setdefault(name, []).append(loaded[name])
-            smaller = loaded["image"].shape[1:] if "image" in loaded else None
     num_images, kind = sum(map(len, found["labels"])), smallest_type(tokenizer)
     shape = (num_images, num_views, scales.num_tokens(tokenizer.patch_nums))
     join_rows(parts, "tokens", tokens_file, shape, kind)
-    if smaller is not None:
-        join_rows(parts, "image", path / f"{split}.image.npy", (num_images, *smaller), np.dtype(np.uint8))
+    if low_res:
+        shape = (num_images, num_views, 3, *(side // low_res for side in tokenizer.image_size))
+        join_rows(parts, "image", path / f"{split}.image.npy", shape, np.dtype(np.uint8))
     for name, arrays in found.items():
         with atomic_write(path / f"{split}.{name}.npy") as partial, open(partial, "wb") as stream:
             np.save(stream, np.concatenate(arrays))

@@ -38,7 +38,7 @@ class RowCheck:
 
 
 class TokenBatch(NamedTuple):
-    """Flattened token maps with their conditions: class labels (B), or the vectors of the cache. `weight` is 0 for
+    """Flattened token maps with their conditions: class labels (B), or the vectors or smaller images of the cache. `weight` is 0 for
     padding. `shape`: number of the pyramid, of the data module's `pyramids`."""
 
     sequence: Int[Tensor, "B L"]
@@ -73,7 +73,11 @@ class TokenDataset(Dataset):
             if self.tokens.max(initial=0) <= np.iinfo(dtype).max
         )
         tokens = torch.from_numpy(self.tokens.astype(dtype)).to(device)
-        return TokenDataset(tokens, as_condition(self.conditions, self.kind).to(device), self.kind)
+        is_image = self.kind == "image"  # stays uint8 until a batch needs it
+        conditions = (
+            torch.from_numpy(np.array(self.conditions)) if is_image else as_condition(self.conditions, self.kind)
+        )
+        return TokenDataset(tokens, conditions.to(device), self.kind)
 
     def __getitems__(self, requests: list[SampleRequest]) -> TokenBatch:
         samples, epochs, is_real = (np.array(column) for column in zip(*requests, strict=True))
@@ -88,7 +92,10 @@ class TokenDataset(Dataset):
             device = self.tokens.device
             index = [torch.from_numpy(numbers).to(device) for numbers in chosen]
             samples, views = (torch.from_numpy(numbers).to(device) for numbers in (samples, views))
-            return TokenBatch(self.tokens[samples, views].long(), self.conditions[tuple(index)], weight.to(device))
+            rows = self.conditions[tuple(index)]
+            assert isinstance(rows, Tensor)
+            rows = rows.float().div_(127.5).sub_(1) if self.kind == "image" else rows
+            return TokenBatch(self.tokens[samples, views].long(), rows, weight.to(device))
         tokens, conditions = self.tokens[samples, views], self.conditions[chosen]
         assert isinstance(tokens, np.ndarray) and isinstance(conditions, np.ndarray)
         if self.check is not None:
@@ -120,9 +127,9 @@ class TokenDataModule(OrderedDataModule):
 
     `keep`: where the tokens are kept during training: `disk` (memory-mapped: read as needed, and shared by all processes of a
     host), `memory` (a copy per process) or `device` (a copy on each GPU: two bytes per token up to 32,768 codes, 1.7 GB for one view of
-    ImageNet at 256 px; batches then need no transfer). `condition`: `label`, `vector` if the cache holds a vector per image, `text` if
-    it holds vectors of captions, or `image` if it holds smaller versions of its images. Raises ValueError for a cache that is missing,
-    damaged, or of another format. The VARModule checks that it matches the tokenizer.
+    ImageNet at 256 px, and the bytes of smaller images; batches then need no transfer). `condition`: `label`, `vector` if the cache
+    holds a vector per image, `text` if it holds vectors of captions, or `image` if it holds smaller versions of its images. Raises
+    ValueError for a cache that is missing, damaged, or of another format. The VARModule checks that it matches the tokenizer.
     """
 
     def __init__(

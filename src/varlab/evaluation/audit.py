@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varlab import __version__, image_grid
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
-from varlab.data.images import CenterCrops, as_condition
+from varlab.data.images import CenterCrops
 from varlab.data.manifests import TokensManifest, cache_folders, is_token_cache
 from varlab.data.order import SampleRequest
 from varlab.data.shards import ShardReader
@@ -51,7 +51,6 @@ def audit(
     tokenizer.
     """
     tokenizer, var = tokenizer.to(device), var.to(device)
-    kind = var.embedder.kind
     is_cache = is_token_cache(data)
     folders = cache_folders(Path(data)) if is_cache else []
     if len(folders) > 1:
@@ -70,7 +69,7 @@ def audit(
             return cached_tokens(data, split, num_images, var, tokenizer)
         reader = ShardReader(data, split, storage)
         crops = CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
-        conditions = as_condition(reader.conditions(kind)[crops.samples], kind)
+        conditions = crops.conditions(var.embedder)
         return torch.cat([torch.cat(tokenizer.encode(images), dim=1).cpu() for images in crops]), conditions
 
     sequences = {split: tokens(split) for split in ("train", "val")}
@@ -119,7 +118,7 @@ def cached_tokens(data: str, split: str, num_images: int, var: VAR, tokenizer: M
     module.setup()
     if module.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{data} was made by another tokenizer than the checkpoint's")
-    var.embedder.check_text(module.text, data)
+    var.embedder.check_data(module.condition_shape, module.text, data)
     rows = module.read(Path(data), split)
     chosen = np.linspace(0, len(rows) - 1, min(num_images, len(rows))).round().astype(int)
     batch = rows.__getitems__([SampleRequest(int(i), 0, True) for i in chosen])

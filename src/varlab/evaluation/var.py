@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varlab import __version__
 from varlab.checkpoints.export_folder import tokenizer_fingerprint
-from varlab.data.images import CenterCrops, as_condition
+from varlab.data.images import CenterCrops
 from varlab.data.manifests import TokensManifest, cache_folders, is_token_cache
 from varlab.data.shards import ShardReader
 from varlab.data.storage import Storage
@@ -57,9 +57,8 @@ def evaluate_likelihood(
         save_json(out / "likelihood.json", {**result, "protocol": protocol})
         return result
     tokenizer, var = tokenizer.to(device), var.to(device)
-    kind = var.embedder.kind
 
-    module = TokenDataModule(data, global_batch_size=batch_size, condition=kind)
+    module = TokenDataModule(data, global_batch_size=batch_size, condition=var.embedder.kind)
     if is_cache:
         module.setup()
         tokenizer, var = tokenizer.at(module.pyramids[0]), var.at(module.pyramids[0])
@@ -69,7 +68,7 @@ def evaluate_likelihood(
             raise ValueError(
                 f"{data} was made by tokenizer {module.manifest['tokenizer']}, not by the tokenizer of {checkpoint}"
             )
-        var.embedder.check_text(module.text, data)
+        var.embedder.check_data(module.condition_shape, module.text, data)
         for batch in module.val_dataloader():
             is_real = batch.weight > 0
             yield batch.sequence[is_real].to(device), batch.condition[is_real].to(device)
@@ -77,7 +76,7 @@ def evaluate_likelihood(
     def from_images() -> Batches:
         reader = ShardReader(data, split, storage)
         crops = CenterCrops(reader, tokenizer.image_size, resize_ratio, num_images, batch_size, device)
-        conditions = as_condition(reader.conditions(kind)[crops.samples], kind).to(device)
+        conditions = crops.conditions(var.embedder).to(device)
         for images, condition in zip(crops, conditions.split(batch_size), strict=True):
             yield torch.cat(tokenizer.encode(images), dim=1), condition
 

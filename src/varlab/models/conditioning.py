@@ -69,8 +69,13 @@ class ConditionEmbedder(nn.Module):
                 f"the condition of an image has shape {tuple(condition.shape[1:])}, {type(self).__name__} takes {self.condition_shape}"
             )
 
-    def check_text(self, text: dict[str, Any] | None, data: str) -> None:
-        """Raises ValueError if the captions of a token cache were encoded by another encoder than the network was trained with."""
+    def check_data(self, shape: tuple[int, ...], text: dict[str, Any] | None, data: str) -> None:
+        """Raises ValueError if the conditions of a data set have another shape, or its captions were encoded by another encoder, than
+        those that the network was trained with."""
+        if shape != self.condition_shape:
+            raise ValueError(
+                f"{data} gives conditions of shape {shape}, but {type(self).__name__} takes {self.condition_shape}"
+            )
 
     def drop(self, condition: Tensor) -> Tensor:
         """Conditions, each replaced by the null condition with probability `dropout` in training mode."""
@@ -169,7 +174,12 @@ class TextEmbedder(VectorEmbedder):
         assert self.of_tokens is not None
         return self.of_tokens(condition[:, 1:])
 
+    def check_data(self, shape: tuple[int, ...], text: dict[str, Any] | None, data: str) -> None:
+        super().check_data(shape, text, data)
+        self.check_text(text, data)
+
     def check_text(self, text: dict[str, Any] | None, data: str) -> None:
+        """Raises ValueError if texts were encoded by another encoder than the network was trained with."""
         if text is not None and text["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{data}: vectors of {text['encoder']} ({text['fingerprint']}), but the network takes those of"
@@ -216,6 +226,13 @@ class ImageEmbedder(ConditionEmbedder):
 
     def null(self, condition: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return torch.zeros_like(condition)
+
+    def check(self, condition: Float[Tensor, "B 3 H W"]) -> None:
+        super().check(condition)
+        if not condition.isfinite().all() or condition.abs().max() > 1 + 1e-3:
+            raise ValueError(
+                f"the images of the condition have values from {condition.min():g} to {condition.max():g}: give -1 to 1"
+            )
 
 
 def embedder_arguments(

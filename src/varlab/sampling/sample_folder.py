@@ -5,6 +5,7 @@ Image i has seed `seed + i`, so the set does not depend on batch size, devices o
 
 import contextlib
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from varlab.data.resolutions import resolution_of
 from varlab.data.shards import ShardReader
 from varlab.distributed import WorkSplit, wait_for_files
 from varlab.files import load_json, save_json
-from varlab.models.conditioning import label_of
+from varlab.models.conditioning import ConditionEmbedder, label_of
 from varlab.models.msvqvae import MSVQVAE
 from varlab.models.var import VAR
 from varlab.sampling.acceleration import Precision, default_precision, use_bf16
@@ -66,16 +67,31 @@ def labels_like(data: str, split: str, num: int, num_classes: int) -> list[int]:
     return np.sort(np.asarray(labels))[((np.arange(num) + 0.5) * len(labels) / num).astype(int)].tolist()
 
 
-def read_conditions(file: str, num: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Conditions of `num` images, the rows of a .npy file in turn. Raises ValueError if the rows do not have the shape
-    that the network takes."""
+def hash_of_row(row: np.ndarray) -> str:
+    """What stands for a vector or an image in the record."""
+    return hashlib.sha256(row.tobytes()).hexdigest()[:16]
+
+
+def read_conditions(file: str, num: int, embedder: ConditionEmbedder) -> np.ndarray:
+    """Conditions of `num` images, the rows of a .npy file in turn: vectors, or images as uint8 or in [-1, 1]. Raises ValueError if
+    the rows are not what the network takes."""
+    shape = embedder.condition_shape
     try:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"condition={file} cannot be read: {error}") from None
+    if not isinstance(rows, np.ndarray) or rows.ndim == 0 or rows.dtype.kind not in "iuf":
+        raise ValueError(f"condition={file} is not an array of numbers with a row for each image")
     if not len(rows) or rows.shape[1:] != shape:
         raise ValueError(f"condition={file} has shape {rows.shape}, but the network takes rows of shape {shape}")
-    return rows[np.arange(num) % len(rows)]
+    rows = rows[np.arange(num) % len(rows)]
+    is_uint8 = embedder.kind == "image" and rows.dtype == np.uint8
+    rows = rows.astype(np.float32) / 127.5 - 1 if is_uint8 else rows.astype(np.float32)
+    try:
+        embedder.check(torch.from_numpy(rows))
+    except ValueError as error:
+        raise ValueError(f"condition={file}: {error}") from None
+    return rows
 
 
 def write_samples(
@@ -120,7 +136,7 @@ def write_samples(
     check(var, tokenizer, rows, settings)  # before anything is written
     protocol = {"checkpoint": identity, **plain(settings), "seed": seed, "precision": precision, "rounding": "nearest"}
     protocol |= {"best_of": best_of, "scorer": scorer_settings}
-    named = [int(label) for label in conditions] if is_labels else list(texts or rows.tolist())
+    named = [int(label) for label in conditions] if is_labels else list(texts or map(hash_of_row, rows.cpu().numpy()))
     begin(out, {**protocol, "labels": named}, is_first=work.rank == 0)
 
     suffix = "npy" if npz else "png"

@@ -41,6 +41,10 @@ def planned_run(
         params = sum(parameter.numel() for parameter in tokenizer.parameters())
         given |= {name: getattr(tokenizer.quantizer, name) for name in ("patch_nums", "codebook_size", "codebook_dim")}
         given |= tokenizer.quantizer.head_arguments()
+    if not has_data and cfg.data.condition != "label":
+        raise ValueError(
+            f"data.condition={cfg.data.condition}: the size of such a network follows from the data: set data.path"
+        )
     if has_data and cfg.data.condition != "label":
         data.setup("fit")
         given |= embedder_arguments(make_net, data.condition_shape, data.text)
