@@ -144,10 +144,11 @@ def write_results(out: Path, results: "Tensor", shown: "Tensor", record: dict[st
     from varlab import image_grid
     from varlab.files import save_json
 
-    for file in out.glob("edit-[0-9][0-9][0-9].png"):
-        file.unlink()
     for i, array in enumerate(image_grid.to_uint8(results)):
         image_grid.save(Image.fromarray(array), out / f"edit-{i:03d}.png")
+    for file in out.glob("edit-[0-9][0-9][0-9].png"):
+        if int(file.stem[-3:]) >= len(results):
+            file.unlink()
     image_grid.save(image_grid.grid(shown.cpu(), columns=len(shown)), out / "edit.png")
     save_json(out / "edit.json", {**record, "checkpoint": str(record["checkpoint"]), "image": str(record["image"])})
     what = "bicubic | results" if "upscale" in record else "original | mask | results"

@@ -203,9 +203,11 @@ class CenterCrops:
         """The conditions of all images, which the set holds; smaller versions are made of the images."""
         if embedder.kind != "image":
             return as_condition(self.images.reader.conditions(embedder.kind)[self.samples], embedder.kind)
-        pixels = torch.cat([((batch + 1) * 127.5).round().byte() for batch in self]).permute(0, 2, 3, 1).cpu().numpy()
-        means = block_means(pixels, pixels.shape[1] // embedder.condition_shape[1])
-        return as_condition(means.transpose(0, 3, 1, 2), "image")
+        means = []
+        for batch in self:
+            pixels = ((batch + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            means.append(block_means(pixels, pixels.shape[1] // embedder.condition_shape[1]))
+        return as_condition(np.concatenate(means).transpose(0, 3, 1, 2), "image")
 
     def sample_images(self, num: int) -> Float[Tensor, "B 3 H W"]:
         """Some images, for a figure."""
