@@ -122,14 +122,13 @@ def main() -> None:
         longer.append({"shape": name, "seed": 0, "both": loss_of(both, own), "long": loss_of(alone, own)})
     write_table(HERE / "results.csv", rows)
     write_table(HERE / "longer.csv", longer)
-    print(
-        "| shape | both shapes | alone: as many images | the same, coordinates | as many steps | both / as many steps - 1, % |"
-    )
-    print("|---" * 6 + "|")
+    columns = ("shape", "both shapes", "alone, as many images", "the same, coordinates", "alone, as many steps")
+    print("|", " | ".join(columns), "| both against as many images, % | both against as many steps, % |")
+    print("|---" * 7 + "|")
     for name in SHAPES:
         own = [row for row in rows if row["shape"] == name]
         means = [interval([row[arm] for row in own]) for arm in ("both", *ALONE)]
-        means.append(interval([100 * (row["both"] / row["long"] - 1) for row in own]))
+        means += [interval([100 * (row["both"] / row[arm] - 1) for row in own]) for arm in ("learned", "long")]
         print(f"| {name} |", " | ".join(means), "|")
     for row in longer:
         print(

@@ -35,7 +35,11 @@ from varlab.sampling.upscaling import match_means, upscale  # noqa: E402
 
 GLYPHS, RUNS = Path("data/glyphs32/shards"), Path("runs/upscaling")
 SEEDS, STEPS, NUM_IMAGES, BATCH = (0, 1, 2), 1500, 1000, 100
-SETTINGS = {"likeliest": {"cfg_scale": 0.0, "top_k": 1}, "drawn": {"cfg_scale": 0.0, "top_p": 0.95}}
+SETTINGS = {
+    "likeliest": {"cfg_scale": 0.0, "top_k": 1},
+    "likeliest, guidance 1": {"cfg_scale": 1.0, "top_k": 1},
+    "drawn": {"cfg_scale": 0.0, "top_p": 0.95},
+}
 STRENGTHS = (0.5, 0.17)  # of 6 maps, 3 and 5 are kept
 MATCHED = ", means matched"
 SHOWN = 16
@@ -135,7 +139,11 @@ def main() -> None:
         own = [row for row in rows if row["method"] == method]
         cells = [[row[name] for row in own] for name in ("psnr", "recognized", "features")]
         print(f"| {method} |", " | ".join(interval(x) if len(x) > 1 else f"{x[0]:.3g}" for x in cells), "|")
-    columns = ["nearest", "bicubic", *(f"VAR of images, {name}{MATCHED}" for name in SETTINGS)]
+    columns = [
+        "nearest",
+        "bicubic",
+        *(f"VAR of images, {name}{MATCHED}" for name in ("likeliest, guidance 1", "drawn")),
+    ]
     sheet = torch.cat([*(shown[name] for name in columns), originals[:: NUM_IMAGES // SHOWN][:SHOWN]])
     image_grid.save(image_grid.grid(sheet / 2 + 0.5, columns=SHOWN), HERE / "images.png")
 
