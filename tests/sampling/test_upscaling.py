@@ -31,7 +31,13 @@ LAST = "checkpoints/last.ckpt"
 def tokens(tmp_path_factory, digits_folder, tokenizer_run):
     """A token cache in two views, each also stored at half its size."""
     out = tmp_path_factory.mktemp("halves") / "tokens"
-    settings = [f"tokenizer={tokenizer_run / LAST}", f"shards={digits_folder}", f"out={out}", "part_images=20"]
+    settings = [
+        f"tokenizer={tokenizer_run / LAST}",
+        f"shards={digits_folder}",
+        f"out={out}",
+        "part_images=20",
+        "batch_size=7",
+    ]
     tokenize.run(config(out, *settings, "resize_ratio=1.0", "flips=true", "low_res=2", verb="tokenize"))
     return out
 
