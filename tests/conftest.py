@@ -30,6 +30,12 @@ TESTS = Path(__file__).parent
 os.environ["PYTHONPATH"] = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"  # processes that tests start run this checkout
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`make test-all` passes without a GPU; `make gpu` runs what needs one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
