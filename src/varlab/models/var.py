@@ -315,9 +315,9 @@ class VAR(RecordedModule):
         self,
         inputs: Float[Tensor, "B l C"] | None,
         vector: Float[Tensor, "B D"],
-        added: Float[Tensor, "B L D"] | None,
         k_first: int,
         k_last: int,
+        added: Float[Tensor, "B L D"] | None = None,
     ) -> Float[Tensor, "B m D"]:
         """Embeddings of steps k_first..k_last; step 0 comes from the conditioning vector, the others from `inputs`. `added`: what
         the condition adds to all tokens."""
@@ -367,7 +367,7 @@ class VAR(RecordedModule):
         vector = self.embedder(condition)
         cond = vector if self.shared_modulation is None else self.shared_modulation(vector)
         added = self.embedder.at_tokens(condition, self.patch_nums)
-        x = self.embed(inputs, vector, added, 0, ends.index(length))
+        x = self.embed(inputs, vector, 0, ends.index(length), added)
         if self.num_prefix:
             x = torch.cat([self.embedder.prefix(condition).float(), x], dim=1)
         visible = self.visible(length)
@@ -407,7 +407,7 @@ class VAR(RecordedModule):
     def predict_scale(self, k: int, inputs: Float[Tensor, "B l C"] | None, cache: ScaleCache) -> Float[Tensor, "B m S"]:
         """Logits of step k alone, given steps 0..k-1 in `cache`, to which it adds step k. No mask is needed: step k
         attends to everything cached. `inputs` is None at step 0."""
-        x = self.embed(inputs, cache.vector, cache.added, k, k)
+        x = self.embed(inputs, cache.vector, k, k, cache.added)
         for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
             x = block(x, cache.cond, cache=block_cache)
         return self.within_scales(self.logits(x, cache.head), self.step_bounds[k][0])
