@@ -106,3 +106,12 @@ def test_only_a_warning_to_the_first_process_queues_the_job_again(monkeypatch):
     assert len(calls) == 1
     monkeypatch.setenv("RANK", "1")
     assert not signals.is_first_process()
+
+
+def test_a_warning_while_the_process_ends_does_not_kill_it():
+    """Functions of atexit run in reverse order, so the one registered first sees what the interpreter shuts down with."""
+    look = "import atexit, signal; atexit.register(lambda: print(signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN))"
+    program = f"{look}; from varlab.training.signals import install; install(); print(signal.getsignal(signal.SIGUSR2))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    during, after = answer.stdout.splitlines()
+    assert "handle" in during and after == "True"

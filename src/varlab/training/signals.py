@@ -5,6 +5,7 @@ While a run is watched (`StopOnSignal`), a signal is only recorded: the run save
 there is nothing to save, and the process ends at once. Signals may arrive many times; only a second Ctrl-C kills.
 """
 
+import atexit
 import os
 import shutil
 import signal
@@ -43,7 +44,15 @@ def install() -> None:
         return
     for number in SIGNALS:
         signal.signal(number, handle)
+    atexit.register(ignore_warnings)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a sweep starts its jobs with signals blocked
+
+
+def ignore_warnings() -> None:
+    """Ignores warnings of the time limit from now on: while the interpreter shuts down, it would give them their default action,
+    which kills, and the job of a run that has finished would count as failed."""
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def handle(number: int, frame: FrameType | None) -> None:
