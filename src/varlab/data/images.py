@@ -96,11 +96,11 @@ def to_tensor(images: list[np.ndarray]) -> Float[Tensor, "B 3 H W"]:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
-def as_condition(rows: np.ndarray, kind: ConditionKind) -> Tensor:
+def as_condition(rows: np.ndarray | Tensor, kind: ConditionKind) -> Tensor:
     """Labels as int64, vectors as fp32, uint8 images as fp32 in [-1, 1]."""
-    if kind == "image":
-        return torch.from_numpy(rows.astype(np.float32)).div_(127.5).sub_(1)
-    return torch.from_numpy(rows.astype(np.int64 if kind == "label" else np.float32))
+    if isinstance(rows, np.ndarray):
+        rows = torch.from_numpy(rows.astype(np.int64 if kind == "label" else np.float32))
+    return rows.float() / 127.5 - 1 if kind == "image" else rows
 
 
 class ImageDataset(Dataset):

@@ -92,10 +92,8 @@ class TokenDataset(Dataset):
             device = self.tokens.device
             index = [torch.from_numpy(numbers).to(device) for numbers in chosen]
             samples, views = (torch.from_numpy(numbers).to(device) for numbers in (samples, views))
-            rows = self.conditions[tuple(index)]
-            assert isinstance(rows, Tensor)
-            rows = rows.float().div_(127.5).sub_(1) if self.kind == "image" else rows
-            return TokenBatch(self.tokens[samples, views].long(), rows, weight.to(device))
+            conditions = as_condition(self.conditions[tuple(index)], self.kind)
+            return TokenBatch(self.tokens[samples, views].long(), conditions, weight.to(device))
         tokens, conditions = self.tokens[samples, views], self.conditions[chosen]
         assert isinstance(tokens, np.ndarray) and isinstance(conditions, np.ndarray)
         if self.check is not None:
